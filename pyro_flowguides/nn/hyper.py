@@ -1,0 +1,74 @@
+"""Hypernetworks: from a context to the parameters of something else."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from pyro_flowguides.nn.mlp import MLP
+
+__all__ = ["HyperNetwork"]
+
+
+class HyperNetwork(nn.Module):
+    r"""Amortised parameters: one network from a context to several named tensors.
+
+    .. math:: (\theta_1, \dots, \theta_k) = W\, h(c) + b
+
+    With ``hidden_dims=()`` the amortisation is linear, as in van den Berg et al. (2018). The tensors named in ``zero``
+    start at zero for every context; the others start small and random.
+
+    Args:
+        context_dim: width of the context.
+        hidden_dims: widths of the hidden layers, ``()`` for a linear map.
+        shapes: name -> shape of each output.
+        zero: names that start at zero (all by default).
+
+    Shapes:
+        context ``(..., context_dim)``; each output ``(..., *shape)``.
+
+    References:
+        R. van den Berg, L. Hasenclever, J. Tomczak, M. Welling (2018). Sylvester normalizing flows for variational
+        inference. arXiv:1803.05649. D. Ha, A. Dai, Q. Le (2017). HyperNetworks. arXiv:1609.09106.
+
+    Example:
+        >>> import torch
+        >>> from pyro_flowguides.nn import HyperNetwork
+        >>> hyper = HyperNetwork(4, [8], {"u": (3,), "b": ()})
+        >>> {name: tuple(value.shape) for name, value in hyper(torch.randn(7, 4)).items()}
+        {'u': (7, 3), 'b': (7,)}
+    """
+
+    def __init__(
+        self,
+        context_dim: int,
+        hidden_dims: Sequence[int],
+        shapes: Mapping[str, Sequence[int]],
+        zero: Collection[str] | None = None,
+    ) -> None:
+        super().__init__()
+        if context_dim < 1:
+            raise ValueError(f"HyperNetwork: context_dim must be at least 1, got {context_dim}")
+        self.context_dim = context_dim
+        self.shapes = {name: tuple(shape) for name, shape in shapes.items()}
+        self.sizes = [math.prod(shape) for shape in self.shapes.values()]
+        self.network = MLP(context_dim, hidden_dims, sum(self.sizes))
+        self._spread(set(self.shapes) if zero is None else set(zero))
+
+    @torch.no_grad()
+    def _spread(self, zero: set[str]) -> None:
+        """Give the rows of the last layer that need not start at zero the usual random start."""
+        weight = self.network.weights[-1]
+        for name, rows in zip(self.shapes, weight.split(self.sizes), strict=True):
+            if name not in zero:
+                rows.uniform_(-1, 1).div_(math.sqrt(weight.shape[1]))
+
+    def forward(self, context: Tensor) -> dict[str, Tensor]:
+        flat = self.network(context)
+        return {
+            name: part.reshape((*flat.shape[:-1], *shape))
+            for (name, shape), part in zip(self.shapes.items(), flat.split(self.sizes, -1), strict=True)
+        }

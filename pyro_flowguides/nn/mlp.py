@@ -1,0 +1,107 @@
+"""A multilayer perceptron whose layers can be read, shifted and masked from outside."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["MLP"]
+
+
+class MLP(nn.Module):
+    r"""A fully connected network that separates its *layers* from *running* them.
+
+    .. math:: h_0 = x, \qquad h_{l+1} = a(W_l h_l + b_l), \qquad f(x) = W_L h_L + b_L
+
+    :meth:`fold` returns the tensors :math:`W_l, b_l` once, ready for use, the masks (if any) multiplied in;
+    :meth:`run` evaluates the network for them, as often as needed. A context enters by shifting the folded biases,
+    with any batch shape, which is the same as giving every layer a projection of the context of its own.
+
+    The last layer starts at zero, so that whatever the network parametrises starts at its default.
+
+    Args:
+        in_features: width of ``x``; zero is allowed (the output is then a constant).
+        hidden_dims: widths of the hidden layers; empty means a linear map.
+        out_features: width of the output.
+        activation: elementwise nonlinearity between the layers.
+        masks: one 0/1 tensor per layer, shaped like its weight; none for a full network.
+
+    Shapes:
+        ``x``: ``(..., in_features)``; output ``(..., out_features)``.
+
+    Example:
+        >>> import torch
+        >>> from pyro_flowguides.nn import MLP
+        >>> net = MLP(3, [16, 16], 2)
+        >>> net(torch.randn(5, 3)).shape
+        torch.Size([5, 2])
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_dims: Sequence[int],
+        out_features: int,
+        activation: Callable[[Tensor], Tensor] = nn.functional.elu,
+        masks: Sequence[Tensor] = (),
+    ) -> None:
+        super().__init__()
+        if in_features < 0 or out_features < 1 or any(width < 1 for width in hidden_dims):
+            raise ValueError(
+                f"{type(self).__name__}: layer widths must be positive, "
+                f"got {in_features} -> {list(hidden_dims)} -> {out_features}"
+            )
+        widths = [in_features, *hidden_dims, out_features]
+        self.in_features, self.out_features = in_features, out_features
+        self.hidden_dims = tuple(hidden_dims)
+        self.activation = activation
+        self.weights = nn.ParameterList(torch.empty(m, n) for n, m in itertools.pairwise(widths))
+        self.biases = nn.ParameterList(torch.empty(m) for m in widths[1:])
+        self.masked = bool(masks)
+        for layer, mask in enumerate(masks):
+            self.register_buffer(f"mask{layer}", mask)
+        self.reset_parameters()
+
+    @property
+    def depth(self) -> int:
+        """The number of layers, the output layer included."""
+        return len(self.weights)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        r"""Draw hidden weights and biases uniformly in :math:`\pm 1/\sqrt{\text{fan in}}`; the last layer is zero."""
+        for layer in range(self.depth):
+            weight, bias = self.weights[layer], self.biases[layer]
+            if layer == self.depth - 1:
+                weight.zero_(), bias.zero_()
+                continue
+            fan_in = self.get_buffer(f"mask{layer}").sum(-1) if self.masked else torch.tensor(weight.shape[1])
+            bound = fan_in.clamp(min=1).to(weight.dtype).rsqrt()
+            weight.uniform_(-1, 1).mul_(bound[..., None])
+            bias.uniform_(-1, 1).mul_(bound)
+
+    def fold(self) -> dict[str, Tensor]:
+        """The layers as tensors: ``weight0, bias0, weight1, ...``."""
+        folded: dict[str, Tensor] = {}
+        for layer in range(self.depth):
+            weight = self.weights[layer]
+            folded[f"weight{layer}"] = weight * self.get_buffer(f"mask{layer}") if self.masked else weight
+            folded[f"bias{layer}"] = self.biases[layer]
+        return folded
+
+    def run(self, x: Tensor, folded: Mapping[str, Tensor]) -> Tensor:
+        """Evaluate the network for the given layers; biases may carry batch dimensions."""
+        for layer in range(self.depth):
+            x = x @ folded[f"weight{layer}"].mT + folded[f"bias{layer}"]
+            if layer < self.depth - 1:
+                x = self.activation(x)
+        return x
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(x, self.fold())
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features} -> {list(self.hidden_dims)} -> {self.out_features}"

@@ -1,0 +1,48 @@
+"""Products with vectors and matrices that may carry batch dimensions, packed triangles, and numbers as vectors."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["dot", "lower_triangle", "matvec", "per_coordinate", "solve_triangle", "triangle_size"]
+
+
+def per_coordinate(value: float | Tensor, dim: int) -> Tensor:
+    """A number or a vector as a new vector ``(dim,)``, floating-point, on the device of the value."""
+    value = torch.as_tensor(value).detach()
+    return torch.zeros(dim, device=value.device) + value
+
+
+def dot(x: Tensor, v: Tensor) -> Tensor:
+    """``x (..., D), v (..., D) -> (...)``, as one product when v has no batch dimension."""
+    return x @ v if v.dim() == 1 else (x * v).sum(-1)
+
+
+def matvec(matrix: Tensor, x: Tensor) -> Tensor:
+    """``matrix (..., M, D), x (..., D) -> (..., M)``, as one product when the matrix has no batch dimension."""
+    return x @ matrix.mT if matrix.dim() == 2 else (matrix @ x[..., None])[..., 0]
+
+
+def solve_triangle(matrix: Tensor, x: Tensor, *, upper: bool, unitriangular: bool = False) -> Tensor:
+    """Solve ``matrix z = x`` for triangular ``matrix (..., D, D)`` and ``x (..., D)``."""
+    if matrix.dim() == 2:
+        flat = torch.linalg.solve_triangular(
+            matrix, x.reshape(-1, x.shape[-1]).mT, upper=upper, unitriangular=unitriangular
+        )
+        return flat.mT.reshape(x.shape)
+    return torch.linalg.solve_triangular(matrix, x[..., None], upper=upper, unitriangular=unitriangular)[..., 0]
+
+
+def triangle_size(dim: int) -> int:
+    """Number of entries strictly below the diagonal."""
+    return dim * (dim - 1) // 2
+
+
+def lower_triangle(packed: Tensor, dim: int) -> Tensor:
+    """``(..., D(D-1)/2) -> (..., D, D)``, strictly lower triangular, filled row by row."""
+    rows = torch.arange(dim, device=packed.device)
+    start = rows * (rows - 1) // 2
+    index = torch.where(rows[:, None] > rows, start[:, None] + rows, packed.shape[-1])
+    padded = torch.cat([packed, packed.new_zeros(*packed.shape[:-1], 1)], -1)
+    return padded[..., index]

@@ -1,0 +1,34 @@
+"""Smooth constraints that keep flows invertible with a margin."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["MARGIN", "above_minus_one", "shrink", "soft_bound"]
+
+#: How far the slope of a planar, radial or Sylvester flow stays from zero: it contracts by at most a factor of 100.
+MARGIN = 0.01
+
+
+def shrink(s: Tensor) -> Tensor:
+    r"""A factor :math:`r(s) > 0` with :math:`s\, r(s) > -1 + \text{margin}` for every real s.
+
+    .. math:: r(s) = \frac{1 - \text{margin}}{2} \left( 1 + \frac{s}{2 + \sqrt{s^2 + 4}} \right)
+
+    It tends to :math:`1 - \text{margin}` for large positive s and to :math:`(1 - \text{margin})/|s|` for large negative
+    s, is analytic everywhere, and takes no logarithm or division that could fail.
+    """
+    root = torch.hypot(s, torch.full_like(s, 2))
+    root_plus_s = torch.where(s < 0, 4 / (root - s.clamp(max=0)), root + s)  # free of cancellation
+    return (1 - MARGIN) / 2 * (2 + root_plus_s) / (2 + root)
+
+
+def above_minus_one(s: Tensor) -> Tensor:
+    r"""A smooth increasing map of the line onto :math:`(-1 + \text{margin}, \infty)` with 0 at 0: :math:`s\, r(s)`."""
+    return s * shrink(s)
+
+
+def soft_bound(value: Tensor, bound: float) -> Tensor:
+    r"""Bounded smoothly to :math:`\pm` ``bound``, the identity near zero: :math:`b \tanh(v / b)`."""
+    return bound * (value / bound).tanh()

@@ -1,0 +1,218 @@
+"""The inverse of autoregressive maps: a fixed point that stops early, is exact after D passes, and has a gradient."""
+
+import copy
+
+import pytest
+import torch
+
+from pyro_flowguides.transforms import (
+    ConditionalInverseAutoregressive,
+    InverseAutoregressive,
+    MaskedAutoregressive,
+    solve,
+)
+from tests.transforms.families import CASES, DIMS, SCALES, name
+
+AUTOREGRESSIVE = [case for case in CASES if issubclass(case.formula, (InverseAutoregressive, MaskedAutoregressive))]
+EPS = torch.finfo(torch.float64).eps
+
+
+def formula(flow):
+    """The module with the formula, and what it reads."""
+    return getattr(getattr(flow, "source", flow), "flow", flow), flow.theta()
+
+
+def elementwise(flow):
+    module, theta = formula(flow)
+    return lambda z: module._elementwise(z, theta)
+
+
+def naive_solve(flow, w):
+    """The textbook inversion: one coordinate after the other in the order of the conditioner, a network pass each."""
+    a_and_m = elementwise(flow)
+    z = torch.zeros_like(w)
+    for i in formula(flow)[0].conditioner.order.tolist():
+        log_scale, shift = a_and_m(z)
+        z[..., i] = (w[..., i] - shift[..., i]) * torch.exp(-log_scale[..., i])
+    return z
+
+
+def residual(flow, z, w):
+    log_scale, shift = elementwise(flow)(z)
+    return (z * log_scale.exp() + shift - w).abs()
+
+
+def solve_for(flow, w):
+    return solve.autoregressive_root(elementwise(flow), w, flow.input_dim)
+
+
+class count_passes:
+    """How often the conditioner of a flow is run."""
+
+    def __init__(self, flow, monkeypatch):
+        self.passes = 0
+        conditioner = formula(flow)[0].conditioner
+        run = conditioner.run
+
+        def counted(*arguments):
+            self.passes += 1
+            return run(*arguments)
+
+        monkeypatch.setattr(conditioner, "run", counted)
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("dim", DIMS)
+@pytest.mark.parametrize("case", AUTOREGRESSIVE, ids=name)
+@torch.no_grad()
+def test_never_worse_than_one_coordinate_after_the_other(case, dim, scale):
+    """On points the flow did not produce, far ones included."""
+    flow = case.flow(dim, scale, (6,))
+    w = torch.randn(6, dim) * torch.tensor([1e-3, 1.0, 1.0, 10.0, 1e3, 1e6])[:, None]
+    z, naive = solve_for(flow, w), naive_solve(flow, w)
+    _, shift = elementwise(flow)(z)
+    rounding = EPS * (w.abs() + shift.abs())
+    assert (residual(flow, z, w) <= residual(flow, naive, w) + 8 * rounding).all()
+
+
+@pytest.mark.parametrize("dim", DIMS)
+@pytest.mark.parametrize("case", AUTOREGRESSIVE, ids=name)
+@torch.no_grad()
+def test_exact_after_d_passes_even_where_it_does_not_converge_before(case, dim, monkeypatch):
+    """At large weights all D passes are needed and no more; each coordinate then went through the naive arithmetic."""
+    flow = case.flow(dim, 3.0, (6,))
+    w = 2 * torch.randn(6, dim)
+    expected = naive_solve(flow, w)
+    counter = count_passes(flow, monkeypatch)
+    z = solve_for(flow, w)
+    assert counter.passes <= dim
+    if counter.passes == dim:
+        assert torch.equal(z, expected)
+    else:
+        torch.testing.assert_close(z, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("case", AUTOREGRESSIVE, ids=name)
+@pytest.mark.parametrize(("scale", "most"), [(None, 2), (0.01, 6), (0.1, 12)])
+@torch.no_grad()
+def test_few_passes_for_small_weights(case, scale, most, monkeypatch):
+    """One or two passes at the start, where the conditioner is constant; far fewer than D = 32 while it is gentle."""
+    flow = case.flow(32, scale, (6,))
+    counter = count_passes(flow, monkeypatch)
+    z = solve_for(flow, torch.randn(6, 32))
+    assert counter.passes <= most
+    assert z.isfinite().all()
+
+
+@pytest.mark.parametrize("case", AUTOREGRESSIVE, ids=name)
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_whole_inversion_adds_one_pass_for_the_log_det_and_one_for_the_gradient(case, grad, monkeypatch):
+    flow = case.flow(8, 3.0, (4,))
+    slow = flow.forward_and_ladj if flow.fast == "inverse" else flow.inverse_and_ladj
+    counter = count_passes(flow, monkeypatch)
+    with torch.set_grad_enabled(grad):
+        slow(torch.randn(4, 8))
+    assert counter.passes <= 8 + 1 + grad
+
+
+@pytest.mark.parametrize("case", AUTOREGRESSIVE, ids=name)
+def test_masks_are_folded_once_per_inversion(case, monkeypatch):
+    flow = case.flow(8, 1.0, (4,))
+    conditioner, folds = formula(flow)[0].conditioner, []
+    fold = conditioner.fold
+    monkeypatch.setattr(conditioner, "fold", lambda: folds.append(1) or fold())
+    flow.inverse_and_ladj(torch.randn(4, 8))
+    flow.forward_and_ladj(torch.randn(4, 8))
+    assert len(folds) == 2
+
+
+@pytest.mark.parametrize("scale", [0.3, 1.0])
+@pytest.mark.parametrize("dim", [1, 2, 5, 8])
+@pytest.mark.parametrize("case", AUTOREGRESSIVE, ids=name)
+def test_implicit_gradient_is_that_of_the_unrolled_solve(case, dim, scale, monkeypatch):
+    flow = case.flow(dim, scale, (4,))
+    w = torch.randn(4, dim, requires_grad=True)
+    v, u = torch.randn(4, dim), torch.randn(4)
+    parameters = list(flow.parameters())
+
+    def gradients():
+        slow = flow.forward_and_ladj if flow.fast == "inverse" else flow.inverse_and_ladj
+        z, ladj = slow(w)
+        loss = (z * v).sum() + (ladj * u).sum()
+        return torch.autograd.grad(loss, [w, *parameters], allow_unused=True)
+
+    implicit = gradients()
+    monkeypatch.setattr(solve, "tracing", lambda *_: True)
+    for one, other in zip(implicit, gradients(), strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9 * other.abs().max().item())
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_iterates_that_overflow_on_the_way_do_no_harm(static, monkeypatch):
+    """Before they are final, late coordinates grow by 2^60 per pass. Past infinity, zero weights would give NaN.
+
+    The masked product is dense, as that of a network is, and all numbers are powers of two, so that the root is exact.
+    """
+    if static:
+        monkeypatch.setattr(solve, "tracing", lambda *_: True)
+    dim, iterates = 32, []
+    weights = 2.0**60 * torch.ones(dim, dim).tril(-1)
+
+    def a_and_m(z):
+        iterates.append(z.abs().max().item())
+        return torch.zeros_like(z), z @ weights.mT
+
+    root = torch.zeros(1, dim)
+    root[0, 0] = 1
+    w = root + root @ weights.mT
+    assert torch.equal(solve.autoregressive_root(a_and_m, w, dim), root)
+    assert max(iterates) >= torch.finfo(torch.float64).max ** 0.5  # what an infinity is cut back to
+
+
+@pytest.mark.parametrize("case", AUTOREGRESSIVE, ids=name)
+@torch.no_grad()
+def test_finite_at_large_weights_and_far_points(case):
+    flow = case.flow(32, 3.0, (2,))
+    assert solve_for(flow, 1e100 * torch.randn(2, 32)).isfinite().all()
+    single = copy.deepcopy(flow).float()
+    z = solve_for(single, 3 * torch.randn(2, 32, dtype=torch.float32))
+    assert z.isfinite().all()
+    assert z.dtype == torch.float32
+
+
+@pytest.mark.parametrize("case", AUTOREGRESSIVE, ids=name)
+def test_backward_twice_and_only_where_needed(case):
+    """The graph of an inversion can be used again; without anything to differentiate there is none."""
+    flow = case.flow(3, 0.5, (4,))
+    slow = flow.forward_and_ladj if flow.fast == "inverse" else flow.inverse_and_ladj
+    w = torch.randn(4, 3, requires_grad=True)
+    z, _ = slow(w)
+    (first,) = torch.autograd.grad(z.sum(), w, retain_graph=True)
+    (second,) = torch.autograd.grad(z.sum(), w)
+    assert torch.equal(first, second)
+    flow.requires_grad_(False)
+    assert not slow(w.detach())[0].requires_grad
+
+
+def test_order_decides_what_depends_on_what():
+    """With order (2, 0, 1) coordinate 2 comes first, and 1 last."""
+    flow = InverseAutoregressive(3, [16], order=[2, 0, 1])
+    for parameter in flow.parameters():
+        torch.nn.init.normal_(parameter)
+    j = torch.autograd.functional.jacobian(lambda x: flow.forward_and_ladj(x)[0], torch.randn(3))
+    depends = j != 0
+    assert depends.tolist() == [[True, False, True], [True, True, True], [False, False, True]]
+
+
+@torch.no_grad()
+def test_context_reaches_the_first_coordinate():
+    """Through the network, not only as a shift of its output: what the first coordinate adds is no linear function."""
+    module = ConditionalInverseAutoregressive(3, 2, hidden_dims=[16])
+    for parameter in module.parameters():
+        parameter.normal_()
+    contexts = torch.linspace(-1, 1, 5)[:, None] * torch.randn(2)
+    moved = module.condition(contexts)(torch.zeros(3))[:, 0].diff()
+    assert (moved != 0).all()
+    assert moved.diff().abs().max() > 1e-3

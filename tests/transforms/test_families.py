@@ -1,0 +1,283 @@
+"""What each family promises by itself: where it starts, what it is called, what it refuses."""
+
+import inspect
+import math
+import re
+
+import pytest
+import torch
+
+from pyro_flowguides import transforms as T
+from tests.transforms.families import (
+    CASES,
+    CONDITIONAL,
+    CONTEXT_DIM,
+    DEFAULT,
+    DIMS,
+    PARAMETRIC,
+    PLAIN,
+    jacobian,
+    name,
+    randomise,
+)
+
+
+@pytest.mark.parametrize("dim", DIMS)
+@pytest.mark.parametrize("case", [case for case in PARAMETRIC if "permutation" not in case.options], ids=name)
+def test_starts_at_the_identity(case, dim):
+    """Within 1e-2 for several draws of the initial weights, at any context. LULinear starts at its permutation."""
+    for seed in range(5):
+        flow = case.flow(dim, None, (200,), seed=seed)
+        x = torch.randn(200, dim)
+        with torch.no_grad():
+            for value, ladj in (flow.forward_and_ladj(x), flow.inverse_and_ladj(x)):
+                assert (value - x).abs().max() <= 1e-2
+                assert ladj.abs().max() <= 1e-2 * math.sqrt(dim)
+
+
+@pytest.mark.parametrize("case", [case for case in CONDITIONAL if "permutation" not in case.options], ids=name)
+def test_the_context_matters_after_a_few_steps_and_not_before(case):
+    module = case.build(3)
+    x, contexts = torch.randn(20, 3), torch.randn(2, 1, CONTEXT_DIM)
+
+    def spread():
+        y, _ = module.condition(contexts).forward_and_ladj(x)
+        return (y[0] - y[1]).abs().max().item()
+
+    assert spread() <= 1e-6
+    optimiser = torch.optim.Adam(module.parameters(), lr=1e-2)
+    for _ in range(3):
+        y, ladj = module.condition(contexts).forward_and_ladj(x)
+        target = torch.stack([2 + 3 * x.roll(1, -1), -0.5 * x])
+        loss = (y - target).square().mean() - 0.1 * ladj.mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    assert spread() > 1e-6
+
+
+def snake_case(name):
+    return re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
+
+
+@pytest.mark.parametrize("case", DEFAULT, ids=name)
+def test_pyro_style_helper(case):
+    helper = getattr(T, snake_case(case.family.__name__))
+    assert snake_case(case.family.__name__) in T.__all__
+    arguments = (3, CONTEXT_DIM) if case.conditional else (3,)
+    module = helper(*arguments)
+    assert isinstance(module, case.family)
+    assert module.input_dim == 3
+    assert str(module.input_dim) in repr(module)
+
+
+@pytest.mark.parametrize("case", [case for case in DEFAULT if next(case.build(2).parameters(), None) is not None])
+def test_every_parametric_family_exists_in_both_forms(case):
+    other = (
+        case.family.__name__.removeprefix("Conditional") if case.conditional else f"Conditional{case.family.__name__}"
+    )
+    assert other in T.__all__
+
+
+def test_random_permutations_differ():
+    torch.default_generator.manual_seed(0)
+    assert not torch.equal(T.permute(20).permutation, T.permute(20).permutation)
+    assert T.permute(3, [2, 0, 1]).permutation.tolist() == [2, 0, 1]
+
+
+@pytest.mark.parametrize("case", DEFAULT, ids=name)
+def test_direction_that_takes_one_pass(case):
+    flow = case.flow(3)
+    assert flow.fast == {"InverseAutoregressive": "forward", "MaskedAutoregressive": "inverse"}.get(
+        case.formula.__name__, "both"
+    )
+
+
+# -- particular families -----------------------------------------------------------------------------------------------
+
+
+def test_act_norm_initialise():
+    flow = T.ActNorm(3)
+    x = torch.randn(50, 4, 3) * torch.tensor([1.0, 10.0, 0.1]) + torch.tensor([3.0, 0.0, -1.0])
+    flow.initialise(x)
+    y = flow(x).reshape(-1, 3)
+    torch.testing.assert_close(y.mean(0), torch.zeros(3))
+    torch.testing.assert_close(y.std(0), torch.ones(3))
+    constant = x.clone()
+    constant[..., 1] = 7
+    with pytest.raises(ValueError, match=r"ActNorm: coordinates \[1\] do not vary in the batch"):
+        flow.initialise(constant)
+    with pytest.raises(ValueError, match=r"ActNorm: coordinates \[0, 1, 2\] do not vary"):
+        flow.initialise(x[0, 0])
+
+
+@pytest.mark.parametrize("family", [T.ElementwiseAffine, T.LowerTriangularAffine])
+def test_affine_families_start_where_they_are_told(family):
+    loc, scale = torch.tensor([1.0, 2.0]), torch.tensor([0.5, 3.0])
+    flow = family(2, loc=loc, scale=scale)
+    x = torch.randn(5, 2)
+    y, ladj = flow.forward_and_ladj(x)
+    torch.testing.assert_close(y, loc + scale * x)
+    torch.testing.assert_close(ladj, scale.log().sum().expand(5))
+    with torch.no_grad():
+        flow.loc.add_(1)
+    assert loc.tolist() == [1.0, 2.0]  # the flow keeps a copy
+
+
+def test_lower_triangular_affine_is_a_cholesky_factor():
+    flow = randomise(T.LowerTriangularAffine(4), 0.5)
+    origin = flow.forward_and_ladj(torch.zeros(4))[0]
+    matrix = (flow.forward_and_ladj(torch.eye(4))[0] - origin).mT
+    torch.testing.assert_close(matrix, matrix.tril())
+    assert (matrix.diagonal() > 0).all()
+    assert torch.count_nonzero(matrix) == 10
+
+
+def test_radial_inverse_keeps_its_relative_accuracy_at_the_centre():
+    """The quadratic for the radius is solved by the formula that does not cancel, for contractions and expansions."""
+    for beta in (-3.0, 3.0, 1e9):
+        flow = T.Radial(3)
+        with torch.no_grad():
+            flow.centre.zero_(), flow.alpha.fill_(5.0), flow.beta.fill_(beta)
+        for size in (1e-12, 1.0, 1e12):
+            x = size * torch.randn(10, 3)
+            back = flow.inverse_and_ladj(flow.forward_and_ladj(x)[0])[0]
+            torch.testing.assert_close(back, x, rtol=1e-10, atol=0)
+
+
+def test_linear_families_are_linear():
+    for flow in (randomise(T.LULinear(4, [2, 0, 3, 1]), 0.5), randomise(T.QRLinear(4), 0.5), T.Householder(4, 4)):
+        x, y = torch.randn(2, 5, 4)
+        torch.testing.assert_close(flow(2 * x - 3 * y), 2 * flow(x) - 3 * flow(y))
+
+
+def test_householder_is_a_rotation():
+    flow = randomise(T.Householder(5, 4), 1.0)
+    matrix = flow.forward_and_ladj(torch.eye(5))[0]
+    torch.testing.assert_close(matrix @ matrix.mT, torch.eye(5))
+    assert torch.linalg.det(matrix).item() == pytest.approx(1)
+
+
+@pytest.mark.parametrize("family", [T.OrthogonalSylvester, T.HouseholderSylvester, T.TriangularSylvester])
+@pytest.mark.parametrize("bottleneck", [1, 2, 5])
+def test_sylvester_moves_points_within_the_span_of_orthonormal_columns(family, bottleneck):
+    flow = randomise(family(5, bottleneck), 1.0)
+    theta = flow._orthonormal(flow.theta()) if family is T.OrthogonalSylvester else flow.theta()
+    columns = flow._synthesise(torch.eye(bottleneck), theta)
+    torch.testing.assert_close(columns @ columns.mT, torch.eye(bottleneck))
+    torch.testing.assert_close(flow._analyse(torch.eye(5), theta).mT, columns)
+    x = torch.randn(20, 5)
+    step = flow(x) - x
+    torch.testing.assert_close(step @ columns.mT @ columns, step)
+    assert torch.linalg.matrix_rank(step) == bottleneck
+
+
+def test_couplings_keep_the_first_half_of_their_order():
+    for family in (T.AdditiveCoupling, T.AffineCoupling):
+        flow = randomise(family(5, [8], order=[4, 2, 0, 1, 3]), 1.0)
+        x = torch.randn(7, 5)
+        changed = (flow(x) != x).all(0)
+        assert changed.tolist() == [True, True, False, True, False]
+        j = jacobian(flow, x[:1])[0]
+        assert j[0, 1] == j[1, 0] == 0  # changed coordinates do not see each other
+        assert (j[[0, 1, 3]][:, [4, 2]] != 0).all()
+
+
+def test_gated_update_matches_its_formula_and_never_shuts():
+    flow = randomise(T.InverseAutoregressive(2, [8], update="gated"), 0.7)
+    x = torch.randn(6, 2)
+    raw, shift = flow.conditioner(x).chunk(2, -1)
+    gate = torch.sigmoid(4 * torch.tanh(raw / 4) + 2) / torch.sigmoid(torch.tensor(2.0))
+    y, ladj = flow.forward_and_ladj(x)
+    torch.testing.assert_close(y, gate * x + (1 - gate) * shift)
+    torch.testing.assert_close(ladj, gate.log().sum(-1))
+    flow.conditioner.biases[-1].data[:2] = -1e6
+    assert (flow.forward_and_ladj(x)[1] >= 2 * -2 - 1e-9).all()
+
+
+def test_maf_is_the_inverse_of_iaf_with_the_same_weights():
+    iaf, maf = T.InverseAutoregressive(4, [16]), T.MaskedAutoregressive(4, [16])
+    maf.load_state_dict(randomise(iaf, 0.5).state_dict())
+    x = torch.randn(6, 4)
+    y, ladj = iaf.forward_and_ladj(x)
+    back, inverse_ladj = maf.forward_and_ladj(y)
+    torch.testing.assert_close(back, x)
+    torch.testing.assert_close(inverse_ladj, -ladj)
+
+
+# -- errors ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", CASES, ids=name)
+def test_wrong_last_dimension(case):
+    flow = case.flow(3, None, (4,))
+    for call in (flow.forward_and_ladj, flow.inverse_and_ladj, flow, flow.inv):
+        with pytest.raises(ValueError, match=rf"{type(flow).__name__}: .*\(\.\.\., 3\), got \(4, 2\)"):
+            call(torch.randn(4, 2))
+        with pytest.raises(ValueError, match=r"\(\.\.\., 3\), got \(\)"):
+            call(torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("case", DEFAULT, ids=name)
+@pytest.mark.parametrize("dim", [0, -1])
+def test_input_dim_below_one(case, dim):
+    if "input_dim" in inspect.signature(case.formula).parameters:
+        arguments = (dim, CONTEXT_DIM) if case.conditional else (dim,)
+        with pytest.raises(ValueError, match=rf"{case.formula.__name__}: input_dim must be at least 1, got (0|{dim})"):
+            case.family(*arguments)
+    else:
+        with pytest.raises(ValueError, match="input_dim must be at least 1, got 0"):
+            case.family(dim if case.family is T.Reverse else [])
+
+
+@pytest.mark.parametrize("case", [case for case in DEFAULT if case.conditional], ids=name)
+def test_context_of_the_wrong_width(case):
+    module = case.build(3)
+    with pytest.raises(ValueError, match=rf"{case.family.__name__}: .*\(\.\.\., {CONTEXT_DIM}\), got \(4, 7\)"):
+        module.condition(torch.randn(4, 7))
+    with pytest.raises(ValueError, match=r"got \(\)"):
+        module.condition(torch.tensor(1.0))
+    with pytest.raises(ValueError, match="context_dim must be at least 1, got 0"):
+        case.family(3, 0)
+
+
+@pytest.mark.parametrize("case", PLAIN, ids=name)
+@pytest.mark.parametrize("order", [[0, 1], [0, 0, 2], [1, 2, 3], [0, 1, 2, 3], [[0, 1, 2]]])
+def test_orders_that_are_none(case, order):
+    accepted = inspect.signature(case.family).parameters
+    for option in {"order", "permutation"} & set(accepted):
+        if case.family is T.Permute and sorted(order) == list(range(len(order))):
+            continue  # whose dimension is that of its permutation
+        with pytest.raises(ValueError, match=r"order must be a permutation of 0\.\."):
+            case.family(*([3] if "input_dim" in accepted else []), **{option: order})
+
+
+@pytest.mark.parametrize("case", DEFAULT, ids=name)
+def test_options_out_of_range(case):
+    accepted = inspect.signature(case.formula).parameters
+    arguments = (3, CONTEXT_DIM) if case.conditional else (3,)
+    for option, values, message in [
+        ("bottleneck", [0, 4, -1], r"Sylvester: bottleneck must lie in 1\.\.3, got {}"),
+        ("reflections", [0, 1, 3, -2], "reflections must be even and at least 2.*{}"),
+        ("update", ["afine", None], r"update must be one of \['affine', 'gated'\], got {!r}"),
+        ("hidden_dims", [[0], [8, -1]], "layer widths must be positive"),
+    ]:
+        if option in accepted:
+            for value in values:
+                with pytest.raises(ValueError, match=message.format(value)):
+                    case.family(*arguments, **{option: value})
+    with pytest.raises(TypeError, match="nonsense"):
+        case.family(*arguments, nonsense=1)
+
+
+def test_compositions_that_do_not_fit():
+    with pytest.raises(ValueError, match=r"Compose: the parts must share one input_dim, got \[2, 3\]"):
+        T.Compose([T.Planar(2), T.Planar(3)])
+    with pytest.raises(ValueError, match=r"Compose: .*no parts"):
+        T.Compose([])
+    with pytest.raises(ValueError, match=r"ConditionalCompose: the parts must share one input_dim, got \[2, 3\]"):
+        T.ConditionalCompose([T.ConditionalPlanar(2, 1), T.Planar(3)])
+    with pytest.raises(ValueError, match=r"ConditionalCompose: the parts must share one context_dim, got \[1, 2\]"):
+        T.ConditionalCompose([T.ConditionalPlanar(2, 1), T.ConditionalPlanar(2, 2)])
+    with pytest.raises(ValueError, match=r"share one context_dim, got \[\]"):
+        T.ConditionalCompose([T.Planar(2)])

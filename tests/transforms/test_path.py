@@ -1,0 +1,90 @@
+"""The path gradient's view of a flow: the pair of a draw as a function of y alone, without solving anything."""
+
+import copy
+
+import pytest
+import torch
+
+from pyro_flowguides.transforms import Compose, Planar, solve, sylvester
+from tests.transforms.families import CASES, CONDITIONAL, name, randomise
+
+DIM = 3
+
+
+def no_solving(monkeypatch):
+    def solver(*_):
+        raise AssertionError("the root is known: nothing is to be solved")
+
+    monkeypatch.setattr(solve, "_iterate", solver)
+    monkeypatch.setattr(solve, "_tanh_newton", solver)
+    monkeypatch.setattr(sylvester, "_back_substitute", solver)
+
+
+def density(x, ladj):
+    """Any smooth function of a pair will do."""
+    return (x.sin() * torch.arange(1.0, DIM + 1)).sum() + ladj.square().sum()
+
+
+def flows(case):
+    flow = case.flow(DIM, 0.5, (4,))
+    return [flow, Compose([flow, randomise(Planar(DIM), 0.5), flow])]
+
+
+@pytest.mark.parametrize("case", CASES, ids=name)
+def test_forward_and_path(case, monkeypatch):
+    """Values are those of the pair; the gradient is that of the inverse with its parameters held, at y."""
+    for flow in flows(case):
+        parameters = [p for p in flow.parameters() if p.numel()]
+        x = torch.randn(4, DIM)
+        expected_y, expected_ladj = flow.forward_and_ladj(x)
+        leaf = expected_y.detach().clone().requires_grad_()
+        held = copy.deepcopy(flow).requires_grad_(False)
+        (by_y,) = torch.autograd.grad(density(*held.inverse_and_ladj(leaf)), leaf)
+        through_y = torch.autograd.grad(expected_y, parameters, by_y, allow_unused=True) if parameters else ()
+
+        with monkeypatch.context() as patch:
+            if flow.fast != "inverse":  # MAF draws by solving; its path is then free
+                no_solving(patch)
+            y, path_x, ladj = flow.forward_and_path(x)
+        for one, other in ((y, expected_y), (path_x, x), (ladj, expected_ladj)):
+            torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-8)
+        if parameters:
+            value = density(path_x, ladj)
+            (gradient,) = torch.autograd.grad(value, y, retain_graph=True)
+            torch.testing.assert_close(gradient, by_y, rtol=1e-7, atol=1e-8)
+            for one, other in zip(torch.autograd.grad(value, parameters, allow_unused=True), through_y, strict=True):
+                if other is not None:
+                    torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-8)
+
+
+@pytest.mark.parametrize("case", CASES, ids=name)
+def test_inverse_on_path(case, monkeypatch):
+    for flow in flows(case):
+        x = torch.randn(4, DIM)
+        y = flow.forward_and_ladj(x)[0].detach().requires_grad_()
+        expected_x, expected_ladj = flow.inverse_and_ladj(y)
+        (by_y,) = torch.autograd.grad(density(expected_x, expected_ladj), y)
+        with monkeypatch.context() as patch:
+            if flow.fast != "inverse":
+                no_solving(patch)
+            path_x, ladj = flow.inverse_on_path(y, x)
+        torch.testing.assert_close(path_x, x, rtol=1e-8, atol=1e-8)
+        torch.testing.assert_close(ladj, expected_ladj, rtol=1e-8, atol=1e-8)
+        gradient, *others = torch.autograd.grad(
+            density(path_x, ladj), [y, *(p for p in flow.parameters() if p.numel())], allow_unused=True
+        )
+        torch.testing.assert_close(gradient, by_y, rtol=1e-7, atol=1e-8)
+        assert not any(other is not None for other in others)
+
+
+@pytest.mark.parametrize("case", CONDITIONAL, ids=name)
+def test_context_is_held_too(case):
+    """The encoder behind a context is a parameter like any other."""
+    module = case.build(DIM, 0.5)
+    context = torch.randn(4, module.context_dim, requires_grad=True)
+    y, path_x, ladj = module.condition(context).forward_and_path(torch.randn(4, DIM))
+    value = density(path_x, ladj)
+    (by_y,) = torch.autograd.grad(value, y, retain_graph=True)
+    (total,) = torch.autograd.grad(value, context, retain_graph=True)
+    (through_y,) = torch.autograd.grad(y, context, by_y)
+    torch.testing.assert_close(total, through_y)
