@@ -1,0 +1,179 @@
+"""What a flow guide asks of a model's structure, and how it says what it cannot serve."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import _PYRO_STACK
+from pyro.poutine.trace_struct import Trace
+from torch import Tensor
+from torch.distributions import biject_to
+
+__all__ = [
+    "call_signature",
+    "check_plates",
+    "check_same_structure",
+    "check_static",
+    "isolated",
+    "latent_sites",
+    "latent_trace",
+    "observed_sites",
+]
+
+#: Points around the initial one at which the structure is compared, and how far they lie.
+PROBES, PROBE_SCALE = 3, 0.5
+
+
+@contextmanager
+def isolated() -> Iterator[None]:
+    """Run a model as if nothing were around it: no outer plates or traces, no gradients, no random numbers used up."""
+    outer = list(_PYRO_STACK)
+    _PYRO_STACK.clear()
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        _PYRO_STACK[:] = outer
+
+
+class _AtPoint(Messenger):
+    """Runs a model at given unconstrained values, each mapped to the support that its site has there."""
+
+    def __init__(self, unconstrained: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.unconstrained = unconstrained
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        # Over the value that the guide's initialisation, being nearer to the model, has set already.
+        if msg["name"] in self.unconstrained and not msg["is_observed"]:
+            msg["value"] = biject_to(msg["fn"].support)(self.unconstrained[msg["name"]])
+
+
+def latent_trace(model: Callable[..., Any], hide: Callable[..., bool], args: Any, kwargs: Any) -> Trace:
+    """The trace of the latent sites of a model run on its own."""
+    with isolated():
+        return poutine.trace(poutine.block(model, hide)).get_trace(*args, **kwargs)
+
+
+def observed_sites(model: Callable[..., Any], args: Any, kwargs: Any) -> frozenset[str]:
+    """The names of the sites that hold data; a model run to predict them samples them instead."""
+    with isolated():
+        return frozenset(poutine.trace(model).get_trace(*args, **kwargs).observation_nodes)
+
+
+def latent_sites(trace: Trace) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The latent sites of a trace, those that choose a subsample left out."""
+    nodes: Any = trace.iter_stochastic_nodes()
+    yield from nodes
+
+
+def check_plates(owner: str, trace: Trace) -> None:
+    """Refuse a latent site inside a subsampled plate: its posterior would be one per slot of the batch, not per datum.
+
+    Raises:
+        ValueError: naming the site, the plate and the remedy.
+    """
+    for name, site in latent_sites(trace):
+        for frame in site["cond_indep_stack"]:
+            if frame.full_size is not None and frame.full_size != frame.size:
+                raise ValueError(
+                    f"{owner}: site {name!r} lies in plate {frame.name!r}, which is subsampled to {frame.size} of "
+                    f"{frame.full_size}: the guide would learn a posterior per slot, not per datum. Amortise the "
+                    f"site over its data with AutoAmortizedFlow, or do not subsample the plate."
+                )
+
+
+def check_static(
+    owner: str, model: Callable[..., Any], hide: Callable[..., bool], prototype: Trace, args: Any, kwargs: Any
+) -> None:
+    """Compare the model's structure and supports at a few other points with those at the initial one.
+
+    Points at which the model cannot be evaluated are passed over.
+
+    Raises:
+        ValueError: if sites or shapes change, or the support of a site depends on other latent variables.
+    """
+    generator = torch.Generator().manual_seed(0)
+    centre = {name: biject_to(site["fn"].support).inv(site["value"]) for name, site in latent_sites(prototype)}
+    for _ in range(PROBES):
+        point = {name: value + PROBE_SCALE * _noise(value, generator) for name, value in centre.items()}
+        try:
+            trace = latent_trace(_AtPoint(point)(model), hide, args, kwargs)
+        except Exception:  # whatever the model does where it is not defined
+            continue
+        check_same_structure(owner, prototype, trace, "at other values of its latent variables")
+        _check_supports(owner, prototype, trace, point)
+
+
+def _noise(like: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randn(like.shape, generator=generator, dtype=like.dtype).to(like.device)
+
+
+def _check_supports(owner: str, prototype: Trace, trace: Trace, point: Mapping[str, Tensor]) -> None:
+    fixed = dict(latent_sites(prototype))
+    for name, site in latent_sites(trace):
+        here = biject_to(site["fn"].support)(point[name])
+        there = biject_to(fixed[name]["fn"].support)(point[name])
+        if not torch.allclose(here, there, equal_nan=True):
+            raise ValueError(
+                f"{owner}: the support of site {name!r} depends on other latent variables, so that a guide over one "
+                f"unconstrained space would draw values outside it. Reparametrise the site over a fixed support: for "
+                f"Uniform(low, high), sample a fraction from Uniform(0, 1) and use low + (high - low) * fraction."
+            )
+
+
+def check_same_structure(owner: str, prototype: Trace, trace: Trace, when: str, observed: Collection[str] = ()) -> None:
+    """Refuse a model whose latent sites, their shapes or their plates differ from those the guide was built for.
+
+    Sites that were observed then may be latent now: the model is run to predict them.
+
+    Raises:
+        ValueError: naming the sites, the shapes and the remedy.
+    """
+    before = {name: _shape(site) for name, site in latent_sites(prototype)}
+    after = {name: _shape(site) for name, site in latent_sites(trace)}
+    remedy = "A flow guide serves one fixed structure: create one guide per structure."
+    gone, new = sorted(before.keys() - after.keys()), sorted(after.keys() - before.keys() - set(observed))
+    if gone or new:
+        raise ValueError(
+            f"{owner}: the model has other latent sites {when} (missing: {gone}, new: {new}) than when the guide was "
+            f"set up. {remedy}"
+        )
+    for name, shape in before.items():
+        if shape != after[name]:
+            raise ValueError(
+                f"{owner}: site {name!r} has {_describe(after[name])} {when}, and had {_describe(shape)} when the "
+                f"guide was set up. {remedy} For a plate over data of changing size use AutoAmortizedFlow."
+            )
+
+
+def _shape(site: Mapping[str, Any]) -> tuple[Any, ...]:
+    frames = tuple((frame.name, frame.size) for frame in site["cond_indep_stack"])
+    return tuple(site["value"].shape), frames
+
+
+def _describe(shape: tuple[Any, ...]) -> str:
+    plates = ", ".join(f"{name!r} of size {size}" for name, size in shape[1])
+    return f"shape {shape[0]}" + (f" in plate {plates}" if plates else "")
+
+
+def call_signature(args: Any, kwargs: Any) -> Any:
+    """What of a model's arguments can change its structure: shapes, types, and the values of plain switches."""
+    return tuple(_leaf(arg) for arg in args), tuple((key, _leaf(value)) for key, value in sorted(kwargs.items()))
+
+
+def _leaf(value: Any) -> Any:
+    if hasattr(value, "shape"):
+        return type(value), tuple(value.shape)
+    if isinstance(value, (bool, int, str, type(None))):
+        return value
+    if isinstance(value, (list, tuple)):
+        return type(value), tuple(_leaf(item) for item in value)
+    if isinstance(value, dict):
+        return dict, tuple((str(key), _leaf(item)) for key, item in value.items())
+    return type(value)
