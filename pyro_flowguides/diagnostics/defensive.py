@@ -1,0 +1,180 @@
+"""A look beyond the guide: draws from a mixture of the guide and its widened self."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._moments import moments, shift
+from ._program import Program, inspect_program
+from .psis import effective_sample_size, log_mean_weight, pareto_smooth
+from .weights import WeightedDraws, log_weight, weigh_guide
+
+_SEQUENTIAL_SHARE = 4
+_RELIABLE_KHAT = 0.7
+_RELIABLE_ESS = 200.0
+_FLAT_KHAT = 1.0
+_FLAT_ESS_FRACTION = 0.4
+_SURPRISING_SHARE = 0.01
+
+
+def defensive_log_weights(
+    model: Callable[..., Any], guide: Callable[..., Any], *args: Any, num_samples: int = 1000, **kwargs: Any
+) -> WeightedDraws | None:
+    r"""Draw from a mixture of a guide and its widened self, and weigh the draws.
+
+    The scale of every Gaussian (or other location-scale) distribution in the guide, the base of its flows included, is
+    multiplied by a factor c > 1, which gives :math:`q_c`. S draws of each are weighted by
+
+    .. math:: \log w_s = \log p(x, z_s) - \log \tfrac12 \big(q(z_s) + q_c(z_s)\big).
+
+    These weights are at most twice those of the guide's own draws, are calmer where the guide's tails are too light,
+    and see what lies next to the guide. c shrinks with the number of dimensions, so that a share of the widened
+    draws stays where the posterior is.
+
+    Args:
+        model: a Pyro model.
+        guide: any Pyro guide for it.
+        *args: arguments of model and guide.
+        num_samples: number of draws S from each.
+        **kwargs: keyword arguments of model and guide.
+
+    Returns:
+        2S weighted draws, or fewer where runs are slow; their ``log_q`` is the density of the mixture. ``None`` if no
+        distribution in the guide can be widened.
+
+    Raises:
+        ValueError: as :func:`log_weights`.
+
+    References:
+        T. Hesterberg (1995). Weighted average importance sampling and defensive mixture distributions. Technometrics
+        37(2). A. Owen, Y. Zhou (2000). Safe and effective importance sampling. JASA 95(449).
+
+    Example:
+        >>> import pyro, torch, pyro.distributions as dist
+        >>> from pyro_flowguides.diagnostics import log_weights
+        >>> _ = pyro.set_rng_seed(0)
+        >>> def model():
+        ...     modes = dist.Normal(torch.tensor([-4.0, 4.0]), 1.0)
+        ...     pyro.sample("z", dist.MixtureSameFamily(dist.Categorical(torch.ones(2)), modes))
+        >>> def guide():  # has lost the mode at -4
+        ...     pyro.sample("z", dist.Normal(4.0, 1.0))
+        >>> [round(found(model, guide, num_samples=4000).log_w.exp().mean().item(), 1)
+        ...  for found in (log_weights, defensive_log_weights)]
+        [0.5, 1.0]
+    """
+    return weigh_defensively(inspect_program(model, guide, args, kwargs), num_samples)[1]
+
+
+def weigh_defensively(program: Program, num_samples: int) -> tuple[WeightedDraws, WeightedDraws | None]:
+    """As :func:`log_weights` and :func:`defensive_log_weights`, sharing the draws of the guide."""
+    own, own_ratio = weigh_guide(program, num_samples)
+    if not program.widenable:
+        return own, None
+    num_wide = num_samples if own.vectorized else -(-num_samples // _SEQUENTIAL_SHARE)
+    wide, wide_ratio = weigh_guide(program, num_wide, wide=True)
+    return own, _mixture(own, own_ratio, wide, wide_ratio)
+
+
+def _mixture(own: WeightedDraws, own_ratio: Tensor, wide: WeightedDraws, wide_ratio: Tensor) -> WeightedDraws:
+    share = own.num_samples / (own.num_samples + wide.num_samples)
+    log_p, log_ratio = torch.cat([own.log_p, wide.log_p]), torch.cat([own_ratio, wide_ratio])
+    log_q = torch.cat([own.log_q, wide.log_q])
+    log_mix = log_q + torch.logaddexp(torch.full_like(log_q, math.log(share)), log_ratio + math.log1p(-share))
+    return WeightedDraws(
+        draws={name: torch.cat([value, wide.draws[name]]) for name, value in own.draws.items()},
+        log_p=log_p,
+        log_q=log_mix,
+        log_w=log_weight(log_p, log_mix),
+        point_sites=own.point_sites,
+        guide_note=own.guide_note,
+        model_note=own.model_note,
+    )
+
+
+@dataclass(frozen=True)
+class WiderLook:
+    """What the draws of :func:`defensive_log_weights` show, compared with the guide's own.
+
+    Attributes:
+        factor: by how much the guide was widened.
+        khat: tail index of the mixture's weights.
+        ess: their effective sample size.
+        num_samples: number of draws from the mixture.
+        largest_share: the largest of the weights, when they sum to one.
+        log_evidence: estimate of log p(x).
+        log_evidence_se: its standard error.
+        missed_mass: posterior mass that the guide's own weighted draws do not show, as a fraction: 1 − exp of the
+            difference of the two estimates of log p(x); 0 unless the difference exceeds three standard errors.
+        shift: largest difference between a mean here and one of the guide's draws in standard deviations, or between
+            the logarithms of two standard deviations.
+        weighted_shift: the same, compared with the guide's draws after weighting.
+        is_surprised: whether a single draw weighs far more than any of the guide's own: the trace of a lost mode.
+    """
+
+    factor: float
+    khat: float
+    ess: float
+    num_samples: int
+    largest_share: float
+    log_evidence: float
+    log_evidence_se: float
+    missed_mass: float
+    shift: float
+    weighted_shift: float
+    is_surprised: bool
+
+    @property
+    def is_reliable(self) -> bool:
+        """Whether moments can be estimated from these draws."""
+        limit = _RELIABLE_KHAT if self.ess < _FLAT_ESS_FRACTION * self.num_samples else _FLAT_KHAT
+        return self.khat <= limit and self.ess >= _RELIABLE_ESS and not self.is_surprised
+
+    @property
+    def noise(self) -> float:
+        """Monte-Carlo error to allow for in the shifts."""
+        return 2.0 / math.sqrt(self.ess)
+
+
+def look_wider(weighted: WeightedDraws, defensive: WeightedDraws, factor: float) -> WiderLook | None:
+    """Compare the guide's own draws with those of the mixture.
+
+    Args:
+        weighted: draws of the guide with their weights.
+        defensive: draws of the mixture with theirs.
+        factor: by how much the guide was widened.
+
+    Returns:
+        The comparison; ``None`` if either has no positive weight.
+    """
+    if effective_sample_size(defensive.log_w) == 0 or effective_sample_size(weighted.log_w) == 0:
+        return None
+    smoothed, own_smoothed = pareto_smooth(defensive.log_w), pareto_smooth(weighted.log_w)
+    log_evidence, se = log_mean_weight(defensive.log_w)
+    own_log_evidence, own_se = log_mean_weight(weighted.log_w)
+    excess = log_evidence - own_log_evidence
+    share, own_share = _largest_share(defensive.log_w), _largest_share(weighted.log_w)
+    reference = moments(defensive.draws, smoothed.log_weights.exp())
+    return WiderLook(
+        factor=factor,
+        khat=smoothed.khat,
+        ess=effective_sample_size(defensive.log_w),
+        num_samples=defensive.num_samples,
+        largest_share=share,
+        log_evidence=log_evidence,
+        log_evidence_se=se,
+        missed_mass=1 - math.exp(-excess) if excess > 3 * math.hypot(se, own_se) else 0.0,
+        shift=max(shift(moments(weighted.draws), reference)[:2]),
+        weighted_shift=max(shift(moments(weighted.draws, own_smoothed.log_weights.exp()), reference)[:2]),
+        is_surprised=share > max(_SURPRISING_SHARE, 3 * own_share, 20 / defensive.num_samples),
+    )
+
+
+def _largest_share(log_w: Tensor) -> float:
+    valid = log_w[~log_w.isnan()]
+    return float((valid.max() - valid.logsumexp(0)).exp())

@@ -1,0 +1,155 @@
+"""Draws of a guide with their importance weights: what all other diagnostics are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._program import Program, inspect_program
+from ._running import sample_guide, score_model
+from ._traces import evaluation
+
+
+@dataclass(frozen=True, eq=False)
+class WeightedDraws:
+    """Draws z of a guide q, weighted towards the posterior p(z | x) ∝ p(x, z).
+
+    The densities are on the CPU and in double precision; the draws keep their device and type.
+
+    Attributes:
+        draws: value of each latent site, constrained, without auxiliary sites: ``(S, *batch, *event)``.
+        log_p: log p(x, z), shape (S,); −inf where the model has no density.
+        log_q: log q(z), shape (S,).
+        log_w: log p(x, z) − log q(z), shape (S,); −inf where p is zero, NaN where either density is undefined.
+        point_sites: continuous sites whose draws are all the same: the guide has no density there.
+        guide_note: why the guide was run draw by draw; empty if it was run on many draws at once.
+        model_note: the same for the model.
+    """
+
+    draws: dict[str, Tensor]
+    log_p: Tensor
+    log_q: Tensor
+    log_w: Tensor
+    point_sites: tuple[str, ...] = ()
+    guide_note: str = ""
+    model_note: str = ""
+
+    @property
+    def num_samples(self) -> int:
+        """Number of draws S."""
+        return self.log_w.shape[0]
+
+    @property
+    def num_zero(self) -> int:
+        """Number of draws at which the model's density is zero."""
+        return int(self.log_w.isneginf().sum())
+
+    @property
+    def num_invalid(self) -> int:
+        """Number of draws at which a density is NaN or infinite."""
+        return int(self.log_w.isnan().sum())
+
+    @property
+    def vectorized(self) -> bool:
+        """Whether model and guide were run on many draws at once."""
+        return not (self.guide_note or self.model_note)
+
+
+def log_weights(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    *args: Any,
+    num_samples: int = 1000,
+    chunk_size: int | None = None,
+    **kwargs: Any,
+) -> WeightedDraws:
+    r"""Draw from a guide and weigh the draws.
+
+    .. math:: \log w_s = \log p(x, z_s) - \log q(z_s), \qquad z_s \sim q
+
+    Model and guide run on many draws at once, under a plate outside all others. A few draws of each chunk, the
+    extreme ones among them, are then run by themselves; if shapes or numbers differ (a sum without a dimension, an
+    index from the left, a branch on a value), everything that was affected is run draw by draw instead, which is slow
+    and right. Discrete sites of the model that are marked for parallel enumeration, and are not in the guide, are
+    summed out. Auxiliary sites of the guide count with their density, which is right when the other sites follow
+    from them one to one, as in Pyro's autoguides.
+
+    Args:
+        model: a Pyro model.
+        guide: any Pyro guide for it.
+        *args: arguments of model and guide.
+        num_samples: number of draws S.
+        chunk_size: number of draws that are run together; chosen by the size of the sites if not given.
+        **kwargs: keyword arguments of model and guide.
+
+    Raises:
+        ValueError: if S or the chunk size is not positive; if a plate is subsampled, since a weight needs the density
+            of all the data; if model and guide do not have the same latent sites.
+
+    Example:
+        >>> import pyro, torch, pyro.distributions as dist
+        >>> _ = pyro.set_rng_seed(0)
+        >>> def model():
+        ...     z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...     pyro.sample("x", dist.Normal(z, 1.0), obs=torch.tensor(2.0))
+        >>> def guide():  # the posterior itself
+        ...     pyro.sample("z", dist.Normal(1.0, 0.5**0.5))
+        >>> weighted = log_weights(model, guide, num_samples=100)
+        >>> evidence = dist.Normal(0.0, 2.0**0.5).log_prob(torch.tensor(2.0))
+        >>> weighted.draws["z"].shape, torch.allclose(weighted.log_w.float(), evidence)
+        (torch.Size([100]), True)
+    """
+    program = inspect_program(model, guide, args, kwargs)
+    return weigh(program, num_samples, chunk_size)
+
+
+def weigh(program: Program, num_samples: int, chunk_size: int | None = None) -> WeightedDraws:
+    """As :func:`log_weights`, for a program that has been inspected."""
+    return weigh_guide(program, num_samples, chunk_size)[0]
+
+
+def weigh_guide(
+    program: Program, num_samples: int, chunk_size: int | None = None, *, wide: bool = False
+) -> tuple[WeightedDraws, Tensor]:
+    """As :func:`weigh`, or with draws of the widened guide; with its log density relative to the guide's, (S,)."""
+    size = program.default_chunk_size if chunk_size is None else chunk_size
+    for name, number in (("num_samples", num_samples), ("chunk_size", size)):
+        if number < 1:
+            raise ValueError(f"{name} must be positive, not {number}")
+    if not program.latents:
+        raise ValueError("model and guide share no latent site")
+    with evaluation():
+        drawn = sample_guide(program, num_samples, size, wide=wide)
+        draws = {name: drawn.values[name] for name in program.latents}
+        log_p, note = score_model(program, draws, size)
+    weighted = WeightedDraws(
+        draws=draws,
+        log_p=log_p,
+        log_q=drawn.log_q,
+        log_w=log_weight(log_p, drawn.log_q),
+        point_sites=_point_sites(program, draws),
+        guide_note=drawn.note,
+        model_note=note,
+    )
+    return weighted, drawn.log_ratio
+
+
+def log_weight(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """log p − log q: −inf where p is zero, NaN where either is undefined."""
+    is_valid = log_q.isfinite() & ~log_p.isnan() & ~log_p.isposinf()
+    return torch.where(is_valid, log_p - log_q, torch.nan)
+
+
+def _point_sites(program: Program, draws: dict[str, Tensor]) -> tuple[str, ...]:
+    return tuple(
+        name
+        for name, value in draws.items()
+        if value.shape[0] > 1
+        and not program.latents[name].is_discrete
+        and not program.latents[name].is_point_mass
+        and bool((value == value[:1]).all())
+    )
