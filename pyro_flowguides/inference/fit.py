@@ -1,0 +1,405 @@
+"""``fit``: from a model and a guide to a posterior and a verdict, without tuning."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from torch import Tensor
+from tqdm import tqdm
+
+from pyro_flowguides.diagnostics import Diagnosis, diagnose, to_inference_data
+from pyro_flowguides.inference import checkpoint as checkpoints
+from pyro_flowguides.inference.objectives import DensityObjective, Objective, Request, make_objective
+from pyro_flowguides.inference.schedule import Schedule
+from pyro_flowguides.inference.warmstart import warm_start as find_start
+
+__all__ = ["FitDivergedError", "FitResult", "fit"]
+
+#: Consecutive steps without a finite bound and gradient after which a fit is given up.
+PATIENCE = 50
+#: Largest norm of a gradient that is followed as it is.
+GRADIENT_NORM = 10.0
+#: Draws behind the choice between the last and the averaged parameters.
+CHOICE_DRAWS = 1000
+
+
+class FitDivergedError(RuntimeError):
+    """The bound or its gradient was not finite for so long that going on is hopeless."""
+
+
+@dataclass
+class FitResult:
+    """What :func:`fit` returns: the trained guide with how it got there and what it is worth.
+
+    Attributes:
+        model, guide, args, kwargs: what was fitted.
+        elbo_history: the bound's estimate at every step (NaN where no particle was finite).
+        seconds: wall time, warm start included, diagnosis not.
+        route: how the bound was evaluated, and why.
+        start: where the warm start put the guide; empty without one.
+        reason: why the fit ended.
+        dropped: particles left out because their weight or gradient was not finite.
+        diagnosis: the verdict; ``None`` where there can be none, as for a minibatch.
+        unjudged: why there is no verdict; empty if there is one.
+    """
+
+    model: Callable[..., Any]
+    guide: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    elbo_history: list[float]
+    seconds: float
+    route: str
+    start: str
+    reason: str
+    dropped: int
+    diagnosis: Diagnosis | None = field(repr=False)
+    unjudged: str = ""
+
+    @property
+    def steps(self) -> int:
+        """Number of steps taken."""
+        return len(self.elbo_history)
+
+    def to_inference_data(self, **options: Any) -> Any:
+        """Draws, log p, log q, predictive and observed data for ArviZ, see
+        :func:`~pyro_flowguides.diagnostics.to_inference_data`."""
+        return to_inference_data(self.model, self.guide, *self.args, **self.kwargs, **options)
+
+    def __str__(self) -> str:
+        dropped = f", {self.dropped} particles dropped" if self.dropped else ""
+        return (
+            f"{type(self.guide).__name__}: {self.steps} steps in {self.seconds:.1f} s{dropped}; ended because "
+            f"{self.reason}\n{self.diagnosis or 'No verdict: ' + self.unjudged}"
+        )
+
+
+def fit(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    *args: Any,
+    steps: int = 2000,
+    particles: int = 32,
+    learning_rate: float = 1e-2,
+    tolerance: float = 0.01,
+    warm_start: bool = True,
+    path_gradient: bool = True,
+    importance: int = 1,
+    temper: float | None = None,
+    seed: int = 0,
+    checkpoint: str | Path | None = None,
+    checkpoint_every: int = 200,
+    progress: bool = True,
+    **kwargs: Any,
+) -> FitResult:
+    r"""Fit a guide to a model: warm start, vectorised particles, schedule, plateau detection, averaging, verdict.
+
+    Any guide works; Pyro's own skip what they cannot use. For flow guides the affine part of the guide first becomes
+    the best Gaussian found by a short deterministic search (:func:`~pyro_flowguides.inference.warmstart.warm_start`),
+    so that the flow models only what a Gaussian cannot. Then Adam follows the gradient of the ELBO: at a constant step
+    size until the bound stands still, and with a falling step size, more particles and the path gradient to the end.
+    The last iterates are averaged where that is better.
+
+    Args:
+        model, guide: as for ``pyro.infer.SVI``.
+        args, kwargs: the model's arguments.
+        steps: most steps to take; easy posteriors stop early.
+        particles: draws per step, four times as many at the end.
+        learning_rate: Adam's step size while exploring.
+        tolerance: gain of the ELBO per hundred steps, in nats, that is not worth going on for.
+        warm_start: search for a Gaussian start (flow guides only).
+        path_gradient: refine with the path gradient (flow guides only); ``False`` for the total gradient throughout.
+        importance: 1 for the ELBO, K for the importance-weighted bound with its doubly reparametrised gradient.
+        temper: exponent of the target at the first step, in (0, 1); it rises to 1 over the first half of the
+            exploration, so that a multimodal target is met while it is still flat.
+        seed: of everything random in the fit; the global generator is restored afterwards.
+        checkpoint: file to save to and, if it exists, to resume from, exactly.
+        checkpoint_every: steps between saves.
+        progress: show a progress bar.
+
+    Returns:
+        a :class:`FitResult`; print it.
+
+    Raises:
+        FitDivergedError: if no particle was finite for many steps in a row, naming the step and the site.
+        ValueError: for arguments out of range, or a checkpoint of another fit.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist, pyro_flowguides as fg
+        >>> def model():
+        ...     x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        ...     pyro.sample("y", dist.Normal(x, 1.0), obs=torch.tensor(1.0))
+        >>> import torch
+        >>> result = fg.fit(model, fg.AutoIAF(model), steps=200, progress=False)
+        >>> abs(result.diagnosis.elbo - dist.Normal(0.0, 2**0.5).log_prob(torch.tensor(1.0)).item()) < 0.05
+        True
+    """
+    if steps < 1 or particles < 1 or importance < 1 or particles % importance:
+        raise ValueError(
+            f"fit: steps, particles and importance must be positive and importance divide particles, got "
+            f"{steps}, {particles}, {importance}"
+        )
+    if checkpoint_every < 1:
+        raise ValueError(f"fit: checkpoint_every must be positive, got {checkpoint_every}")
+    if temper is not None and not 0 < temper < 1:
+        raise ValueError(f"fit: temper must lie in (0, 1), got {temper}")
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
+        settings = {
+            "steps": steps,
+            "particles": particles,
+            "learning_rate": learning_rate,
+            "tolerance": tolerance,
+            "path_gradient": path_gradient,
+            "importance": importance,
+            "temper": temper,
+            "seed": seed,
+        }
+        run = _Run(model, guide, args, kwargs, settings)
+        if not run.resume(checkpoint) and warm_start:
+            run.warm_start()
+        run.train(checkpoint, checkpoint_every, progress)
+        seconds = run.seconds
+        diagnosis, unjudged = _judge(model, guide, args, kwargs)
+    return FitResult(
+        model=model,
+        guide=guide,
+        args=args,
+        kwargs=kwargs,
+        elbo_history=run.history,
+        seconds=seconds,
+        route=run.objective.route,
+        start=run.start,
+        reason=run.schedule.reason,
+        dropped=run.dropped,
+        diagnosis=diagnosis,
+        unjudged=unjudged,
+    )
+
+
+def _judge(
+    model: Callable[..., Any], guide: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Diagnosis | None, str]:
+    """The verdict, or why there is none: the fit stands either way."""
+    try:
+        return diagnose(model, guide, *args, **kwargs), ""
+    except ValueError as error:
+        return None, str(error)
+
+
+class _Run:
+    """The state of one fit, everything that a checkpoint must hold."""
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        settings: dict[str, Any],
+    ) -> None:
+        self.begin = time.perf_counter()
+        self.model, self.guide, self.args, self.kwargs = model, guide, args, kwargs
+        self.settings = settings
+        self.path_gradient, self.importance = settings["path_gradient"], settings["importance"]
+        self.temper, self.seed = settings["temper"], settings["seed"]
+        self.schedule = Schedule(**{key: settings[key] for key in ("steps", "learning_rate", "particles", "tolerance")})
+        guide(*args, **kwargs)  # creates the parameters, if there are none yet
+        self.objective: Objective = make_objective(model, guide, args, kwargs)
+        self.parameters = list(self.objective.parameters.values())
+        if not self.parameters:
+            raise ValueError(f"fit: {type(guide).__name__} and its model have no parameters to train")
+        rate = self.schedule.learning_rate
+        self.optimiser = torch.optim.Adam(self.parameters, lr=rate, betas=(0.9, 0.99), foreach=True)
+        self.generator = torch.Generator().manual_seed(self.seed)
+        self.history: list[float] = []
+        self.dropped = self.barren = self.averaged = 0
+        self.mean: list[Tensor] = []
+        self.start = ""
+
+    @property
+    def seconds(self) -> float:
+        """Wall time so far, that of earlier processes included."""
+        return time.perf_counter() - self.begin
+
+    # -- before ----------------------------------------------------------------------------------------------------
+
+    def warm_start(self) -> None:
+        """Set the affine part of a flow guide to the best Gaussian found, if that is better than the guide as it is."""
+        if not isinstance(self.objective, DensityObjective) or not hasattr(self.guide, "set_affine"):
+            return
+        density = self.objective.density
+        guide = self.objective.guide
+        start = guide._init_loc().to(next(guide.get_transform().parameters()))
+        best = find_start(density, start, seed=self.seed)[0]
+        with torch.no_grad():
+            now = self._bound()
+        if math.isfinite(best.elbo) and not now >= best.elbo:
+            guide.set_affine(best.loc, best.scale_tril)
+            self.start = f"{best.origin} (ELBO {best.elbo:.2f})"
+
+    # -- the loop --------------------------------------------------------------------------------------------------
+
+    def train(self, checkpoint: str | Path | None, every: int, progress: bool) -> None:
+        with tqdm(total=self.schedule.steps, initial=self.schedule.step, disable=not progress, leave=False) as bar:
+            while not self.schedule.done:
+                self.step()
+                bar.update()
+                if self.schedule.step % 50 == 0:
+                    bar.set_description(type(self.guide).__name__, refresh=False)
+                    bar.set_postfix_str(f"ELBO {self.recent():.2f}", refresh=False)
+                if checkpoint is not None and self.schedule.step % every == 0:
+                    self.save(checkpoint)
+        self.settle()
+        if checkpoint is not None:
+            self.save(checkpoint)
+
+    def step(self) -> None:
+        schedule = self.schedule
+        for group in self.optimiser.param_groups:
+            group["lr"] = schedule.rate
+        self.optimiser.zero_grad()
+        batch = self._whole_groups(schedule.batch)
+        path = self.path_gradient and (schedule.refining_since is not None or self.importance > 1)
+        step = self.objective(Request(batch, path, self.power, self.importance), self.generator)
+        followed = math.isfinite(step.elbo) and self._descend(step.loss)
+        self.dropped += step.dropped if followed else batch
+        self.barren = 0 if followed else self.barren + 1
+        if self.barren >= PATIENCE:
+            raise FitDivergedError(self._why_diverged())
+        self.history.append(step.elbo)
+        # A rising target is no standstill and no gain: the schedule sees only what is measured on the full one.
+        schedule.advance(step.elbo if self.power == 1 else math.nan)
+        if schedule.progress > 0.5:
+            self._average()
+
+    def _descend(self, loss: Tensor) -> bool:
+        """Take one step down; stay, and say so, where the gradient is not finite."""
+        loss.backward()
+        used = [parameter for parameter in self.parameters if parameter.grad is not None]
+        finite = bool(torch.nn.utils.clip_grad_norm_(used, GRADIENT_NORM).isfinite())
+        if finite:
+            self.optimiser.step()
+        return finite
+
+    def _whole_groups(self, particles: int) -> int:
+        """The number of particles, in whole groups of the importance-weighted bound."""
+        return max(1, particles // self.importance) * self.importance
+
+    @property
+    def power(self) -> float:
+        """The exponent of the target at the coming step."""
+        if self.temper is None:
+            return 1.0
+        ramp = self.schedule.step / max(1.0, 0.5 * (self.schedule.steps - self.schedule.refine_steps))
+        return self.temper ** max(0.0, 1 - ramp)
+
+    def recent(self) -> float:
+        values = [value for value in self.history[-50:] if math.isfinite(value)]
+        return sum(values) / len(values) if values else math.nan
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        self.averaged += 1
+        if not self.mean:
+            self.mean = [parameter.detach().clone() for parameter in self.parameters]
+        for mean, parameter in zip(self.mean, self.parameters, strict=True):
+            mean.lerp_(parameter.detach(), 1 / self.averaged)
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Keep the average of the last iterates if its bound is better than that of the last one."""
+        if not self.mean:
+            return
+        last = [parameter.detach().clone() for parameter in self.parameters]
+        before = self._bound()
+        self._assign(self.mean)
+        if self._bound() <= before:
+            self._assign(last)
+        self.mean = []
+
+    def _assign(self, values: list[Tensor]) -> None:
+        for parameter, value in zip(self.parameters, values, strict=True):
+            parameter.copy_(value)
+
+    def _bound(self) -> float:
+        """The bound of the guide as it is, -inf where it is not finite; common random numbers, no gradient."""
+        request = Request(self._whole_groups(CHOICE_DRAWS), path=False, importance=self.importance)
+        with torch.random.fork_rng(devices=[]):
+            elbo = self.objective(request, torch.Generator().manual_seed(0)).elbo
+        return elbo if math.isfinite(elbo) else -math.inf
+
+    def _why_diverged(self) -> str:
+        step = self.schedule.step + 1
+        head = f"fit: the bound or its gradient was not finite for {PATIENCE} steps in a row, up to step {step}"
+        return f"{head}{self._where_diverged()}. Start elsewhere (init_loc_fn, init_scale) or lower learning_rate."
+
+    def _where_diverged(self) -> str:
+        """The first site whose density is not finite, over some draws of the guide."""
+        with torch.no_grad(), pyro.validation_enabled(False), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for _ in range(self.schedule.particles):
+                draw = poutine.trace(self.guide).get_trace(*self.args, **self.kwargs)
+                try:
+                    trace = poutine.trace(poutine.replay(self.model, trace=draw)).get_trace(*self.args, **self.kwargs)
+                    trace.compute_log_prob()
+                except (ValueError, RuntimeError) as error:
+                    return f"; the model fails there: {error}"
+                for name, site in trace.nodes.items():
+                    if site["type"] == "sample" and not math.isfinite(float(site["log_prob_sum"])):
+                        return f"; the log density is not finite at site {name!r}"
+        return ""
+
+    # -- checkpoints -----------------------------------------------------------------------------------------------
+
+    def save(self, path: str | Path) -> None:
+        checkpoints.save(
+            path,
+            {
+                "settings": self.settings,
+                # Detached, because Pyro hangs references on its parameters that cannot be written.
+                "parameters": {name: value.detach() for name, value in self.objective.parameters.items()},
+                "optimiser": self.optimiser.state_dict(),
+                "schedule": self.schedule.state(),
+                "generator": self.generator.get_state(),
+                "global_generator": torch.get_rng_state(),
+                "history": self.history,
+                "mean": self.mean,
+                "counts": [self.dropped, self.barren, self.averaged],
+                "start": self.start,
+                "seconds": self.seconds,
+            },
+        )
+
+    def resume(self, path: str | Path | None) -> bool:
+        """Take up the state in a checkpoint, if there is one."""
+        state = None if path is None else checkpoints.load(path)
+        if state is None:
+            return False
+        saved, own = state["parameters"], self.objective.parameters
+        if {name: value.shape for name, value in saved.items()} != {name: value.shape for name, value in own.items()}:
+            raise ValueError(f"fit: {path} is a checkpoint of another model or guide: their parameters differ")
+        changed = [
+            f"{key}={state['settings'][key]}" for key, value in self.settings.items() if state["settings"][key] != value
+        ]
+        if changed:
+            raise ValueError(f"fit: {path} is a checkpoint of a fit with other settings ({', '.join(changed)})")
+        with torch.no_grad():
+            self._assign([saved[name].to(parameter) for name, parameter in own.items()])
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.schedule = Schedule(**state["schedule"])
+        self.generator.set_state(state["generator"])
+        torch.set_rng_state(state["global_generator"])
+        self.history, self.mean, self.start = state["history"], state["mean"], state["start"]
+        self.dropped, self.barren, self.averaged = state["counts"]
+        self.begin -= state["seconds"]
+        return True

@@ -1,0 +1,251 @@
+"""What a fit maximises: the evidence lower bound of a guide, by the cheapest route that the guide allows."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer import Trace_ELBO, TraceEnum_ELBO
+from pyro.infer.autoguide import AutoContinuous
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+
+from pyro_flowguides.diagnostics import log_weights
+from pyro_flowguides.inference.density import LogDensity, NotVectorisedError
+
+__all__ = ["DensityObjective", "Objective", "Request", "Step", "TraceObjective", "make_objective"]
+
+#: Most particles of a step where they must run one after the other.
+MAX_SEQUENTIAL = 4
+
+
+class Step(NamedTuple):
+    """One evaluation: the loss to differentiate, the ELBO's estimate, and how many particles were not finite."""
+
+    loss: Tensor
+    elbo: float
+    dropped: int
+
+
+@dataclass(frozen=True)
+class Request:
+    """How to evaluate an objective at one step.
+
+    Attributes:
+        particles: number of draws.
+        path: follow the path gradient where the guide offers it.
+        power: exponent of the target density, below 1 to temper it.
+        importance: 1 for the ELBO; K for the importance-weighted bound of groups of K particles.
+    """
+
+    particles: int
+    path: bool = True
+    power: float = 1.0
+    importance: int = 1
+
+
+class Objective(Protocol):
+    """Something to minimise by stochastic gradients."""
+
+    parameters: dict[str, Tensor]
+    route: str
+
+    def __call__(self, request: Request, generator: torch.Generator) -> Step: ...
+
+
+class _Structure(NamedTuple):
+    """What one run of guide and model shows: the unconstrained parameters of both, plates, the kinds of sites."""
+
+    parameters: dict[str, Tensor]
+    nesting: int
+    enumerated: bool
+    subsampled: bool
+
+
+def _inspect(model: Callable[..., Any], guide: Callable[..., Any], args: Any, kwargs: Any) -> _Structure:
+    with poutine.trace(param_only=True) as capture, torch.no_grad():
+        drawn = poutine.trace(guide).get_trace(*args, **kwargs)
+        run = poutine.trace(poutine.replay(model, trace=drawn)).get_trace(*args, **kwargs)
+    nesting, enumerated, subsampled = 0, False, False
+    sites: list[tuple[str, Any]] = [*drawn.nodes.items(), *run.nodes.items()]
+    for name, site in sites:
+        if site["type"] != "sample":
+            continue
+        nesting = max([nesting, *(-frame.dim for frame in site["cond_indep_stack"] if frame.vectorized)])
+        if site["is_observed"]:
+            continue
+        if site_is_subsample(site):
+            subsampled |= len(site["value"]) < site["fn"].size
+        elif site["infer"].get("enumerate"):
+            enumerated = True
+        elif name not in drawn:
+            raise ValueError(
+                f"fit: site {name!r} is latent in the model and not in the guide; if it is discrete and to be summed "
+                f"out, mark it with infer={{'enumerate': 'parallel'}}"
+            )
+    found: list[tuple[str, Any]] = list(capture.trace.nodes.items())
+    parameters = {name: site["value"].unconstrained() for name, site in found}
+    return _Structure(parameters, nesting, enumerated, subsampled)
+
+
+class DensityObjective:
+    r"""The bound from a batch of noise, without traces of the guide: for autoguides with one flow over a normal base.
+
+    .. math::
+        \mathcal{L} = E_\varepsilon[\log w], \quad \log w = \log p(z) - \log q(z), \quad z = T_\phi(\varepsilon); \qquad
+        \mathcal{L}_K = E\Big[\log \tfrac1K \sum_{k=1}^K w_k\Big]
+
+    With the path gradient, the part of :math:`\nabla \mathcal{L}_K` along the draws is the doubly reparametrised
+    :math:`\sum_k \tilde w_k^2 \nabla \log w_k` with normalised weights :math:`\tilde w`; parameters of the model follow
+    :math:`\sum_k \tilde w_k \nabla \log w_k`. Particles whose weight is not finite are left out and counted.
+
+    Args:
+        model, guide, args, kwargs: as for ``SVI``; the guide set up.
+
+    References:
+        Y. Burda, R. Grosse, R. Salakhutdinov (2016). Importance weighted autoencoders. arXiv:1509.00519.
+        G. Tucker, D. Lawson, S. Gu, C. Maddison (2019). Doubly reparameterized gradient estimators. arXiv:1810.04152.
+    """
+
+    route = "batched densities"
+
+    def __init__(self, model: Callable[..., Any], guide: AutoContinuous, args: Any, kwargs: Any) -> None:
+        self.guide: Any = guide
+        self.density = LogDensity(model, guide, args, kwargs)
+        self.parameters = _inspect(model, guide, args, kwargs).parameters
+        with torch.no_grad():
+            self.density.check(self.draw(self.noise(3, torch.Generator().manual_seed(0)))[0])
+
+    def noise(self, particles: int, generator: torch.Generator) -> Tensor:
+        """Draws of the base ``(S, D)``."""
+        like = next(self.guide.get_transform().parameters())
+        return torch.randn(particles, self.guide.latent_dim, generator=generator, dtype=like.dtype).to(like.device)
+
+    def draw(self, noise: Tensor, path: bool = False) -> tuple[Tensor, Tensor]:
+        """Draws ``(S, D)`` and their log q ``(S,)``, with the path gradient or the total one."""
+        transform = self.guide.get_transform()
+        if path:
+            z, noise, ladj = transform.forward_and_path(noise)
+        else:
+            z, ladj = transform.forward_and_ladj(noise)
+        log_base = -0.5 * noise.square().sum(-1) - 0.5 * noise.shape[-1] * math.log(2 * math.pi)
+        return z, log_base - ladj
+
+    def _weigh(self, noise: Tensor, request: Request) -> tuple[Tensor, Tensor]:
+        z, log_q = self.draw(noise, request.path)
+        return z, request.power * self.density(z) - log_q
+
+    def __call__(self, request: Request, generator: torch.Generator) -> Step:
+        noise = self.noise(request.particles, generator)
+        z, log_w = self._weigh(noise, request)
+        finite = log_w.detach().isfinite()
+        dropped = request.particles - int(finite.sum())
+        if dropped == request.particles:
+            return Step(log_w.new_zeros(()), math.nan, dropped)
+        if dropped and torch.is_grad_enabled():
+            # Leaving a particle out of a sum is not enough: its derivative is zero times infinity.
+            z, log_w = self._weigh(torch.where(finite[:, None], noise, noise[finite][0]), request)
+        if request.importance > 1:
+            return _importance_step(z, log_w, finite, request, dropped)
+        mean = log_w[finite].mean()
+        return Step(-mean, float(mean.detach()), dropped)
+
+
+def _importance_step(z: Tensor, log_w: Tensor, finite: Tensor, request: Request, dropped: int) -> Step:
+    groups = torch.where(finite, log_w, -torch.inf).reshape(-1, request.importance)
+    alive = groups.isfinite().any(-1)
+    bound = groups.detach().logsumexp(-1)[alive].mean() - math.log(request.importance)
+    weights = groups.detach().softmax(-1).nan_to_num()
+    if request.path and z.requires_grad:
+        # The second factor of the doubly reparametrised gradient belongs to the draws, not to the model's parameters.
+        z.register_hook(lambda gradient: gradient * weights.reshape(-1, 1))
+    terms = weights * torch.where(weights > 0, groups, 0.0)
+    return Step(-terms.sum() / alive.sum(), float(bound), dropped)
+
+
+class TraceObjective:
+    """The ELBO from Pyro's own traces, enumerated sites summed out: for any model and guide.
+
+    Args:
+        model, guide, args, kwargs: as for ``SVI``.
+        why: why the cheaper route was not taken.
+        vectorise: run all particles at once where that gives the right numbers; one after the other otherwise.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
+        args: Any,
+        kwargs: Any,
+        why: str,
+        vectorise: bool = True,
+    ) -> None:
+        self.model, self.guide, self.args, self.kwargs = model, guide, args, kwargs
+        self.structure = _inspect(model, guide, args, kwargs)
+        self.parameters = self.structure.parameters
+        self.vectorised = vectorise and self._vectorises()
+        self.route = f"Pyro traces ({why}{'' if self.vectorised else '; one particle at a time'})"
+
+    def _vectorises(self) -> bool:
+        try:
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                self._elbo(2, True).loss(self.model, self.guide, *self.args, **self.kwargs)
+                # That it runs does not prove it right. Weights of minibatches cannot be compared.
+                if self.structure.subsampled:
+                    return True
+                return log_weights(self.model, self.guide, *self.args, num_samples=3, **self.kwargs).vectorized
+        except Exception:  # a program may fail in any way under a plate it was not written for
+            return False
+
+    def _elbo(self, particles: int, vectorised: bool) -> Any:
+        if self.structure.enumerated:
+            return TraceEnum_ELBO(
+                particles, self.structure.nesting, vectorize_particles=vectorised, strict_enumeration_warning=False
+            )
+        return Trace_ELBO(particles, self.structure.nesting, vectorize_particles=vectorised)
+
+    def __call__(self, request: Request, generator: torch.Generator) -> Step:
+        if request.importance > 1 or request.power != 1:
+            raise ValueError("fit: importance weighting and tempering need a flow guide on a model that vectorises")
+        particles = request.particles if self.vectorised else min(request.particles, MAX_SEQUENTIAL)
+        with pyro.validation_enabled(False), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Encountered NaN", UserWarning)  # counted, and reported where hopeless
+            elbo = self._elbo(particles, self.vectorised)
+            evaluate = elbo.differentiable_loss if torch.is_grad_enabled() else elbo.loss
+            loss = torch.as_tensor(evaluate(self.model, self.guide, *self.args, **self.kwargs))
+        value = -float(loss.detach())
+        if not math.isfinite(value):
+            return Step(loss.new_zeros(()), math.nan, particles)
+        return Step(loss, value, 0)
+
+
+def make_objective(model: Callable[..., Any], guide: Callable[..., Any], args: Any, kwargs: Any) -> Objective:
+    """The cheapest objective that is right for this model and guide; its ``route`` says which and why.
+
+    Raises:
+        ValueError: if a latent site of the model is neither in the guide nor marked for enumeration.
+    """
+    if not _has_forward_and_ladj(guide):
+        return TraceObjective(model, guide, args, kwargs, "not a flow guide")
+    if _inspect(model, guide, args, kwargs).enumerated:
+        return TraceObjective(model, guide, args, kwargs, "sites are summed out")
+    try:
+        return DensityObjective(model, guide, args, kwargs)  # type: ignore[arg-type]
+    except NotVectorisedError as error:
+        return TraceObjective(model, guide, args, kwargs, str(error), vectorise=False)
+
+
+def _has_forward_and_ladj(guide: Callable[..., Any]) -> bool:
+    if not isinstance(guide, AutoContinuous):
+        return False
+    try:
+        return hasattr(guide.get_transform(), "forward_and_ladj")
+    except NotImplementedError:
+        return False

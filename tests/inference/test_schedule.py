@@ -1,0 +1,95 @@
+"""When a fit explores, refines and ends."""
+
+import math
+import random
+
+import pytest
+
+from pyro_flowguides.inference.schedule import Schedule
+
+
+def run(schedule, elbo):
+    """All steps: (step size, particles) before each."""
+    seen = []
+    while not schedule.done:
+        seen.append((schedule.rate, schedule.batch))
+        schedule.advance(elbo(schedule.step))
+        assert schedule.step <= schedule.steps
+    return seen
+
+
+def noisy(mean, sd=0.1):
+    generator = random.Random(0)
+    return lambda step: mean(step) + generator.gauss(0, sd)
+
+
+def test_a_flat_bound_ends_the_exploration_early_and_says_so():
+    schedule = Schedule(4000, 0.01, 32, 0.01)
+    seen = run(schedule, noisy(lambda step: -5.0))
+    assert len(seen) == schedule.step <= 600 + schedule.refine_steps
+    assert "gained less than 0.01 nats" in schedule.reason
+
+
+def test_a_rising_bound_is_followed_to_the_end():
+    schedule = Schedule(1000, 0.01, 32, 0.01)
+    seen = run(schedule, noisy(lambda step: 0.01 * step))
+    assert len(seen) == 1000
+    assert schedule.reason == "all 1000 steps used"
+    assert schedule.refining_since == 750
+
+
+def test_a_bound_that_rises_and_then_stands_still_ends_where_it_does():
+    schedule = Schedule(4000, 0.01, 32, 0.01)
+    run(schedule, noisy(lambda step: -10 * math.exp(-step / 200)))
+    assert 600 < schedule.refining_since < 2500
+
+
+def test_one_window_of_noise_is_no_standstill():
+    schedule = Schedule(4000, 0.01, 32, 0.01)
+    # A dip in one window of a bound that rises otherwise.
+    run(schedule, noisy(lambda step: 0.01 * step - (2.0 if 300 <= step < 400 else 0.0)))
+    assert schedule.reason == "all 4000 steps used"
+
+
+def test_step_size_warms_up_stays_and_falls_along_a_cosine():
+    rates = [rate for rate, _ in run(Schedule(1000, 0.01, 32, 0.01), noisy(lambda step: float(step)))]
+    assert rates[0] == pytest.approx(0.01 / 50)
+    assert rates[49:750] == pytest.approx([0.01] * 701)
+    assert rates[875] == pytest.approx(0.01 * (0.01 + 0.99 * 0.5))
+    assert rates[750:] == sorted(rates[750:], reverse=True)
+    assert 0.01 * 0.01 <= rates[-1] < 0.01 * 0.0102
+
+
+def test_particles_grow_fourfold_at_the_end_only():
+    batches = [batch for _, batch in run(Schedule(1000, 0.01, 32, 0.01), noisy(lambda step: float(step)))]
+    assert set(batches[:751]) == {32}
+    assert batches[750:] == sorted(batches[750:])
+    assert batches[-1] == pytest.approx(128, abs=1)
+
+
+def test_steps_without_a_bound_are_neither_gain_nor_standstill():
+    schedule = Schedule(1000, 0.01, 32, 0.01)
+    run(schedule, lambda step: math.nan)
+    assert schedule.reason == "all 1000 steps used"
+    assert not schedule.window
+    assert schedule.standstills == 0
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 5, 10])
+def test_no_more_steps_than_asked_for(steps):
+    schedule = Schedule(steps, 0.01, 32, 0.01)
+    assert len(run(schedule, lambda step: 0.0)) == steps
+    assert schedule.reason
+
+
+@pytest.mark.parametrize("stop", [1, 99, 250, 420, 900])
+def test_state_round_trip(stop):
+    elbos = [noisy(lambda step: -5 * math.exp(-step / 50))(step) + 0.001 * (step % 7) for step in range(2000)]
+    schedule = Schedule(2000, 0.01, 32, 0.01)
+    for step in range(stop):
+        if not schedule.done:
+            schedule.advance(elbos[step])
+    other = Schedule(**schedule.state())
+    assert other == schedule
+    assert run(other, lambda step: elbos[step]) == run(schedule, lambda step: elbos[step])
+    assert other == schedule
