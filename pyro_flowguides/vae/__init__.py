@@ -1,0 +1,38 @@
+"""Variational autoencoders with flow posteriors and learned priors."""
+
+from pyro_flowguides.vae.base import IAFVAE, VAE, Terms
+from pyro_flowguides.vae.ema import EMA
+from pyro_flowguides.vae.likelihoods import (
+    LIKELIHOODS,
+    Bernoulli,
+    Categorical,
+    DiscretisedLogistic,
+    DiscretisedLogisticMixture,
+    Likelihood,
+)
+from pyro_flowguides.vae.objective import ImportanceWeightedObjective, Objective, SoftFreeBitsObjective
+from pyro_flowguides.vae.posteriors import NormalPosterior
+from pyro_flowguides.vae.priors import FlowPrior, StandardNormal, VampPrior
+from pyro_flowguides.vae.recipes import MODELS, NETWORKS
+
+__all__ = [
+    "EMA",
+    "IAFVAE",
+    "LIKELIHOODS",
+    "MODELS",
+    "NETWORKS",
+    "VAE",
+    "Bernoulli",
+    "Categorical",
+    "DiscretisedLogistic",
+    "DiscretisedLogisticMixture",
+    "FlowPrior",
+    "ImportanceWeightedObjective",
+    "Likelihood",
+    "NormalPosterior",
+    "Objective",
+    "SoftFreeBitsObjective",
+    "StandardNormal",
+    "Terms",
+    "VampPrior",
+]

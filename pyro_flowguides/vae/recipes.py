@@ -1,0 +1,184 @@
+"""Recipes: one builder per kind of VAE, all with one signature, and their registry."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+from torch import nn
+
+from pyro_flowguides.flows import FLOWS
+from pyro_flowguides.nn import DenseDecoder, DenseEncoder, GaussianEncoder
+from pyro_flowguides.vae.base import IAFVAE, VAE
+from pyro_flowguides.vae.likelihoods import Likelihood, get_likelihood
+from pyro_flowguides.vae.posteriors import NormalPosterior
+from pyro_flowguides.vae.priors import FlowPrior, StandardNormal, VampPrior
+
+__all__ = ["MODELS", "NETWORKS", "get_network", "make_posterior", "make_prior"]
+
+Options: TypeAlias = Mapping[str, Any]
+
+
+class Networks(NamedTuple):
+    """An encoder ``(data_shape, hidden)`` and a decoder ``(latent_dim, data_shape, parameters, hidden)``."""
+
+    encoder: Callable[..., nn.Module]
+    decoder: Callable[..., nn.Module]
+
+
+#: The networks of a VAE by name.
+NETWORKS: dict[str, Networks] = {
+    "mlp": Networks(DenseEncoder, DenseDecoder),
+}
+
+
+def get_network(network: str) -> Networks:
+    """The encoder and decoder of a registered name.
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+    if network not in NETWORKS:
+        raise ValueError(f"unknown network {network!r}: known are {', '.join(NETWORKS)}")
+    return NETWORKS[network]
+
+
+def make_posterior(posterior: str, latent_dim: int, context_dim: int, options: Options | None = None) -> nn.Module:
+    """The posterior of a name: ``"normal"`` or one of :data:`~pyro_flowguides.flows.FLOWS`.
+
+    Raises:
+        ValueError: for an unknown name, or options that a Gaussian does not have.
+    """
+    if posterior == "normal":
+        if options:
+            raise ValueError(f"the normal posterior has no options, got {sorted(options)}")
+        return NormalPosterior()
+    from pyro_flowguides.guides import FlowPosterior
+
+    _check_name("posterior", posterior, ["normal"])
+    return FlowPosterior(latent_dim, context_dim, posterior, **(options or {}))
+
+
+def make_prior(
+    prior: str, latent_dim: int, data_shape: Sequence[int], likelihood: Likelihood, options: Options | None = None
+) -> nn.Module:
+    """The prior of a name: ``"normal"``, ``"vamp"`` or one of :data:`~pyro_flowguides.flows.FLOWS`.
+
+    Raises:
+        ValueError: for an unknown name, or options that a Gaussian does not have.
+    """
+    if prior == "normal":
+        if options:
+            raise ValueError(f"the normal prior has no options, got {sorted(options)}")
+        return StandardNormal(latent_dim)
+    if prior == "vamp":
+        return VampPrior(latent_dim, tuple(data_shape), likelihood.low, likelihood.high, **(options or {}))
+    _check_name("prior", prior, ["normal", "vamp"])
+    return FlowPrior(latent_dim, prior, **(options or {}))
+
+
+def _check_name(what: str, name: str, others: Sequence[str]) -> None:
+    if name not in FLOWS:
+        raise ValueError(f"unknown {what} {name!r}: known are {', '.join([*others, *FLOWS])}")
+
+
+def _parts(
+    data_shape: Sequence[int], likelihood: Likelihood, latent_dim: int, network: str, hidden: int | Sequence[int] | None
+) -> tuple[GaussianEncoder, nn.Module]:
+    """Encoder and decoder of one family of networks, of the same size."""
+    networks, size = get_network(network), {} if hidden is None else {"hidden": hidden}
+    encoder = GaussianEncoder(networks.encoder(tuple(data_shape), **size), latent_dim)
+    decoder = networks.decoder(latent_dim, tuple(data_shape), likelihood.parameters_per_value, **size)
+    return encoder, decoder
+
+
+def vae(
+    data_shape: Sequence[int],
+    *,
+    likelihood: str | Likelihood = "bernoulli",
+    latent_dim: int = 32,
+    posterior: str = "iaf",
+    posterior_options: Options | None = None,
+    prior: str = "normal",
+    prior_options: Options | None = None,
+    network: str = "mlp",
+    hidden: int | Sequence[int] | None = None,
+) -> VAE:
+    """A VAE with the posterior and the prior of a name.
+
+    Args:
+        data_shape: shape of one datum; ``(channels, height, width)`` for the convolutional networks.
+        likelihood: a name in :data:`~pyro_flowguides.vae.LIKELIHOODS`, or a likelihood.
+        latent_dim: width of z.
+        posterior: "normal" or a name in :data:`~pyro_flowguides.flows.FLOWS`.
+        posterior_options: passed to the flow's builder.
+        prior: "normal", "vamp" or a name in :data:`~pyro_flowguides.flows.FLOWS`.
+        prior_options: passed to the flow's builder, or to :class:`~pyro_flowguides.vae.VampPrior`.
+        network: a name in :data:`~pyro_flowguides.vae.NETWORKS`.
+        hidden: the size of the networks, as their documentation says; by default that of the paper.
+
+    Raises:
+        ValueError: for an unknown name or a size that is not positive.
+
+    Example:
+        >>> import torch
+        >>> from pyro_flowguides.vae import MODELS
+        >>> vae = MODELS["vae"]((1, 8, 8), posterior="planar", prior="maf", latent_dim=4, hidden=[32])
+        >>> vae.terms(torch.rand(5, 1, 8, 8), num_samples=2).kl.shape
+        torch.Size([2, 5, 1])
+    """
+    likelihood = get_likelihood(likelihood)
+    encoder, decoder = _parts(data_shape, likelihood, latent_dim, network, hidden)
+    return VAE(
+        encoder,
+        decoder,
+        likelihood,
+        make_posterior(posterior, latent_dim, encoder.context_dim, posterior_options),
+        make_prior(prior, latent_dim, data_shape, likelihood, prior_options),
+        data_shape=data_shape,
+    )
+
+
+def iafvae(
+    data_shape: Sequence[int],
+    *,
+    likelihood: str | Likelihood = "bernoulli",
+    latent_dim: int = 32,
+    posterior: str = "iaf",
+    posterior_options: Options | None = None,
+    prior: str = "normal",
+    prior_options: Options | None = None,
+    network: str = "mlp",
+    hidden: int | Sequence[int] | None = None,
+) -> IAFVAE:
+    """A VAE with gated inverse autoregressive steps as its posterior (Kingma et al. 2016).
+
+    Arguments as for :func:`vae`.
+
+    Raises:
+        ValueError: if ``posterior`` is not "iaf".
+
+    Example:
+        >>> from pyro_flowguides.vae import MODELS
+        >>> MODELS["iafvae"]((8,), latent_dim=4, posterior_options={"depth": 4}).latent_dim
+        4
+    """
+    if posterior != "iaf":
+        raise ValueError(f'iafvae: the posterior is "iaf", got {posterior!r}: use the model "vae" for another one')
+    likelihood = get_likelihood(likelihood)
+    encoder, decoder = _parts(data_shape, likelihood, latent_dim, network, hidden)
+    return IAFVAE(
+        encoder,
+        decoder,
+        likelihood,
+        make_prior(prior, latent_dim, data_shape, likelihood, prior_options),
+        data_shape=data_shape,
+        **(posterior_options or {}),
+    )
+
+
+#: Every kind of VAE by name: what the training program, the tests and the benchmarks iterate over.
+MODELS: dict[str, Callable[..., VAE]] = {
+    "vae": vae,
+    "iafvae": iafvae,
+}
