@@ -21,6 +21,7 @@ from pyro_flowguides.guides import (
     AutoRadial,
     AutoRealNVP,
     AutoSylvester,
+    FlowPosterior,
 )
 from pyro_flowguides.inference import (
     VSBC,
@@ -50,6 +51,7 @@ __all__ = [
     "Diagnosis",
     "FitDivergedError",
     "FitResult",
+    "FlowPosterior",
     "agreement",
     "compare",
     "diagnose",

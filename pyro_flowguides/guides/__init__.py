@@ -1,4 +1,4 @@
-"""Autoguides made from flow recipes."""
+"""Autoguides and amortised posteriors made from flow recipes."""
 
 from pyro_flowguides.guides.autoflow import (
     AutoFlow,
@@ -10,5 +10,16 @@ from pyro_flowguides.guides.autoflow import (
     AutoRealNVP,
     AutoSylvester,
 )
+from pyro_flowguides.guides.posterior import FlowPosterior
 
-__all__ = ["AutoFlow", "AutoIAF", "AutoMAF", "AutoNICE", "AutoPlanar", "AutoRadial", "AutoRealNVP", "AutoSylvester"]
+__all__ = [
+    "AutoFlow",
+    "AutoIAF",
+    "AutoMAF",
+    "AutoNICE",
+    "AutoPlanar",
+    "AutoRadial",
+    "AutoRealNVP",
+    "AutoSylvester",
+    "FlowPosterior",
+]

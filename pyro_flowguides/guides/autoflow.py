@@ -20,7 +20,7 @@ from pyro_flowguides.guides import structure
 from pyro_flowguides.guides.distribution import PathDistribution
 from pyro_flowguides.guides.images import AsImages
 from pyro_flowguides.guides.initial import InitialValue, check_finite
-from pyro_flowguides.guides.parameters import Token, bind
+from pyro_flowguides.guides.parameters import Token, bind, drop_references
 from pyro_flowguides.transforms import Compose, ElementwiseAffine, Flow, LowerTriangularAffine
 
 __all__ = ["AutoFlow", "AutoIAF", "AutoMAF", "AutoNICE", "AutoPlanar", "AutoRadial", "AutoRealNVP", "AutoSylvester"]
@@ -311,8 +311,7 @@ class AutoFlow(AutoContinuous):
             state["_model"] = None
         if self._built is not None:
             state["_init"] = state["_builder"] = None  # they have done their work, and may be local functions
-            for parameter in self._built.parameters():
-                parameter.__dict__.pop("unconstrained", None)  # a weak reference put there by Pyro's store
+            drop_references(self._built)
         return state
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AutoFlow:

@@ -7,6 +7,7 @@ from typing import cast
 import pyro.distributions as dist
 import torch
 from pyro.distributions.score_parts import ScoreParts
+from pyro.distributions.util import detach
 from pyro.ops.provenance import detach_provenance
 from torch import Tensor
 
@@ -43,4 +44,4 @@ class PathDistribution(dist.TransformedDistribution):
         (flow,) = self.transforms
         assert isinstance(flow, Flow)
         base, ladj = flow.inverse_on_path(x, flow.inv(x))
-        return ScoreParts(log_prob, zero, self.base_dist.log_prob(base) - ladj)
+        return ScoreParts(log_prob, zero, detach(self.base_dist).log_prob(base) - ladj)

@@ -18,7 +18,7 @@ from pyro.params.param_store import param_with_module_name
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-__all__ = ["Token", "bind"]
+__all__ = ["Token", "bind", "drop_references", "registered_name"]
 
 
 class Token:
@@ -45,6 +45,19 @@ def bind(guide: PyroModule, attribute: str, token: Token) -> None:
     for name, parameter in parameters.items():
         _owners[parameter] = token
         _adopt(_full(guide._pyro_name, attribute, name), parameter)
+
+
+def registered_name(parameter: Tensor) -> str | None:
+    """The name under which this very tensor is in Pyro's store, if it is."""
+    store = pyro.get_param_store()
+    name: str | None = store.param_name(parameter)
+    return name if name is not None and store._params.get(name) is parameter else None
+
+
+def drop_references(module: nn.Module) -> None:
+    """Drop the weak references that Pyro's store leaves on the parameters: they cannot be pickled."""
+    for parameter in module.parameters():
+        parameter.__dict__.pop("unconstrained", None)
 
 
 def _full(owner: str, attribute: str, name: str) -> str:
