@@ -10,6 +10,8 @@ import pyro
 import torch
 from torch import Tensor, nn
 
+from pyro_flowguides.guides import FlowPosterior
+from pyro_flowguides.nn import data_dependent_initialisation
 from pyro_flowguides.vae.likelihoods import Likelihood
 from pyro_flowguides.vae.registration import Registration
 
@@ -140,7 +142,8 @@ class VAE(nn.Module):
         self._check(x)
         posterior = self.posterior_at(x)
         z = posterior.rsample((num_samples,))
-        kl = posterior.log_prob(z) - self.prior_distribution().log_prob(z)
+        log_q = posterior.score_parts(z).entropy_term  # the log density, with the path gradient if that was asked for
+        kl = log_q - self.prior_distribution().log_prob(z)
         return Terms(self.conditional_log_prob(z, x), kl[..., None], z)
 
     def model(self, x: Tensor) -> None:
@@ -266,9 +269,11 @@ class VAE(nn.Module):
         """
         self._check(x)
         self.likelihood.check(x)
-        initialise = getattr(self.prior, "initialise", None)
-        if initialise is not None:
-            initialise(x)
+        start_prior: Any = getattr(self.prior, "initialise", None)
+        if start_prior is not None:
+            start_prior(x)
+        with data_dependent_initialisation(self):
+            self.terms(x)
 
 
 class IAFVAE(VAE):
@@ -303,8 +308,6 @@ class IAFVAE(VAE):
         data_shape: Sequence[int],
         **flow_options: Any,
     ) -> None:
-        from pyro_flowguides.guides import FlowPosterior
-
         options = {"update": "gated", **flow_options}
         posterior = FlowPosterior(int(encoder.latent_dim), int(encoder.context_dim), "iaf", **options)  # type: ignore[arg-type]
         super().__init__(encoder, decoder, likelihood, posterior, prior, data_shape=data_shape)

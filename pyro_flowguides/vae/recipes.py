@@ -8,7 +8,16 @@ from typing import Any, NamedTuple, TypeAlias
 from torch import nn
 
 from pyro_flowguides.flows import FLOWS
-from pyro_flowguides.nn import DenseDecoder, DenseEncoder, GaussianEncoder
+from pyro_flowguides.guides import FlowPosterior
+from pyro_flowguides.nn import (
+    DenseDecoder,
+    DenseEncoder,
+    GatedConvDecoder,
+    GatedConvEncoder,
+    GaussianEncoder,
+    ResNetDecoder,
+    ResNetEncoder,
+)
 from pyro_flowguides.vae.base import IAFVAE, VAE
 from pyro_flowguides.vae.likelihoods import Likelihood, get_likelihood
 from pyro_flowguides.vae.posteriors import NormalPosterior
@@ -26,9 +35,18 @@ class Networks(NamedTuple):
     decoder: Callable[..., nn.Module]
 
 
+def _gated_decoder(
+    latent_dim: int, data_shape: Sequence[int], parameters: int, hidden: int | None = None
+) -> GatedConvDecoder:
+    """The gated decoder, whose first layer reads z itself: the number of the encoder's features is no size of it."""
+    return GatedConvDecoder(latent_dim, data_shape, parameters)
+
+
 #: The networks of a VAE by name.
 NETWORKS: dict[str, Networks] = {
     "mlp": Networks(DenseEncoder, DenseDecoder),
+    "gated": Networks(GatedConvEncoder, _gated_decoder),
+    "resnet": Networks(ResNetEncoder, ResNetDecoder),
 }
 
 
@@ -53,8 +71,6 @@ def make_posterior(posterior: str, latent_dim: int, context_dim: int, options: O
         if options:
             raise ValueError(f"the normal posterior has no options, got {sorted(options)}")
         return NormalPosterior()
-    from pyro_flowguides.guides import FlowPosterior
-
     _check_name("posterior", posterior, ["normal"])
     return FlowPosterior(latent_dim, context_dim, posterior, **(options or {}))
 
