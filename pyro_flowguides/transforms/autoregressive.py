@@ -82,7 +82,8 @@ class _Autoregressive(ConditionerFlow):
         return z * log_scale.exp() + shift, log_scale.sum(-1)
 
     def _sequential(self, w: Tensor, theta: Theta, known: Known = None) -> tuple[Tensor, Tensor]:
-        z = autoregressive_root(lambda z: self._elementwise(z, theta), w, self.input_dim, known)
+        rank = self.conditioner.get_buffer("order").argsort()
+        z = autoregressive_root(lambda z: self._elementwise(z, theta), w, rank, known)
         return z, self._elementwise(z, theta)[0].sum(-1)
 
     def extra_repr(self) -> str:

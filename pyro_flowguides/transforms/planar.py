@@ -27,7 +27,7 @@ class Planar(Flow):
     (:func:`~pyro_flowguides.transforms.solve.tanh_root`), then :math:`x = y - \hat u \tanh t`. With D = 1 the flow is a
     monotone scalar function with one tanh step.
 
-    Cost: O(D) forward; O(D) and about ten ``tanh`` inverse. Starts within 1e-2 of the identity.
+    Cost: O(D) forward; O(D) and four to eight ``tanh`` inverse. Starts within 1e-2 of the identity.
 
     Args:
         input_dim: D.

@@ -7,6 +7,7 @@ the derivatives of the implicit function theorem.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,11 +15,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["autoregressive_root", "tanh_root", "tracing"]
+__all__ = ["autoregressive_root", "newton_steps", "tanh_newton", "tanh_root", "tracing"]
 
 Elementwise = Callable[[Tensor], tuple[Tensor, Tensor]]
 
-#: Newton steps on one scalar equation: 3 + 2 log10(k) are enough in float64, so that these reach k = 1e10.
+#: Most Newton steps on one scalar equation (:func:`newton_steps`), enough for k = 1e10.
 NEWTON_STEPS = 24
 
 
@@ -40,86 +41,102 @@ def tanh_root(k: Tensor, q: Tensor, known: Tensor | None = None) -> Tensor:
     nearer to it; and the left side is concave (:math:`k \ge 0`) or convex (:math:`k < 0`), so that Newton's method
     approaches the root monotonically from that nearer bound. Steps are kept inside the bracket all the same.
 
-    Cost: about ten ``tanh`` per element; never more than ``NEWTON_STEPS``, always that many under tracing; one if the
-    root is ``known`` and only its derivatives are wanted.
+    Cost: ``newton_steps(k)`` evaluations of ``tanh`` per element, and one more for the derivatives; only that one if
+    the root is ``known``.
     """
     if known is None:
         with torch.no_grad():
-            known = _tanh_newton(k.detach(), q.detach())
+            known = tanh_newton(k.detach(), q.detach(), newton_steps(k))
     t = known.detach()
     tanh = t.tanh()
     slope = 1 + k * (1 - tanh * tanh)
     return t - (t + k * tanh - q) / slope.detach()
 
 
-def _tanh_newton(k: Tensor, q: Tensor) -> Tensor:
+@torch.no_grad()
+def newton_steps(k: Tensor) -> int:
+    r"""How many Newton steps :math:`t + k \tanh t = q` takes in float64, whatever q: :math:`3 + 2 |\log_{10}(1 + k)|`.
+
+    They are counted from the extreme slopes before the first step, so that no step waits for the outcome of the one
+    before. Under tracing, where the slopes are not known, the most there can be.
+    """
+    if tracing(k) or k.numel() == 0:
+        return NEWTON_STEPS
+    needed = 3 + 2 * (1 + k).log10().abs().amax().item()
+    return math.ceil(needed) if needed <= NEWTON_STEPS else NEWTON_STEPS  # also where it is not a number
+
+
+def tanh_newton(k: Tensor, q: Tensor, steps: int) -> Tensor:
+    """The root of :func:`tanh_root` without derivatives."""
     magnitude = q.abs()
     saturated, linear = magnitude - k, magnitude / (1 + k)
     near = torch.where(k >= 0, torch.maximum(saturated, linear), torch.minimum(saturated, linear))
     low, high = torch.minimum(near, magnitude), torch.maximum(near, magnitude)
-    tolerance = 4 * torch.finfo(q.dtype).eps
-    static = tracing(k, q)
-    t = near
-    for _ in range(NEWTON_STEPS):
+    one, t = torch.ones_like(near), near
+    for _ in range(steps):
         tanh = t.tanh()
-        residual = t + k * tanh - magnitude
-        t = torch.minimum(torch.maximum(t - residual / (1 + k * (1 - tanh * tanh)), low), high)
-        if not static and bool((residual.abs() <= tolerance * (t + magnitude)).all()):
-            break
+        residual = torch.addcmul(t - magnitude, k, tanh)
+        slope = torch.addcmul(one, k, torch.addcmul(one, tanh, tanh, value=-1))
+        t = torch.addcdiv(t, residual, slope, value=-1).clamp(low, high)
     return torch.copysign(t, q)
 
 
-def autoregressive_root(elementwise: Elementwise, w: Tensor, passes: int, known: Tensor | None = None) -> Tensor:
+def autoregressive_root(elementwise: Elementwise, w: Tensor, rank: Tensor, known: Tensor | None = None) -> Tensor:
     r"""The root :math:`z` of :math:`e^{a(z)} \odot z + m(z) = w`, where :math:`a_i, m_i` read only earlier coordinates.
 
     Jacobi iteration :math:`z \leftarrow (w - m(z)) e^{-a(z)}`: after :math:`k` passes the first :math:`k` coordinates
-    are final whatever the others hold, so that ``passes`` = D is exact; it stops before, when a pass moves nothing by
-    more than rounding does. Later coordinates may overflow on the way; they are kept finite and cannot reach earlier
-    ones. Gradients solve the transposed triangular system in the same way.
+    are final whatever the others hold, so that D passes give what solving for one coordinate after the other gives.
+    It stops before, at the first iterate that satisfies the equations to rounding: what is returned early has been put
+    to the test itself. Coordinates that are not final may grow without bound on the way. They are kept within the
+    square root of the largest number, from where no network reaches an infinity that would spoil earlier coordinates
+    through weights of zero. Gradients solve the transposed triangular system in the same way.
 
     Under tracing (compile, vmap, jit, meta) all passes run, recorded: the same values and gradients, more memory.
 
     Args:
         elementwise: ``z -> (log-scale a, shift m)``.
         w: right-hand side ``(..., D)``.
-        passes: D.
+        rank: place of each coordinate in the order, ``(D,)``.
         known: the root, if it is known and only its derivatives are wanted.
     """
     if known is None and tracing(w):
         z = w
-        for _ in range(passes):
-            z = _jacobi(elementwise, z, w)[0]
+        for done in range(len(rank)):
+            z = _bounded(_jacobi(elementwise, z, w)[0], rank <= done)
         return z
     with torch.no_grad():
-        z = _iterate(elementwise, w, passes) if known is None else known
+        z = _iterate(elementwise, w, rank) if known is None else known
     if not torch.is_grad_enabled():
         return z
     log_scale, shift = elementwise(z)
     residual = w - (z * log_scale.exp() + shift)
     if not residual.requires_grad:
         return z
-    root: Tensor = _ImplicitRoot.apply(residual, z, elementwise, passes)
+    root: Tensor = _ImplicitRoot.apply(residual, z, elementwise, len(rank))
     return root
 
 
 def _jacobi(elementwise: Elementwise, z: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-    """One pass, kept finite, and the size of the rounding error it carries."""
+    """One pass, and the size of the rounding error it carries."""
     log_scale, shift = elementwise(z)
     inverse_scale = torch.exp(-log_scale)
-    huge = torch.finfo(w.dtype).max ** 0.5
-    update = torch.nan_to_num((w - shift) * inverse_scale, nan=0.0, posinf=huge, neginf=-huge)
-    return update, (w.abs() + shift.abs()) * inverse_scale
+    return (w - shift) * inverse_scale, (w.abs() + shift.abs()) * inverse_scale
 
 
-def _iterate(elementwise: Elementwise, w: Tensor, passes: int) -> Tensor:
+def _bounded(z: Tensor, final: Tensor) -> Tensor:
+    """What is not final kept finite, and small enough for the products inside a network."""
+    huge = torch.finfo(z.dtype).max ** 0.5
+    return torch.where(final, z, z.nan_to_num(nan=0.0).clamp(-huge, huge))
+
+
+def _iterate(elementwise: Elementwise, w: Tensor, rank: Tensor) -> Tensor:
     tolerance = 4 * torch.finfo(w.dtype).eps
-    z, _ = _jacobi(elementwise, w, w)
-    for _ in range(passes - 1):
+    z = w
+    for done in range(len(rank)):
         update, size = _jacobi(elementwise, z, w)
-        settled = bool(((update - z).abs() <= tolerance * size).all())
-        z = update
-        if settled:
-            break
+        if done + 1 < len(rank) and bool(((update - z).abs() <= tolerance * size).all()):
+            return z.expand_as(update)  # a batched context may have more dimensions than w
+        z = _bounded(update, rank <= done)
     return z
 
 

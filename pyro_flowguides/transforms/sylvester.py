@@ -13,7 +13,7 @@ from pyro_flowguides.transforms.algebra import matvec, solve_triangle
 from pyro_flowguides.transforms.base import AmortisedFlow, Flow, Known, Theta
 from pyro_flowguides.transforms.bounds import shrink
 from pyro_flowguides.transforms.householder import paired_vectors, reflect
-from pyro_flowguides.transforms.solve import tanh_root
+from pyro_flowguides.transforms.solve import newton_steps, tanh_newton, tracing
 
 __all__ = [
     "ConditionalHouseholderSylvester",
@@ -87,16 +87,19 @@ class _Sylvester(Flow):
                 v = _back_substitute(r, r_tilde, product, theta["b"], target)
             else:
                 v = self._analyse(known, theta)
-        v = v.detach()
-        # One Newton step on the whole system gives v the derivatives of the implicit function theorem.
-        tanh = (matvec(r_tilde, v) + theta["b"]).tanh()
-        residual = v + matvec(r, tanh) - target
-        jacobian = (
-            torch.eye(self.bottleneck, dtype=y.dtype, device=y.device) + (r * (1 - tanh * tanh)[..., None, :]) @ r_tilde
-        )
-        v = v - solve_triangle(jacobian.detach(), residual, upper=True)
+        if torch.is_grad_enabled() or tracing(v):
+            v = self._differentiable(v.detach(), r, r_tilde, theta["b"], target)
         tanh = (matvec(r_tilde, v) + theta["b"]).tanh()
         return y - self._synthesise(matvec(r, tanh), theta), ((1 - tanh * tanh) * product).log1p().sum(-1)
+
+    @staticmethod
+    def _differentiable(v: Tensor, r: Tensor, r_tilde: Tensor, b: Tensor, target: Tensor) -> Tensor:
+        """One Newton step on the whole system gives v the derivatives of the implicit function theorem."""
+        tanh = (matvec(r_tilde, v) + b).tanh()
+        residual = v + matvec(r, tanh) - target
+        identity = torch.eye(v.shape[-1], dtype=v.dtype, device=v.device)
+        jacobian = identity + (r * (1 - tanh * tanh)[..., None, :]) @ r_tilde
+        return v - solve_triangle(jacobian.detach(), residual, upper=True)
 
     def extra_repr(self) -> str:
         return f"{self.input_dim}, bottleneck={self.bottleneck}"
@@ -108,19 +111,16 @@ def _back_substitute(r: Tensor, r_tilde: Tensor, product: Tensor, b: Tensor, tar
     With :math:`s_i = (\tilde R v + b)_i = \tilde R_{ii} v_i + c_i`, the i-th equation reads
     :math:`s_i + R_{ii} \tilde R_{ii} \tanh s_i = \tilde R_{ii} (t_i - \sum_{j>i} R_{ij} \tanh s_j) + c_i`.
     """
-    m = r.shape[-1]
-    values: list[Tensor] = []  # v_{i+1}, ..., v_m
-    steps: list[Tensor] = []  # tanh of s_{i+1}, ..., s_m
-    for i in reversed(range(m)):
-        rest, c = target[..., i], b[..., i]
-        if values:
-            rest = rest - (r[..., i, i + 1 :] * torch.stack(steps, -1)).sum(-1)
-            c = c + (r_tilde[..., i, i + 1 :] * torch.stack(values, -1)).sum(-1)
-        k, q = torch.broadcast_tensors(product[..., i], r_tilde[..., i, i] * rest + c)
-        step = tanh_root(k, q).tanh()
-        steps.insert(0, step)
-        values.insert(0, (rest - r[..., i, i] * step).expand_as(step))
-    return torch.stack(torch.broadcast_tensors(*values), -1)
+    steps = newton_steps(product)
+    values: list[Tensor] = []  # v_m, v_{m-1}, ...
+    rest, c = target, b  # the sums in them grow as coordinates become known
+    for i in reversed(range(r.shape[-1])):
+        tanh = tanh_newton(product[..., i], r_tilde[..., i, i] * rest[..., i] + c[..., i], steps).tanh()
+        v = rest[..., i] - r[..., i, i] * tanh
+        values.append(v)
+        rest = torch.addcmul(rest[..., :i], r[..., :i, i], tanh[..., None], value=-1)
+        c = torch.addcmul(c[..., :i], r_tilde[..., :i, i], v[..., None])
+    return torch.stack(values[::-1], -1)
 
 
 class OrthogonalSylvester(_Sylvester):
