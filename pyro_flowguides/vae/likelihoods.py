@@ -33,7 +33,7 @@ class Likelihood(nn.Module):
     Every value (pixel and channel, or coordinate) is independent of the others given its parameters.
 
     Shapes:
-        params ``(..., parameters_per_value)``; x ``(...)``, broadcast against the leading dimensions of params.
+        params ``(..., parameters_per_value)``; x ``(...)``; the leading dimensions of both broadcast.
     """
 
     parameters_per_value: int
@@ -140,8 +140,7 @@ class Bernoulli(Likelihood):
     wanted = "bits or numbers in [0, 1]: divide 8-bit pixels by 255"
 
     def log_prob(self, params: Tensor, x: Tensor) -> Tensor:
-        logits = params[..., 0]
-        target = x.to(logits.dtype).expand(logits.shape)
+        logits, target = torch.broadcast_tensors(params[..., 0], x.to(params.dtype))
         return -F.binary_cross_entropy_with_logits(logits, target, reduction="none")
 
     def mean(self, params: Tensor) -> Tensor:
@@ -180,9 +179,9 @@ class Categorical(_Pixels):
     parameters_per_value = 256
 
     def log_prob(self, params: Tensor, x: Tensor) -> Tensor:
-        log_probs = params.log_softmax(-1)
-        index = x.to(torch.long).expand(params.shape[:-1])
-        return log_probs.gather(-1, index[..., None])[..., 0]
+        shape = torch.broadcast_shapes(params.shape[:-1], x.shape)
+        log_probs = params.log_softmax(-1).expand(*shape, 256)
+        return log_probs.gather(-1, x.to(torch.long).expand(shape)[..., None])[..., 0]
 
     def mean(self, params: Tensor) -> Tensor:
         return params.softmax(-1) @ torch.arange(256, dtype=params.dtype, device=params.device)
