@@ -17,7 +17,7 @@ def check_everything_learns(vae, x):
     vae.initialise(x)
     for part in (vae.posterior, vae.prior):
         randomise(part, 0.1)
-    loss, metrics = Objective()(vae.terms(x, num_samples=2), step=0)
+    loss, _ = Objective()(vae.terms(x, num_samples=2), step=0)
     assert loss.isfinite()
     loss.backward()
     for name, parameter in vae.named_parameters():
