@@ -21,6 +21,7 @@ def _metrics(terms: Terms, loss: Tensor, **more: Tensor) -> dict[str, Tensor]:
 def _over_processes(mean: Tensor) -> Tensor:
     """The mean over all processes of a distributed training step, so that all take the same decision."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
+        mean = mean.clone()  # the reduction is in place
         torch.distributed.all_reduce(mean)
         mean = mean / torch.distributed.get_world_size()
     return mean
@@ -143,7 +144,7 @@ class SoftFreeBitsObjective(nn.Module):
         gamma, kl = self.gamma.clone(), terms.kl.sum(-1).mean()
         loss = weight * gamma * kl - terms.log_likelihood.mean()
         if self.training and weight == 1.0:
-            self._update(_over_processes(kl.detach().clone()))
+            self._update(_over_processes(kl.detach()))
         return loss, _metrics(terms, loss, kl_weight=weight * gamma, gamma=gamma)
 
     @torch.no_grad()
