@@ -11,7 +11,14 @@ from torch import Tensor, nn
 from pyro_flowguides.nn.mlp import MLP
 from pyro_flowguides.nn.ordering import as_permutation
 
-__all__ = ["MADE"]
+__all__ = ["MADE", "layer_masks"]
+
+
+def layer_masks(degrees: Sequence[Tensor], outputs: int) -> list[Tensor]:
+    """The masks of all layers for the degrees of the inputs and of every hidden layer, see :class:`MADE`."""
+    masks = [later[:, None] >= earlier for earlier, later in itertools.pairwise(degrees)]
+    masks.append((degrees[0][:, None] > degrees[-1]).repeat(outputs, 1))
+    return masks
 
 
 class MADE(MLP):
@@ -67,9 +74,7 @@ class MADE(MLP):
         order = as_permutation("MADE", input_dim, order)
         lowest = min(lowest_degree, input_dim - 1)
         hidden = [lowest + torch.arange(max(width, 0)) * (input_dim - lowest) // width for width in hidden_dims]
-        degrees = [order.argsort() + 1, *hidden]
-        masks = [later[:, None] >= earlier for earlier, later in itertools.pairwise(degrees)]
-        masks.append((degrees[0][:, None] > degrees[-1]).repeat(outputs, 1))
+        masks = layer_masks([order.argsort() + 1, *hidden], outputs)
         super().__init__(input_dim, hidden_dims, outputs * input_dim, activation, masks)
         self.outputs = outputs
         self.register_buffer("order", order)
