@@ -174,7 +174,7 @@ def iaf(
         context_dim: width of the context, 0 for none.
         depth: number of layers.
         hidden_dims: widths of each layer's MADE (default 64, 64).
-        **options: ``update`` ("affine" or "gated") and ``activation``, see
+        **options: ``update`` ("affine", "gated" or "shift") and ``activation``, see
             :class:`~pyro_flowguides.transforms.InverseAutoregressive`.
 
     Raises:

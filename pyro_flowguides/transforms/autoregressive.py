@@ -43,7 +43,12 @@ def _gated(raw: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
     return log_gate, -log_gate.expm1() * shift
 
 
-UPDATES = {"affine": _affine, "gated": _gated}
+def _shift(raw: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    """A shift alone ("mean only"): the log-scale is zero whatever the network says."""
+    return 0 * raw, shift
+
+
+UPDATES = {"affine": _affine, "gated": _gated, "shift": _shift}
 
 
 class _Autoregressive(ConditionerFlow):
@@ -112,7 +117,7 @@ class InverseAutoregressive(_Autoregressive):
         input_dim: D.
         hidden_dims: widths of the MADE, any (also below D).
         order: a permutation of ``range(D)``, the first coordinate to come first (default: natural order).
-        update: "affine" or "gated".
+        update: "affine", "gated", or "shift" (:math:`y_i = x_i + m_i`, volume preserving).
         activation: elementwise nonlinearity of the MADE.
         lowest_degree: see :class:`~pyro_flowguides.nn.MADE`.
 
@@ -161,7 +166,7 @@ class MaskedAutoregressive(_Autoregressive):
         input_dim: D.
         hidden_dims: widths of the MADE, any (also below D).
         order: a permutation of ``range(D)``, the first coordinate to come first (default: natural order).
-        update: "affine" or "gated", see :class:`InverseAutoregressive`.
+        update: "affine", "gated" or "shift", see :class:`InverseAutoregressive`.
         activation: elementwise nonlinearity of the MADE.
         lowest_degree: see :class:`~pyro_flowguides.nn.MADE`.
 
