@@ -2,6 +2,7 @@
 
 from pyro_flowguides.vae.base import IAFVAE, VAE, Terms
 from pyro_flowguides.vae.ema import EMA
+from pyro_flowguides.vae.hierarchical import ConvIAF, HierarchicalVAE
 from pyro_flowguides.vae.likelihoods import (
     LIKELIHOODS,
     Bernoulli,
@@ -24,9 +25,11 @@ __all__ = [
     "VAE",
     "Bernoulli",
     "Categorical",
+    "ConvIAF",
     "DiscretisedLogistic",
     "DiscretisedLogisticMixture",
     "FlowPrior",
+    "HierarchicalVAE",
     "ImportanceWeightedObjective",
     "Likelihood",
     "NormalPosterior",

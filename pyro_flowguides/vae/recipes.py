@@ -19,6 +19,7 @@ from pyro_flowguides.nn import (
     ResNetEncoder,
 )
 from pyro_flowguides.vae.base import IAFVAE, VAE
+from pyro_flowguides.vae.hierarchical import HierarchicalVAE
 from pyro_flowguides.vae.likelihoods import Likelihood, get_likelihood
 from pyro_flowguides.vae.posteriors import NormalPosterior
 from pyro_flowguides.vae.priors import FlowPrior, StandardNormal, VampPrior
@@ -68,8 +69,7 @@ def make_posterior(posterior: str, latent_dim: int, context_dim: int, options: O
         ValueError: for an unknown name, or options that a Gaussian does not have.
     """
     if posterior == "normal":
-        if options:
-            raise ValueError(f"the normal posterior has no options, got {sorted(options)}")
+        _check_no_options("normal posterior", options)
         return NormalPosterior()
     _check_name("posterior", posterior, ["normal"])
     return FlowPosterior(latent_dim, context_dim, posterior, **(options or {}))
@@ -84,8 +84,7 @@ def make_prior(
         ValueError: for an unknown name, or options that a Gaussian does not have.
     """
     if prior == "normal":
-        if options:
-            raise ValueError(f"the normal prior has no options, got {sorted(options)}")
+        _check_no_options("normal prior", options)
         return StandardNormal(latent_dim)
     if prior == "vamp":
         return VampPrior(latent_dim, tuple(data_shape), likelihood.low, likelihood.high, **(options or {}))
@@ -96,6 +95,11 @@ def make_prior(
 def _check_name(what: str, name: str, others: Sequence[str]) -> None:
     if name not in FLOWS:
         raise ValueError(f"unknown {what} {name!r}: known are {', '.join([*others, *FLOWS])}")
+
+
+def _check_no_options(what: str, options: Options | None) -> None:
+    if options:
+        raise ValueError(f"the {what} has no options, got {sorted(options)}")
 
 
 def _parts(
@@ -193,8 +197,65 @@ def iafvae(
     )
 
 
+def hierarchical(
+    data_shape: Sequence[int],
+    *,
+    likelihood: str | Likelihood = "logistic",
+    latent_dim: int = 32,
+    posterior: str = "iaf",
+    posterior_options: Options | None = None,
+    prior: str = "normal",
+    prior_options: Options | None = None,
+    network: str = "resnet",
+    hidden: int | None = None,
+    **options: Any,
+) -> HierarchicalVAE:
+    """The hierarchical bidirectional ResNet-IAF (Kingma et al. 2016), whose network and prior are its own.
+
+    Args:
+        data_shape: ``(channels, height, width)``.
+        likelihood: as for :func:`vae`.
+        latent_dim: channels of each layer's latent map.
+        posterior: "iaf" or "normal".
+        posterior_options: for "iaf": ``steps`` per layer (1) and their ``step_width``.
+        prior: "normal", which each layer shifts and scales.
+        prior_options: none.
+        network: "resnet".
+        hidden: channels of the deterministic features (64).
+        **options: ``scales`` and ``layers`` of :class:`~pyro_flowguides.vae.HierarchicalVAE`.
+
+    Raises:
+        ValueError: for another posterior, prior or network.
+
+    Example:
+        >>> from pyro_flowguides.vae import MODELS
+        >>> MODELS["hierarchical"]((1, 8, 8), latent_dim=2, hidden=8, scales=1, layers=2).latent_dim
+        64
+    """
+    for what, name, known in (
+        ("posterior", posterior, ["iaf", "normal"]),
+        ("prior", prior, ["normal"]),
+        ("network", network, ["resnet"]),
+    ):
+        if name not in known:
+            raise ValueError(f"hierarchical: the {what} must be {' or '.join(map(repr, known))}, got {name!r}")
+    _check_no_options("normal prior", prior_options)
+    if posterior == "normal":
+        _check_no_options("normal posterior", posterior_options)
+        options["steps"] = 0
+    return HierarchicalVAE(
+        data_shape,
+        get_likelihood(likelihood),
+        channels=latent_dim,
+        width=64 if hidden is None else hidden,
+        **(posterior_options or {}),
+        **options,
+    )
+
+
 #: Every kind of VAE by name: what the training program, the tests and the benchmarks iterate over.
 MODELS: dict[str, Callable[..., VAE]] = {
     "vae": vae,
     "iafvae": iafvae,
+    "hierarchical": hierarchical,
 }

@@ -50,7 +50,7 @@ def test_every_network_and_likelihood(likelihood, network):
 
 @pytest.mark.parametrize("model", MODELS)
 def test_every_model_with_its_defaults(model):
-    vae = MODELS[model]((1, 8, 8))
+    vae = MODELS[model]((1, 8, 8), likelihood="bernoulli", latent_dim=4)
     x = torch.rand(4, 1, 8, 8)
     vae.initialise(x)
     terms = vae.terms(x, num_samples=2)
@@ -89,6 +89,23 @@ def test_the_iaf_vae_has_gated_steps():
 def test_what_cannot_be_built_says_so(options, message):
     with pytest.raises(ValueError, match=message):
         MODELS["vae"]((6,), **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"posterior": "planar"}, "the posterior must be 'iaf' or 'normal'"),
+        ({"prior": "maf"}, "the prior must be 'normal'"),
+        ({"network": "mlp"}, "the network must be 'resnet'"),
+        ({"prior_options": {"depth": 2}}, "no options"),
+        ({"posterior": "normal", "posterior_options": {"steps": 2}}, "no options"),
+        ({"posterior_options": {"steps": -1}}, "at least 1"),
+        ({"posterior_options": {"step_width": 2}}, "width must be at least the 4 channels"),
+    ],
+)
+def test_the_hierarchical_vae_says_what_it_is_made_of(options, message):
+    with pytest.raises(ValueError, match=message):
+        MODELS["hierarchical"]((1, 8, 8), **{"latent_dim": 4, "hidden": 8, **options})
 
 
 def test_the_iaf_vae_refuses_another_posterior():
