@@ -13,6 +13,7 @@ from pyro_flowguides.nn.pixelcnn import PixelCNN
 from pyro_flowguides.nn.pixelcnnpp import PixelCNNPlusPlus
 from pyro_flowguides.nn.pixelrnn import DiagonalBiLSTM, PixelRNN, RowLSTM
 from pyro_flowguides.nn.resnet import ResNetDecoder, ResNetEncoder
+from pyro_flowguides.nn.spatial import SpatialDecoder, SpatialEncoder
 from pyro_flowguides.nn.wavenet import WaveNet
 from pyro_flowguides.nn.weight_norm import WeightNormConv2d, WeightNormLinear, data_dependent_initialisation
 
@@ -37,6 +38,8 @@ __all__ = [
     "ResNetDecoder",
     "ResNetEncoder",
     "RowLSTM",
+    "SpatialDecoder",
+    "SpatialEncoder",
     "WaveNet",
     "WeightNormConv2d",
     "WeightNormLinear",

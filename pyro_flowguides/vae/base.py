@@ -112,6 +112,10 @@ class VAE(nn.Module):
         values = self.likelihood.log_prob(self.decode(z, x), x)
         return values.flatten(-len(self.data_shape)).sum(-1)
 
+    def observation(self, z: Tensor, x: Tensor) -> Any:
+        """p(x | z) as a distribution with event shape ``data_shape``."""
+        return self.likelihood.distribution(self.decode(z, x)).to_event(len(self.data_shape))
+
     def generate(self, z: Tensor) -> Tensor:
         """A draw of the data for given latent vectors, ``(..., *data_shape)``."""
         return self.likelihood.sample(self.decode(z))
@@ -152,8 +156,7 @@ class VAE(nn.Module):
         self._register()
         with pyro.plate("data", len(x), dim=-1):
             z = pyro.sample("z", self.prior_distribution())
-            observation = self.likelihood.distribution(self.decode(z, x)).to_event(len(self.data_shape))
-            pyro.sample("x", observation, obs=x)
+            pyro.sample("x", self.observation(z, x), obs=x)
 
     def guide(self, x: Tensor) -> None:
         """The posterior as a Pyro program."""
