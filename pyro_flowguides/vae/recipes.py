@@ -327,8 +327,8 @@ def spatial_vlae(
 ) -> VLAE:
     """A variational lossy autoencoder for grey and colour images, whose z is an image of a quarter of the size.
 
-    The decoder is by default a :class:`~pyro_flowguides.nn.PixelCNNPlusPlus` of one resolution and one block, which sees
-    a window of seven rows, with a mixture of logistics over whole pixels.
+    The decoder is by default a :class:`~pyro_flowguides.nn.PixelCNNPlusPlus` of one resolution and one block, which
+    sees a window of seven rows, with a mixture of logistics over whole pixels.
 
     Args:
         data_shape: ``(channels, height, width)``.
