@@ -62,6 +62,7 @@ def command(settings):
     return words
 
 
+ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
@@ -97,6 +98,7 @@ def test_help_explains_every_setting(capsys):
     for setting in dataclasses.fields(Settings):
         flag = f"--no-{setting.name}" if setting.default is True else "--" + setting.name.replace("_", "-")
         assert flag in text
+        assert f"`{flag}`" in (ROOT / "docs" / "training.md").read_text()
     assert "examples:" in text
 
 
