@@ -1,0 +1,299 @@
+"""How much a flow posterior is worth to an encoder: the frozen-decoder protocol.
+
+    python benchmarks/vae_posteriors.py --data mnist10k.npz
+
+One decoder is trained (IWAE, 10 draws) and frozen. Then only an encoder and its posterior are trained, for each family
+from the same start and on the same batches. With the decoder fixed, log p(x) is fixed, and differences of the ELBO are
+differences between posteriors alone. For each family the learning rate is chosen on validation images, from the same
+three. Pyro's own conditional transforms take part with their defaults, behind the same encoder.
+
+Every family and seed is one row of ``vae_posteriors.csv``; a program that was interrupted continues where it stopped.
+The table (``.md``) and the figure (``.png``) are made from all rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import platform
+import statistics
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import pyro
+import pyro.distributions as dist
+import pyro.distributions.transforms as pyro_transforms
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import pyro_flowguides as fg
+from pyro_flowguides.nn import DenseDecoder, DenseEncoder, GaussianEncoder
+from pyro_flowguides.vae import VAE, Bernoulli, ImportanceWeightedObjective, NormalPosterior, Objective, StandardNormal
+from pyro_flowguides.vae.data import Feed, Images, derive_seed, load_images
+
+LATENT_DIM = 10
+HIDDEN = (300, 300)
+BATCH_SIZE = 100
+TEST_IMAGES, TEST_SAMPLES = 500, 200
+VALID_SAMPLES = 20
+LEARNING_RATES = (1e-3, 3e-3, 5e-3)
+DIAGONAL = "diagonal Gaussian"
+
+
+class PyroPosterior(nn.Module):
+    """Pyro's conditional transforms with the call of a :class:`~pyro_flowguides.FlowPosterior`."""
+
+    def __init__(self, make: Callable[..., Any], context_dim: int, depth: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(make(LATENT_DIM, context_dim) for _ in range(depth))
+
+    def forward(self, loc: Tensor, scale: Tensor, context: Tensor) -> Any:
+        base = dist.Normal(loc, scale).to_event(1)
+        return dist.ConditionalTransformedDistribution(base, list(self.layers)).condition(context)
+
+
+def ours(flow: str, depth: int = 4, **options: Any) -> Callable[[int], nn.Module]:
+    return lambda context_dim: fg.FlowPosterior(LATENT_DIM, context_dim, flow, depth=depth, **options)
+
+
+def theirs(make: Callable[..., Any], depth: int = 4) -> Callable[[int], nn.Module]:
+    return lambda context_dim: PyroPosterior(make, context_dim, depth)
+
+
+@dataclass(frozen=True)
+class Family:
+    """A posterior, and the gain over the diagonal Gaussian of a research implementation (at learning rate 1e-3)."""
+
+    make: Callable[[int], nn.Module]
+    reference: str = ""
+
+
+FAMILIES: dict[str, Family] = {
+    DIAGONAL: Family(lambda context_dim: NormalPosterior()),
+    "planar x4": Family(ours("planar"), "0.8"),
+    "Pyro conditional planar x4": Family(theirs(pyro_transforms.conditional_planar), "1.1"),
+    "planar x16": Family(ours("planar", 16), "1.6"),
+    "radial x4": Family(ours("radial")),
+    "Sylvester, Householder x4": Family(ours("sylvester", variant="householder"), "1.5"),
+    "Sylvester, orthogonal x4": Family(ours("sylvester", variant="orthogonal"), "1.9"),
+    "Sylvester, triangular x4": Family(ours("sylvester", variant="triangular"), "2.0"),
+    "IAF, affine x4": Family(ours("iaf"), "2.1"),
+    "IAF, gated x4": Family(ours("iaf", update="gated"), "2.1"),
+    "Pyro conditional IAF x4": Family(theirs(pyro_transforms.conditional_affine_autoregressive), "1.0 to 1.4"),
+    "RealNVP x6": Family(ours("realnvp", 6)),
+}
+
+
+# -- one run -----------------------------------------------------------------------------------------------------------
+
+
+def seeded(seed: int, *place: int | str) -> None:
+    pyro.set_rng_seed(derive_seed(seed, *place) % 2**32)
+
+
+def make_vae(posterior: Callable[[int], nn.Module], shape: tuple[int, ...], seed: int) -> VAE:
+    """A VAE whose encoder and decoder start the same for every posterior."""
+    seeded(seed, "networks")
+    encoder = GaussianEncoder(DenseEncoder(shape, HIDDEN), LATENT_DIM)
+    decoder = DenseDecoder(LATENT_DIM, shape, 1, HIDDEN)
+    seeded(seed, "posterior")
+    return VAE(encoder, decoder, Bernoulli(), posterior(HIDDEN[-1]), StandardNormal(LATENT_DIM), data_shape=shape)
+
+
+def optimise(vae: VAE, feed: Feed, epochs: int, learning_rate: float, objective: nn.Module, samples: int) -> None:
+    parameters = [parameter for parameter in vae.parameters() if parameter.requires_grad]
+    optimiser = torch.optim.Adam(parameters, lr=learning_rate)
+    for step in range(epochs * feed.steps_per_epoch):
+        x = feed.shard(step, 0).float()
+        seeded(feed.seed, "noise", step)
+        loss, _ = objective(vae.terms(x, samples), step)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+
+
+@torch.no_grad()
+def negative_elbo(vae: VAE, pixels: Tensor, samples: int) -> float:
+    """The same draws of the base for every posterior."""
+    seeded(0, "evaluation")
+    elbos = [vae.terms(x.float(), samples).elbo.mean(0) for x in pixels.split(50)]
+    return -torch.cat(elbos).double().mean().item()
+
+
+def train_decoder(feed: Feed, shape: tuple[int, ...], seed: int, epochs: int) -> dict[str, Tensor]:
+    vae = make_vae(FAMILIES[DIAGONAL].make, shape, seed)
+    optimise(vae, feed, epochs, 1e-3, ImportanceWeightedObjective(), samples=10)
+    return vae.decoder.state_dict()
+
+
+def run(family: str, decoder: dict[str, Tensor], feed: Feed, fixed: Images, epochs: int) -> dict[str, Any]:
+    """Train at every learning rate, and evaluate on test images what is best on validation images."""
+    valid, seconds, best = {}, 0.0, None
+    for learning_rate in LEARNING_RATES:
+        vae = make_vae(FAMILIES[family].make, fixed.shape, feed.seed)
+        vae.decoder.load_state_dict(decoder)
+        vae.decoder.requires_grad_(False)
+        begin = time.perf_counter()
+        optimise(vae, feed, epochs, learning_rate, Objective(), samples=1)
+        seconds += time.perf_counter() - begin
+        valid[learning_rate] = negative_elbo(vae, fixed.valid, VALID_SAMPLES)
+        if valid[learning_rate] == min(valid.values()):
+            best = learning_rate, vae
+    assert best is not None, f"{family}: no bound was finite"
+    return {
+        "family": family,
+        "seed": feed.seed,
+        "learning_rate": best[0],
+        "test": negative_elbo(best[1], fixed.test[:TEST_IMAGES], TEST_SAMPLES),
+        "ms_per_step": 1000 * seconds / (len(LEARNING_RATES) * epochs * feed.steps_per_epoch),
+        "parameters": sum(parameter.numel() for parameter in best[1].posterior.parameters()),
+        **{f"valid_{rate:g}": value for rate, value in valid.items()},
+    }
+
+
+# -- all runs ----------------------------------------------------------------------------------------------------------
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    with path.open() as file:
+        rows: list[dict[str, Any]] = list(csv.DictReader(file))
+    for row in rows:
+        row |= {key: float(row[key]) for key in row.keys() - {"family"}}
+        row["seed"] = int(row["seed"])
+    return rows
+
+
+def append(path: Path, row: dict[str, Any]) -> None:
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, row)
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def run_missing(
+    path: Path, images: Images, seeds: Iterable[int], families: Iterable[str], epochs: int, decoder_epochs: int
+) -> None:
+    done = {(row["family"], row["seed"]) for row in read(path)}
+    fixed = images.binarised()
+    for seed in seeds:
+        missing = [family for family in families if (family, seed) not in done]
+        if not missing:
+            continue
+        feed = Feed(images, batch_size=BATCH_SIZE, dynamic=True, seed=seed)
+        decoder = train_decoder(feed, images.shape, seed, decoder_epochs)
+        for family in tqdm(missing, desc=f"seed {seed}"):
+            append(path, run(family, decoder, feed, fixed, epochs))
+
+
+# -- results -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One family over the seeds, at the learning rate that is best on validation."""
+
+    family: str
+    test: list[float]
+    gain: list[float]
+    learning_rates: list[float]
+    ms_per_step: float
+    parameters: int
+
+
+def summarise(rows: list[dict[str, Any]]) -> list[Summary]:
+    by_family: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for row in sorted(rows, key=lambda row: row["seed"]):
+        by_family[row["family"]].append(row)
+    diagonal = {row["seed"]: row["test"] for row in by_family[DIAGONAL]}
+    return [
+        Summary(
+            family,
+            test=[row["test"] for row in by_family[family]],
+            gain=[diagonal[row["seed"]] - row["test"] for row in by_family[family]],
+            learning_rates=[row["learning_rate"] for row in by_family[family]],
+            ms_per_step=statistics.median(row["ms_per_step"] for row in by_family[family]),
+            parameters=int(by_family[family][0]["parameters"]),
+        )
+        for family in FAMILIES
+        if by_family[family]
+    ]
+
+
+def table(summaries: list[Summary], note: str) -> str:
+    lines = [
+        note,
+        "",
+        "| posterior | test −ELBO | gain over the diagonal Gaussian | by seed | research figure | learning rate "
+        "| ms per step | parameters |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for summary in summaries:
+        each = ", ".join(f"{gain:.2f}" for gain in summary.gain)
+        rates = ", ".join(f"{rate:g}" for rate in summary.learning_rates)
+        lines.append(
+            f"| {summary.family} | {statistics.mean(summary.test):.2f} | {statistics.mean(summary.gain):.2f} | {each} "
+            f"| {FAMILIES[summary.family].reference} | {rates} | {summary.ms_per_step:.1f} | {summary.parameters:,} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def draw(path: Path, summaries: list[Summary]) -> None:
+    shown = [summary for summary in summaries if summary.family != DIAGONAL]
+    figure, axes = plt.subplots(figsize=(8, 0.4 * len(shown) + 1), layout="constrained")
+    for place, summary in enumerate(reversed(shown)):
+        colour = "C1" if summary.family.startswith("Pyro") else "C0"
+        axes.barh(place, statistics.mean(summary.gain), color=colour, alpha=0.6)
+        axes.plot(summary.gain, [place] * len(summary.gain), "k.")
+        reference = FAMILIES[summary.family].reference
+        if reference and not summary.family.startswith("Pyro"):
+            axes.plot(float(reference), place, "|", color="C3", markersize=14, markeredgewidth=2)
+    axes.set_yticks(range(len(shown)), [summary.family for summary in reversed(shown)])
+    axes.set_xlabel("gain in test ELBO over the diagonal Gaussian (nats); dots: seeds; red: research figure")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="the images: an .npz file or a folder of IDX files")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--families", nargs="+", default=list(FAMILIES), choices=list(FAMILIES), metavar="NAME")
+    parser.add_argument("--epochs", type=int, default=10, help="of encoder and posterior")
+    parser.add_argument("--decoder-epochs", type=int, default=15)
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
+    options = parser.parse_args()
+    options.output.mkdir(parents=True, exist_ok=True)
+    path = options.output / "vae_posteriors.csv"
+    with pyro.validation_enabled(False):
+        images = load_images(options.data)
+        families = [DIAGONAL, *(family for family in options.families if family != DIAGONAL)]
+        run_missing(path, images, options.seeds, families, options.epochs, options.decoder_epochs)
+    summaries = summarise(read(path))
+    note = (
+        f"`python benchmarks/vae_posteriors.py --data {Path(options.data).name}`, "
+        f"{datetime.date.today():%Y-%m-%d}, torch {torch.__version__}, {torch.get_num_threads()} thread of one "
+        f"{platform.machine()} CPU. {TEST_IMAGES} test images, {TEST_SAMPLES} draws each; learning rates by seed."
+    )
+    text = table(summaries, note)
+    (options.output / "vae_posteriors.md").write_text(text)
+    draw(options.output / "vae_posteriors.png", summaries)
+    sys.stdout.write(text)
+
+
+if __name__ == "__main__":
+    main()
