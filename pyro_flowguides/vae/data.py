@@ -73,7 +73,7 @@ class Images:
     @property
     def fingerprint(self) -> str:
         """A short hash of all pixels, so that a run is not resumed on other data."""
-        digest = hashlib.sha256(str(self.levels).encode())
+        digest = hashlib.sha256(f"{self.levels} {self.shape}".encode())
         for split in SPLITS:
             digest.update(getattr(self, split).numpy().tobytes())
         return digest.hexdigest()[:16]

@@ -143,12 +143,14 @@ class Settings:
     def identity(self) -> dict[str, Any]:
         """The settings that a run cannot change when it is resumed: all that its parameters depend on.
 
-        More epochs or patience, other places to write to and another machine are allowed.
+        More epochs or patience, other places to write to and another machine are allowed; the data are compared by
+        their pixels and not by their place.
         """
         values = dataclasses.asdict(self)
         groups = _groups()
-        free = {"epochs", "patience", *groups["output"], *groups["machine"]} - {"precision", "compile", "shards"}
-        return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items() if name not in free}
+        free = {"data", "shape", "epochs", "patience", *groups["output"], *groups["machine"]}
+        fixed = set(values) - free | {"precision", "compile"}
+        return {name: value for name, value in values.items() if name in fixed}
 
 
 def _flag(name: str) -> str:

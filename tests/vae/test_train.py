@@ -21,6 +21,8 @@ pytest.importorskip("lightning_fabric")
 pytest.importorskip("sklearn")
 
 from pyro_flowguides.inference import checkpoint as checkpoints
+from pyro_flowguides.vae import Objective
+from pyro_flowguides.vae import train as training
 from pyro_flowguides.vae.__main__ import main
 from pyro_flowguides.vae.data import load_images
 from pyro_flowguides.vae.settings import Settings, parse
@@ -178,10 +180,10 @@ def test_learned_priors(tmp_path, prior):
     history_improves(train(settings), tmp_path)
 
 
-def history_improves(summary, tmp_path):
+def history_improves(summary, tmp_path, skipped=0):
     history = rows(tmp_path / "run")
     assert history[-1]["valid_elbo"] > history[0]["valid_elbo"]
-    assert summary["skipped_steps"] == 0
+    assert summary["skipped_steps"] == history[-1]["skipped"] == skipped
 
 
 def test_training_stops_early_when_nothing_improves(tmp_path):
@@ -202,7 +204,17 @@ def test_double_precision(tmp_path):
     assert next(load_model(tmp_path / "run" / "best.pt")[0].parameters()).dtype == torch.float64
 
 
-def test_a_step_that_cannot_be_taken_is_skipped_and_too_many_end_the_run(tmp_path):
+def test_a_step_without_a_finite_gradient_is_skipped(tmp_path, monkeypatch):
+    class Flawed(Objective):
+        def forward(self, terms, step):
+            loss, metrics = super().forward(terms, step)
+            return loss * (float("nan") if step in (1, 2, 9) else 1.0), metrics
+
+    monkeypatch.setitem(training.OBJECTIVES, "hard", Flawed)
+    history_improves(train(small(tmp_path)), tmp_path, skipped=3)
+
+
+def test_too_many_steps_without_a_finite_gradient_end_the_run(tmp_path):
     with pytest.raises(TrainingDivergedError, match="not finite for 50 steps in a row"):
         train(small(tmp_path, epochs=100, learning_rate=1e30))
 
