@@ -92,7 +92,7 @@ class GatedPixelCNN(AutoregressiveNetwork):
         shape: Sequence[int],
         outputs: int,
         *,
-        filters: int = 32,
+        filters: int = 36,
         reach: int = 6,
         depth: int = 6,
         features: int = 0,

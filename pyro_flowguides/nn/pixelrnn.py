@@ -243,7 +243,7 @@ class PixelRNN(AutoregressiveNetwork):
         outputs: int,
         *,
         recurrent: type[RowLSTM | DiagonalBiLSTM] = DiagonalBiLSTM,
-        hidden: int = 16,
+        hidden: int = 18,
         depth: int = 3,
         features: int = 0,
         maps: int = 0,

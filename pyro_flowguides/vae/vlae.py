@@ -90,9 +90,8 @@ class VLAE(VAE):
     def observation(self, z: Tensor, x: Tensor | None = None) -> Autoregressive:
         """p(x | z) as a distribution with batch shape that of z and event shape ``data_shape``."""
         maps = self.decoder(z)[..., 0] if self.network.maps else None
-        return Autoregressive(
-            self.network, self.pixels, z if self.network.features else None, maps, validate_args=False
-        )
+        features = z if self.network.features else None
+        return Autoregressive(self.network, self.pixels, features, maps, batch_shape=z.shape[:-1], validate_args=False)
 
     def decode(self, z: Tensor, x: Tensor | None = None) -> Tensor:
         """Not defined: the parameters of a pixel depend on the pixels drawn before; see :meth:`observation`."""
@@ -115,23 +114,24 @@ class VLAE(VAE):
 
 
 class Decoder(NamedTuple):
-    """A network, and how a latent vector reaches it: through maps or as global features."""
+    """A network, and what its constructor takes."""
 
     build: Callable[..., AutoregressiveNetwork]
+    #: Whether a latent vector reaches it through maps, or as global features.
     reads_maps: bool
-    #: Whether it draws the channels of a pixel one after the other.
-    by_channel: bool
+    #: Whether the channels of a position are drawn from the same numbers.
+    whole_pixels: bool
 
 
 #: Autoregressive decoders by name.
 DECODERS: dict[str, Decoder] = {
-    "pixelcnn": Decoder(PixelCNN, True, True),
-    "gated_pixelcnn": Decoder(GatedPixelCNN, True, True),
-    "pixelcnn++": Decoder(PixelCNNPlusPlus, True, False),
-    "row_lstm": Decoder(partial(PixelRNN, recurrent=RowLSTM), True, True),
-    "diagonal_lstm": Decoder(PixelRNN, True, True),
-    "made": Decoder(AgnosticMADE, False, False),
-    "wavenet": Decoder(WaveNet, False, False),
+    "pixelcnn": Decoder(PixelCNN, reads_maps=True, whole_pixels=False),
+    "gated_pixelcnn": Decoder(GatedPixelCNN, reads_maps=True, whole_pixels=False),
+    "pixelcnn++": Decoder(PixelCNNPlusPlus, reads_maps=True, whole_pixels=True),
+    "row_lstm": Decoder(partial(PixelRNN, recurrent=RowLSTM), reads_maps=True, whole_pixels=False),
+    "diagonal_lstm": Decoder(PixelRNN, reads_maps=True, whole_pixels=False),
+    "made": Decoder(AgnosticMADE, reads_maps=False, whole_pixels=False),
+    "wavenet": Decoder(WaveNet, reads_maps=False, whole_pixels=True),
 }
 
 
@@ -156,8 +156,9 @@ def make_decoder(
     """
     if decoder not in DECODERS:
         raise ValueError(f"unknown decoder {decoder!r}: known are {', '.join(DECODERS)}")
-    build, reads_maps, by_channel = DECODERS[decoder]
-    pixels = get_pixel_likelihood(likelihood, data_shape[0], whole_pixels=not by_channel)
+    build, reads_maps, whole_pixels = DECODERS[decoder]
+    pixels = get_pixel_likelihood(likelihood, data_shape[0], whole_pixels=whole_pixels)
     given = {"maps": maps} if reads_maps else {"features": latent_dim}
-    groups = {"groups": data_shape[0]} if by_channel else {}
-    return build(tuple(data_shape), pixels.outputs, **{**given, **groups, **(options or {})}), pixels
+    if reads_maps and not whole_pixels:
+        given["groups"] = data_shape[0]
+    return build(tuple(data_shape), pixels.outputs, **{**given, **(options or {})}), pixels
