@@ -89,8 +89,9 @@ class DiagonalBiLSTM(nn.Module):
         c = \sigma(f) c_{i, j-1} + \sigma(i) \tanh(g)
 
     the second its mirror image. The second is shifted down by one row before both are added, for its states depend on
-    pixels to the right. A state so depends on the inputs of all earlier pixels and of its own. Skewing the image, row i by i columns, makes the cells of
-    one diagonal a column, so that they are computed together: height + width − 1 steps.
+    pixels to the right. A state so depends on the inputs of all earlier pixels and of its own. Skewing the image, row i
+    by i columns, makes the cells of one diagonal a column, so that they are computed together: height + width − 1
+    steps.
 
     Args:
         channels: of the input.
