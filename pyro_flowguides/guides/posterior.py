@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import pyro
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from pyro_flowguides.flows import Builder, get_flow
 from pyro_flowguides.guides.distribution import PathDistribution
+from pyro_flowguides.guides.normal import draw_normal, normal_log_prob
 from pyro_flowguides.guides.parameters import Token, bind, drop_references, registered_name
 from pyro_flowguides.transforms import ConditionalFlow
 
@@ -89,10 +91,33 @@ class FlowPosterior(nn.Module):
 
     def forward(self, loc: Tensor, scale: Tensor, context: Tensor) -> dist.TransformedDistribution:
         """The posterior for these numbers of an encoder."""
-        self._check(loc, scale, context)
         if am_i_wrapped():
             self._register()
+        return self.distribution(loc, scale, context)
+
+    def distribution(self, loc: Tensor, scale: Tensor, context: Tensor) -> dist.TransformedDistribution:
+        """The same for callers that see to the parameters themselves: nothing is handed to Pyro."""
+        self._check(loc, scale, context)
         return self._distribution(dist.Normal(loc, scale).to_event(1), [self.flow.condition(context)])
+
+    def rsample_and_log_prob(
+        self, loc: Tensor, scale: Tensor, context: Tensor, sample_shape: Sequence[int] = ()
+    ) -> tuple[Tensor, Tensor]:
+        """What drawing from the distribution and scoring the draw give, in one pass, for loops of plain torch.
+
+        Returns:
+            z ``(*sample_shape, ..., D)`` and its log density ``(*sample_shape, ...)``, which has the path gradient if
+            that was asked for.
+        """
+        self._check(loc, scale, context)
+        z, noise = draw_normal(loc, scale, sample_shape)
+        flow = self.flow.condition(context)
+        if self._distribution is PathDistribution and torch.is_grad_enabled():
+            z, start, ladj = flow.forward_and_path(z)
+            loc, scale = loc.detach(), scale.detach()
+            return z, normal_log_prob((start - loc) / scale, scale) - ladj
+        z, ladj = flow.forward_and_ladj(z)
+        return z, normal_log_prob(noise, scale) - ladj
 
     def _check(self, loc: Tensor, scale: Tensor, context: Tensor) -> None:
         widths = {"loc": self.latent_dim, "scale": self.latent_dim, "context": self.context_dim}

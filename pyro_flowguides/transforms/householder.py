@@ -28,12 +28,11 @@ def reflect(x: Tensor, vectors: Tensor, *, transpose: bool = False) -> Tensor:
         vectors: ``(..., K, D)``, with any batch dimensions.
         transpose: apply the transpose, which is the inverse.
     """
-    count = vectors.shape[-2]
-    for k in reversed(range(count)) if transpose else range(count):
-        v = vectors[..., k, :]
-        square = (v * v).sum(-1)
-        factor = 2 * dot(x, v) / torch.where(square == 0, 1, square)
-        x = x - factor[..., None] * v
+    square = (vectors * vectors).sum(-1, keepdim=True)
+    scaled = 2 * vectors / torch.where(square == 0, 1, square)
+    pairs = list(zip(vectors.unbind(-2), scaled.unbind(-2), strict=True))
+    for v, u in reversed(pairs) if transpose else pairs:
+        x = x - dot(x, v)[..., None] * u
     return x
 
 

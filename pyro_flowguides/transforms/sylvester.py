@@ -66,18 +66,27 @@ class _Sylvester(Flow):
         """:math:`Q v`: ``(..., M) -> (..., D)``."""
         raise NotImplementedError
 
-    def _factors(self, theta: Theta) -> tuple[Tensor, Tensor, Tensor]:
-        """:math:`R`, :math:`\\tilde R`, and the product of their diagonals."""
+    @staticmethod
+    def _diagonals(theta: Theta) -> tuple[Tensor, Tensor]:
+        """The diagonal of :math:`\\tilde R`, and its product with that of :math:`R`."""
         product = theta["diagonal"] * theta["diagonal_tilde"]
         factor = shrink(product)
+        return factor * theta["diagonal_tilde"], factor * product
+
+    def _factors(self, theta: Theta) -> tuple[Tensor, Tensor, Tensor]:
+        """:math:`R`, :math:`\\tilde R`, and the product of their diagonals."""
+        diagonal_tilde, product = self._diagonals(theta)
         r = theta["triangles"].triu(1) + torch.diag_embed(theta["diagonal"])
-        r_tilde = theta["triangles"].tril(-1).mT + torch.diag_embed(factor * theta["diagonal_tilde"])
-        return r, r_tilde, factor * product
+        r_tilde = theta["triangles"].tril(-1).mT + torch.diag_embed(diagonal_tilde)
+        return r, r_tilde, product
 
     def _push(self, x: Tensor, theta: Theta) -> tuple[Tensor, Tensor]:
-        r, r_tilde, product = self._factors(theta)
-        tanh = (matvec(r_tilde, self._analyse(x, theta)) + theta["b"]).tanh()
-        return x + self._synthesise(matvec(r, tanh), theta), ((1 - tanh * tanh) * product).log1p().sum(-1)
+        # Strict triangles and diagonals apart: amortised matrices are the bulk of the work, and are touched least so.
+        diagonal_tilde, product = self._diagonals(theta)
+        v = self._analyse(x, theta)
+        tanh = (matvec(theta["triangles"].tril(-1).mT, v) + diagonal_tilde * v + theta["b"]).tanh()
+        step = matvec(theta["triangles"].triu(1), tanh) + theta["diagonal"] * tanh
+        return x + self._synthesise(step, theta), ((1 - tanh * tanh) * product).log1p().sum(-1)
 
     def _pull(self, y: Tensor, theta: Theta, known: Known = None) -> tuple[Tensor, Tensor]:
         r, r_tilde, product = self._factors(theta)

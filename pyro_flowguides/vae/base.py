@@ -49,8 +49,9 @@ class VAE(nn.Module):
         decoder: ``z (..., latent_dim) -> (..., *data_shape, likelihood.parameters_per_value)``, any leading dimensions.
         likelihood: what the decoder's numbers mean; it also says how data are scaled for the encoder.
         posterior: ``(loc, scale, context) -> distribution``: a :class:`~pyro_flowguides.guides.FlowPosterior` or a
-            :class:`NormalPosterior`.
-        prior: one of :class:`StandardNormal`, :class:`FlowPrior`, :class:`VampPrior`.
+            :class:`NormalPosterior`; the direct pass uses its ``rsample_and_log_prob``.
+        prior: one of :class:`StandardNormal`, :class:`FlowPrior`, :class:`VampPrior`; the direct pass uses its
+            ``log_prob``.
         data_shape: shape of one datum.
 
     Shapes:
@@ -72,6 +73,12 @@ class VAE(nn.Module):
         torch.Size([3, 1, 8, 8])
     """
 
+    encoder: Any
+    decoder: Any
+    posterior: Any
+    prior: Any
+    _like: Tensor
+
     def __init__(
         self,
         encoder: nn.Module,
@@ -87,7 +94,9 @@ class VAE(nn.Module):
         self.latent_dim = int(encoder.latent_dim)  # type: ignore[arg-type]
         self.encoder, self.decoder, self.likelihood = encoder, decoder, likelihood
         self.posterior, self.prior = posterior, prior
+        self._data_dims = tuple(range(-len(self.data_shape), 0))
         self._register = Registration(self)
+        self.register_buffer("_like", torch.empty(0), persistent=False)  # its dtype is that of the parameters
 
     # -- the parts -----------------------------------------------------------------------------------------------------
 
@@ -110,7 +119,7 @@ class VAE(nn.Module):
     def conditional_log_prob(self, z: Tensor, x: Tensor) -> Tensor:
         """log p(x | z), ``(...)``, for ``z (..., latent_dim)`` and ``x (B, *data_shape)``."""
         values = self.likelihood.log_prob(self.decode(z, x), x)
-        return values.flatten(-len(self.data_shape)).sum(-1)
+        return values.sum(self._data_dims)
 
     def observation(self, z: Tensor, x: Tensor) -> Any:
         """p(x | z) as a distribution with event shape ``data_shape``."""
@@ -125,7 +134,7 @@ class VAE(nn.Module):
         return self.likelihood.mean(self.decode(z))
 
     def _inputs(self, x: Tensor) -> Tensor:
-        return self.likelihood.standardise(x.to(next(self.parameters()).dtype))
+        return self.likelihood.standardise(x.to(self._like.dtype))
 
     def _check(self, x: Tensor) -> None:
         if x.shape[1:] != self.data_shape or x.dim() == len(self.data_shape):
@@ -144,11 +153,11 @@ class VAE(nn.Module):
             num_samples: S.
         """
         self._check(x)
-        posterior = self.posterior_at(x)
-        z = posterior.rsample((num_samples,))
-        log_q = posterior.score_parts(z).entropy_term  # the log density, with the path gradient if that was asked for
-        kl = log_q - self.prior_distribution().log_prob(z)
-        return Terms(self.conditional_log_prob(z, x), kl[..., None], z)
+        shape = (num_samples,) if num_samples > 1 else ()  # one draw needs no broadcasting
+        z, log_q = self.posterior.rsample_and_log_prob(*self.encoder(self._inputs(x)), shape)
+        kl = log_q - self.prior.log_prob(z, self.posterior_at)
+        terms = Terms(self.conditional_log_prob(z, x), kl.unsqueeze(-1), z)
+        return terms if shape else Terms(*(part.unsqueeze(0) for part in terms))
 
     def model(self, x: Tensor) -> None:
         """The generative model as a Pyro program: sites ``"z"`` and ``"x"`` in a plate ``"data"`` of dimension -1."""
@@ -272,9 +281,8 @@ class VAE(nn.Module):
         """
         self._check(x)
         self.likelihood.check(x)
-        start_prior: Any = getattr(self.prior, "initialise", None)
-        if start_prior is not None:
-            start_prior(x)
+        if hasattr(self.prior, "initialise"):
+            self.prior.initialise(x)
         with data_dependent_initialisation(self):
             self.terms(x)
 

@@ -424,9 +424,6 @@ class HierarchicalVAE(VAE):
         torch.Size([2, 3, 8, 8])
     """
 
-    encoder: Any
-    decoder: Any
-
     def __init__(
         self,
         data_shape: Sequence[int],
@@ -480,5 +477,5 @@ class HierarchicalVAE(VAE):
             return z
 
         params = self.decoder.emit(self.decoder.descend(shape.numel(), choose)).unflatten(0, shape)
-        log_likelihood = self.likelihood.log_prob(params, x).flatten(-len(self.data_shape)).sum(-1)
+        log_likelihood = self.likelihood.log_prob(params, x).sum(self._data_dims)
         return Terms(log_likelihood, torch.cat(kls, -1).unflatten(0, shape), torch.cat(draws, -1).unflatten(0, shape))

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 from torch.nn import functional as F
 
+from pyro_flowguides.transforms.bounds import soft_bound
+
 __all__ = [
     "LIKELIHOODS",
     "Bernoulli",
@@ -23,8 +25,8 @@ __all__ = [
     "get_likelihood",
 ]
 
-#: Lower bound, approached smoothly, of the log-scale of a logistic whose values lie in [-1, 1].
-LOG_SCALE_FLOOR = -7.0
+#: Largest absolute log-scale, approached smoothly, of a logistic whose values lie in [-1, 1].
+LOG_SCALE_BOUND = 7.0
 
 
 class Likelihood(nn.Module):
@@ -123,7 +125,7 @@ class Observation(TorchDistribution):
 class Bernoulli(Likelihood):
     r"""Bits, or intensities in [0, 1] as probabilities of bits.
 
-    .. math:: \log p(x) = x \log \sigma(l) + (1 - x) \log \sigma(-l)
+    .. math:: \log p(x) = x \log \sigma(l) + (1 - x) \log \sigma(-l) = \log \sigma(l) - (1 - x)\, l
 
     For x between 0 and 1 this is the expected log-likelihood over random binarisations of x.
 
@@ -140,8 +142,8 @@ class Bernoulli(Likelihood):
     wanted = "bits or numbers in [0, 1]: divide 8-bit pixels by 255"
 
     def log_prob(self, params: Tensor, x: Tensor) -> Tensor:
-        logits, target = torch.broadcast_tensors(params[..., 0], x.to(params.dtype))
-        return -F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+        logits = params[..., 0]
+        return torch.addcmul(F.logsigmoid(logits), x.to(logits.dtype) - 1, logits)
 
     def mean(self, params: Tensor) -> Tensor:
         return params[..., 0].sigmoid()
@@ -191,7 +193,7 @@ class Categorical(_Pixels):
 
 
 def _log_scale(raw: Tensor) -> Tensor:
-    return F.softplus(raw - LOG_SCALE_FLOOR) + LOG_SCALE_FLOOR
+    return soft_bound(raw, LOG_SCALE_BOUND)
 
 
 def _log_interval(x: Tensor, loc: Tensor, log_scale: Tensor) -> Tensor:
@@ -231,8 +233,8 @@ class DiscretisedLogistic(_Pixels):
         - \sigma\!\left(\frac{v - \frac{1}{255} - \mu}{s}\right), \qquad v = \frac{x}{127.5} - 1
 
     The intervals of 0 and 255 extend to infinity, so that the 256 probabilities sum to one. The difference is computed
-    as a product of stable factors: value and gradient are right however far x is from the location. The log-scale stays
-    above −7, smoothly.
+    as a product of stable factors: value and gradient are right however far x is from the location. The log-scale is
+    bounded smoothly to ±7.
 
     Cost: O(1) per value; :meth:`mean` is exact and takes 255 evaluations.
 

@@ -12,10 +12,15 @@ from pyro_flowguides.vae.base import Terms
 __all__ = ["ImportanceWeightedObjective", "Objective", "SoftFreeBitsObjective"]
 
 
-def _metrics(terms: Terms, loss: Tensor, **more: Tensor) -> dict[str, Tensor]:
-    """Means over draws and data, in nats, detached."""
-    reconstruction, kl = terms.log_likelihood.detach().mean(), terms.kl.detach().sum(-1).mean()
-    return {"loss": loss.detach(), "elbo": reconstruction - kl, "reconstruction": reconstruction, "kl": kl, **more}
+def _means(terms: Terms) -> tuple[Tensor, Tensor]:
+    """The log-likelihood and the whole divergence, means over draws and data."""
+    return terms.log_likelihood.mean(), terms.kl.sum(-1).mean()
+
+
+def _metrics(loss: Tensor, reconstruction: Tensor, kl: Tensor, **more: Tensor) -> dict[str, Tensor]:
+    """In nats, detached."""
+    loss, reconstruction, kl = loss.detach(), reconstruction.detach(), kl.detach()
+    return {"loss": loss, "elbo": reconstruction - kl, "reconstruction": reconstruction, "kl": kl, **more}
 
 
 def _over_processes(mean: Tensor) -> Tensor:
@@ -73,12 +78,11 @@ class Objective(nn.Module):
 
     def forward(self, terms: Terms, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         weight = min(1.0, step / self.warmup_steps) if self.warmup_steps else 1.0
-        loss = weight * self._kl_cost(terms) - terms.log_likelihood.mean()
-        return loss, _metrics(terms, loss, kl_weight=loss.new_tensor(weight))
+        reconstruction, kl = _means(terms)
+        loss = weight * (self._with_free_bits(terms) if self.free_bits else kl) - reconstruction
+        return loss, _metrics(loss, reconstruction, kl, kl_weight=torch.full_like(loss, weight, requires_grad=False))
 
-    def _kl_cost(self, terms: Terms) -> Tensor:
-        if not self.free_bits:
-            return terms.kl.sum(-1).mean()
+    def _with_free_bits(self, terms: Terms) -> Tensor:
         kl = terms.kl.flatten(0, 1).mean(0)
         paid = _over_processes(kl.detach()) > self.free_bits
         return torch.where(paid, kl, self.free_bits).sum()
@@ -141,11 +145,11 @@ class SoftFreeBitsObjective(nn.Module):
 
     def forward(self, terms: Terms, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         weight = min(1.0, step / self.warmup_steps) if self.warmup_steps else 1.0
-        gamma, kl = self.gamma.clone(), terms.kl.sum(-1).mean()
-        loss = weight * gamma * kl - terms.log_likelihood.mean()
+        gamma, (reconstruction, kl) = self.gamma.clone(), _means(terms)
+        loss = weight * gamma * kl - reconstruction
         if self.training and weight == 1.0:
             self._update(_over_processes(kl.detach()))
-        return loss, _metrics(terms, loss, kl_weight=weight * gamma, gamma=gamma)
+        return loss, _metrics(loss, reconstruction, kl, kl_weight=weight * gamma, gamma=gamma)
 
     @torch.no_grad()
     def _update(self, kl: Tensor) -> None:
@@ -176,4 +180,4 @@ class ImportanceWeightedObjective(nn.Module):
 
     def forward(self, terms: Terms, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         loss = math.log(len(terms.log_likelihood)) - terms.elbo.logsumexp(0).mean()
-        return loss, _metrics(terms, loss, bound=-loss.detach())
+        return loss, _metrics(loss, *_means(terms), bound=-loss.detach())

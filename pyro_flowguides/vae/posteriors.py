@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pyro.distributions as dist
 from torch import Tensor, nn
+
+from pyro_flowguides.guides.normal import draw_normal, normal_log_prob
 
 __all__ = ["NormalPosterior"]
 
@@ -23,3 +27,11 @@ class NormalPosterior(nn.Module):
 
     def forward(self, loc: Tensor, scale: Tensor, context: Tensor | None = None) -> dist.Distribution:
         return dist.Normal(loc, scale, validate_args=False).to_event(1)
+
+    def rsample_and_log_prob(
+        self, loc: Tensor, scale: Tensor, context: Tensor | None = None, sample_shape: Sequence[int] = ()
+    ) -> tuple[Tensor, Tensor]:
+        """A draw and its log density, see :meth:`FlowPosterior.rsample_and_log_prob
+        <pyro_flowguides.guides.FlowPosterior.rsample_and_log_prob>`."""
+        z, noise = draw_normal(loc, scale, sample_shape)
+        return z, normal_log_prob(noise, scale)

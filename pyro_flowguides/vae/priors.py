@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pyro_flowguides.flows import Builder, get_flow
+from pyro_flowguides.guides.normal import normal_log_prob
 from pyro_flowguides.transforms import Flow
 
 __all__ = ["FlowPrior", "Posterior", "StandardNormal", "VampPrior"]
@@ -45,6 +46,11 @@ class _Prior(nn.Module):
         """The prior as a distribution with event shape ``(latent_dim,)``."""
         raise NotImplementedError
 
+    def log_prob(self, z: Tensor, posterior: Posterior) -> Tensor:
+        """The log density of ``z (..., latent_dim)``, for loops of plain torch."""
+        log_prob: Tensor = self(posterior).log_prob(z)
+        return log_prob
+
 
 class StandardNormal(_Prior):
     r"""The fixed prior :math:`N(0, I)`.
@@ -61,6 +67,9 @@ class StandardNormal(_Prior):
 
     def forward(self, posterior: Posterior) -> Any:
         return self._standard_normal()
+
+    def log_prob(self, z: Tensor, posterior: Posterior) -> Tensor:
+        return normal_log_prob(z)
 
 
 class FlowPrior(_Prior):
@@ -99,6 +108,13 @@ class FlowPrior(_Prior):
     def forward(self, posterior: Posterior) -> Any:
         transform = self.flow if self.flow.fast == "inverse" else self.flow.inv
         return dist.TransformedDistribution(self._standard_normal(), [transform], validate_args=False)
+
+    def log_prob(self, z: Tensor, posterior: Posterior) -> Tensor:
+        if self.flow.fast == "inverse":
+            noise, ladj = self.flow.inverse_and_ladj(z)
+            return normal_log_prob(noise) - ladj
+        noise, ladj = self.flow.forward_and_ladj(z)
+        return normal_log_prob(noise) + ladj
 
 
 class VampPrior(_Prior):
