@@ -30,7 +30,7 @@ from pyro_flowguides.transforms import ConditionalHouseholderSylvester
 from pyro_flowguides.vae import MODELS, VAE, Objective
 
 DATA_SHAPE, LATENT_DIM, BATCH, LEARNING_RATE = (1, 28, 28), 64, 100, 1e-3
-POSTERIORS = ("normal", "planar", "sylvester", "iaf")
+POSTERIORS = ("normal", "planar", "iaf")
 Job = Callable[[], Any]
 
 
