@@ -1,0 +1,338 @@
+"""Autoregressive decoders and learned priors: what each of them buys, what the window does, what sampling costs.
+
+    python benchmarks/vlae.py --data mnist10k.npz --faces freyfaces.npz
+
+Four studies, each of them written to --output under its name and the date, a table and for some a figure:
+
+compare   a VAE, one with an IAF posterior, one with an autoregressive prior, a PixelCNN alone and a VLAE, with the same
+          encoder and the same number of steps, on statically binarised images: negative log-likelihood of test images
+          by importance sampling, its standard error over images, and the difference from the plain VAE, paired
+window    a VLAE for several windows, without free bits: divergence, likelihood, reconstructions and decompressions
+frey      bits per dimension of grey images with discretised logistic pixels
+speed     images per second of training and of sampling, for every decoder, and against a full pass per pixel
+
+The defaults are a small configuration for a few minutes on one core. That of the paper, for a GPU:
+
+    python benchmarks/vlae.py --data mnist10k.npz --studies compare --steps 100000 --latent-dim 64 --network resnet \
+        --reach 6 --depth 10 --filters 12 --prior-hidden 640 640 640 --learning-rate 0.002 --ema 0.998 --device cuda
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import math
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import pyro
+import torch
+from torch import Tensor, nn
+
+from pyro_flowguides.nn import AutoregressiveNetwork
+from pyro_flowguides.vae import EMA, MODELS, VAE, Autoregressive, Objective, Terms
+from pyro_flowguides.vae.data import load_images
+from pyro_flowguides.vae.vlae import make_decoder
+
+STUDIES = ("compare", "window", "frey", "speed")
+BATCH_SIZE, CLIP = 100, 10.0
+#: Nats per value of the data that cost nothing.
+FREE_BITS = 0.01
+PLAIN = "VAE"
+
+
+class Alone(nn.Module):
+    """An autoregressive model without latent variables, with what the programs here ask of a VAE."""
+
+    def __init__(self, network: AutoregressiveNetwork, pixels: nn.Module) -> None:
+        super().__init__()
+        self.network, self.pixels = network, pixels
+
+    def _log_prob(self, x: Tensor) -> Tensor:
+        return Autoregressive(self.network, self.pixels, validate_args=False).log_prob(x)
+
+    def initialise(self, x: Tensor) -> None:
+        """Nothing starts from data."""
+
+    def terms(self, x: Tensor, num_samples: int = 1) -> Terms:
+        log_prob = self._log_prob(x)[None].expand(num_samples, -1)
+        return Terms(log_prob, torch.zeros_like(log_prob)[..., None], log_prob.new_zeros(*log_prob.shape, 0))
+
+    @torch.no_grad()
+    def log_likelihood(self, x: Tensor, num_samples: int, chunk_size: int) -> Tensor:
+        """Exact."""
+        return self._log_prob(x)
+
+
+Model = VAE | Alone
+
+
+def window(options: argparse.Namespace, reach: int) -> dict[str, Any]:
+    return {"filters": options.filters, "reach": reach, "depth": options.depth}
+
+
+def builders(options: argparse.Namespace, shape: tuple[int, ...], likelihood: str) -> dict[str, Callable[[], Model]]:
+    """The models of the comparison, smallest change after smallest change."""
+    common = {"likelihood": likelihood, "latent_dim": options.latent_dim, "network": options.network}
+    steps = {"depth": 4, "hidden_dims": options.prior_hidden}
+    prior = {**steps, "update": "shift", "activation": nn.functional.relu}
+    decoder_options = window(options, options.reach)
+
+    def alone() -> Alone:
+        return Alone(*make_decoder("pixelcnn", shape, likelihood, 0, 0, decoder_options))
+
+    return {
+        PLAIN: lambda: MODELS["vae"](shape, **common, posterior="normal"),
+        "IAF-VAE": lambda: MODELS["vae"](shape, **common, posterior="iaf", posterior_options=steps),
+        "AF-prior VAE": lambda: MODELS["vae"](shape, **common, posterior="normal", prior="maf", prior_options=prior),
+        "PixelCNN alone": alone,
+        "VLAE": lambda: MODELS["vlae"](shape, **common, prior_options=prior, decoder_options=decoder_options),
+    }
+
+
+# -- training and evaluation -------------------------------------------------------------------------------------------
+
+
+def fit(model: Model, train: Tensor, options: argparse.Namespace, steps: int, free_bits: float) -> tuple[Model, float]:
+    """The averaged model after training, and the milliseconds of processor time per step."""
+    model = model.to(options.device)
+    model.initialise(train[:BATCH_SIZE].to(options.device))
+    optimiser = torch.optim.Adamax(model.parameters(), lr=options.learning_rate)
+    ema, objective = EMA(model, options.ema), Objective(free_bits=free_bits)
+    begin = time.process_time()
+    for step in range(steps):
+        x = train[torch.randint(len(train), (BATCH_SIZE,))].to(options.device)
+        loss, _ = objective(model.terms(x), step)
+        optimiser.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimiser.step()
+        ema.update(model)
+    used = 1000 * (time.process_time() - begin) / steps
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(ema.averages[name])
+    return model.eval(), used
+
+
+@torch.no_grad()
+def evaluate(model: Model, test: Tensor, samples: int) -> dict[str, Tensor]:
+    """By image: log likelihood by importance sampling, bound and divergence."""
+    parts = []
+    for x in test.split(BATCH_SIZE):
+        terms = model.terms(x, 5)
+        weighted = model.log_likelihood(x, samples, chunk_size=20)
+        parts.append(torch.stack([weighted, terms.elbo.mean(0), terms.kl.sum(-1).mean(0)]))
+    names = ("log_likelihood", "elbo", "kl")
+    return dict(zip(names, torch.cat(parts, 1).double().cpu(), strict=True))
+
+
+def mean_and_error(values: Tensor) -> str:
+    return f"{values.mean():.2f} ± {values.std() / len(values) ** 0.5:.2f}"
+
+
+def compare(images: tuple[Tensor, Tensor], likelihood: str, options: argparse.Namespace, steps: int) -> Iterator[str]:
+    """A table of all models; in bits per dimension too where pixels are grey."""
+    train, test = images
+    shape, values = tuple(train.shape[1:]), train[0].numel()
+    test = test[: options.test_images].to(options.device)
+    bits = "" if likelihood == "bernoulli" else " bits/dim |"
+    yield f"| model | −log p(x) | {bits} less than the VAE (paired) | −ELBO | KL | CPU ms per step | parameters |"
+    yield "|---|---|" + ("---|" if bits else "") + "---|---|---|---|---|"
+    plain: Tensor | None = None
+    for name, build in builders(options, shape, likelihood).items():
+        pyro.set_rng_seed(options.seed)
+        model, used = fit(build(), train, options, steps, FREE_BITS * values)
+        result = evaluate(model, test, options.samples)
+        nll = -result["log_likelihood"]
+        plain = nll if name == PLAIN else plain
+        per_value = f" {nll.mean() / values / math.log(2):.3f} |" if bits else ""
+        gain = "" if name == PLAIN or plain is None else mean_and_error(plain - nll)
+        size = sum(parameter.numel() for parameter in model.parameters())
+        yield (
+            f"| {name} | {mean_and_error(nll)} |{per_value} {gain} | {-result['elbo'].mean():.2f} "
+            f"| {result['kl'].mean():.2f} | {used:.0f} | {size:,} |"
+        )
+
+
+def window_study(images: tuple[Tensor, Tensor], options: argparse.Namespace, path: Path) -> Iterator[str]:
+    """A table by reach, and a figure of data, reconstructions and decompressions."""
+    train, test = images
+    shape, test = tuple(train.shape[1:]), test[: options.test_images].to(options.device)
+    prior = {"depth": 4, "hidden_dims": options.prior_hidden, "update": "shift"}
+    yield "| reach | −log p(x) | KL | reconstruction | CPU ms per step |"
+    yield "|---|---|---|---|---|"
+    kls, pictures = [], []
+    for reach in options.reaches:
+        pyro.set_rng_seed(options.seed)
+        common = {"latent_dim": options.latent_dim, "network": options.network, "prior_options": prior}
+        vlae = MODELS["vlae"](shape, **common, decoder_options=window(options, reach))
+        model, used = fit(vlae, train, options, options.window_steps, 0.0)
+        result = evaluate(model, test, options.samples)
+        kls.append(result["kl"].mean().item())
+        shown = test[:8]
+        pictures.append(torch.cat([shown[None], model.reconstruct(shown)[None], model.decompress(shown, 3)]).cpu())
+        yield (
+            f"| {reach} | {mean_and_error(-result['log_likelihood'])} | {kls[-1]:.2f} "
+            f"| {-(result['elbo'] + result['kl']).mean():.2f} | {used:.0f} |"
+        )
+    draw_windows(path, options.reaches, kls, pictures)
+
+
+def draw_windows(path: Path, reaches: list[int], kls: list[float], pictures: list[Tensor]) -> None:
+    figure, axes = plt.subplots(1, len(reaches) + 1, figsize=(3.2 * (len(reaches) + 1), 3), layout="constrained")
+    axes[0].plot(reaches, kls, "o-")
+    axes[0].set_xlabel("reach of the window (pixels)")
+    axes[0].set_ylabel("KL(q‖p) (nats)")
+    axes[0].set_ylim(bottom=0)
+    for reach, rows, ax in zip(reaches, pictures, axes[1:], strict=True):
+        ax.imshow(torch.cat([torch.cat(list(row[:, 0]), 1) for row in rows]), cmap="gray_r", vmin=0, vmax=1)
+        height = rows.shape[-2]
+        names = ["data", "mean", "one z:", "draw 2", "draw 3"]
+        ax.set_yticks([height * (row + 0.5) for row in range(len(rows))], names)
+        ax.set_xticks([])
+        ax.set_title(f"reach {reach}")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+# -- speed -------------------------------------------------------------------------------------------------------------
+
+SPEED_OPTIONS: dict[str, dict[str, Any]] = {
+    "pixelcnn": {},
+    "gated_pixelcnn": {"filters": 36, "reach": 6, "depth": 6},
+    "pixelcnn++": {"filters": 24, "blocks": 2, "levels": 3},
+    "row_lstm": {},
+    "diagonal_lstm": {},
+    "made": {"orderings": 1},
+    "wavenet": {},
+}
+
+
+def speed(options: argparse.Namespace) -> Iterator[str]:
+    """Processor time of a training step, of sampling from caches, and of one full pass times the number of pixels."""
+    yield "| decoder | training, images/s | sampling, images/s | one full pass per pixel, images/s | ratio |"
+    yield "|---|---|---|---|---|"
+    for name, given in SPEED_OPTIONS.items():
+        training, sampling, full = speed_of(name, given, options.latent_dim, options.device)
+        yield f"| {name} | {training:.0f} | {sampling:.2f} | {full:.3f} | {sampling / full:.0f} |"
+
+
+def speed_of(name: str, given: dict[str, Any], latent_dim: int, device: str, size: int = 16) -> tuple[float, ...]:
+    """Images per second of training, of sampling, and of sampling by full passes."""
+    pyro.set_rng_seed(0)
+    shape = (1, 784) if name == "wavenet" else (1, 28, 28)
+    network, pixels = make_decoder(name, shape, "bernoulli", latent_dim, 4, given)
+    network = network.to(device)
+    x = torch.rand(size, *shape, device=device).round()
+    features = torch.randn(size, latent_dim, device=device) if network.features else None
+    maps = torch.randn(size, network.maps, *shape[1:], device=device) if network.maps else None
+
+    @torch.no_grad()
+    def full_pass() -> None:
+        network(x, features, maps)
+
+    training = seconds(lambda: network(x, features, maps).sum().backward())
+    network.eval()
+    sampling = seconds(lambda: network.generate(pixels.draw, size, features, maps), repeats=1, warm_up=0)
+    full = seconds(full_pass) * len(list(network.steps()))
+    return size / training, size / sampling, size / full
+
+
+def seconds(job: Callable[[], Any], repeats: int = 3, warm_up: int = 1) -> float:
+    """Median processor time; on a GPU, time on the clock."""
+    clock, times = (time.perf_counter if torch.cuda.is_available() else time.process_time), []
+    for repeat in range(repeats + warm_up):
+        begin = clock()
+        job()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times += [clock() - begin] if repeat >= warm_up else []
+    return statistics.median(times)
+
+
+# -- the program -------------------------------------------------------------------------------------------------------
+
+
+def binary(path: str) -> tuple[Tensor, Tensor]:
+    images = load_images(path).binarised()
+    return images.train.float(), images.test.float()
+
+
+def grey(path: str, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    images = load_images(path, shape)
+    return images.train.float(), images.test.float()
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", help="binary or grey images, binarised once: an .npz file or a folder of IDX files")
+    parser.add_argument("--faces", help="grey images of 28×20 for the study frey")
+    parser.add_argument("--studies", nargs="+", default=list(STUDIES), choices=STUDIES)
+    parser.add_argument("--steps", type=int, default=500, help="training steps on --data")
+    parser.add_argument("--window-steps", type=int, default=200)
+    parser.add_argument("--face-steps", type=int, default=200)
+    parser.add_argument("--network", default="mlp", help="encoder and decoder")
+    parser.add_argument("--latent-dim", type=int, default=32)
+    parser.add_argument("--reach", type=int, default=3)
+    parser.add_argument("--depth", type=int, default=3)
+    parser.add_argument("--filters", type=int, default=8)
+    parser.add_argument("--reaches", type=int, nargs="+", default=[1, 2, 4, 8])
+    parser.add_argument("--prior-hidden", type=int, nargs="+", default=[128, 128])
+    parser.add_argument("--learning-rate", type=float, default=5e-3)
+    parser.add_argument("--ema", type=float, default=0.99)
+    parser.add_argument("--test-images", type=int, default=300)
+    parser.add_argument("--samples", type=int, default=100, help="draws per image of importance sampling")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
+    options = parser.parse_args()
+    if options.data is None and {"compare", "window"} & set(options.studies):
+        parser.error("--data is needed for compare and window")
+    if options.faces is None and "frey" in options.studies:
+        parser.error("--faces is needed for frey")
+    return options
+
+
+def lines(study: str, options: argparse.Namespace, figure: Path) -> Iterator[str]:
+    """The lines of the table of one study."""
+    if study == "compare":
+        return compare(binary(options.data), "bernoulli", options, options.steps)
+    if study == "window":
+        return window_study(binary(options.data), options, figure)
+    if study == "frey":
+        return compare(grey(options.faces, (28, 20)), "logistic", options, options.face_steps)
+    return speed(options)
+
+
+def main() -> None:
+    options = parse()
+    options.output.mkdir(parents=True, exist_ok=True)
+    today = f"{datetime.date.today():%Y-%m-%d}"
+    where = torch.cuda.get_device_name() if options.device == "cuda" else f"{platform.machine()} CPU"
+    with pyro.validation_enabled(False):
+        for study in options.studies:
+            begin, path = time.perf_counter(), options.output / f"vlae_{study}_{today}.md"
+            rows = []
+            for row in lines(study, options, path.with_suffix(".png")):
+                print(row, flush=True)
+                rows.append(row)
+            arguments = " ".join(Path(word).name if "/" in word else word for word in sys.argv[1:])
+            note = (
+                f"`python benchmarks/vlae.py {arguments}`, {today}, torch {torch.__version__}, "
+                f"{torch.get_num_threads()} thread(s), {where}; {time.perf_counter() - begin:.0f} s."
+            )
+            path.write_text("\n".join([note, "", *rows]) + "\n")
+
+
+if __name__ == "__main__":
+    main()
