@@ -58,6 +58,12 @@ from pyro_flowguides.transforms.linear import (
     lu_linear,
     qr_linear,
 )
+from pyro_flowguides.transforms.lowrank import (
+    ConditionalLowRankAffine,
+    LowRankAffine,
+    conditional_low_rank_affine,
+    low_rank_affine,
+)
 from pyro_flowguides.transforms.permute import (
     Permute,
     Reverse,
@@ -107,6 +113,7 @@ __all__ = [
     "ConditionalHouseholderSylvester",
     "ConditionalInverseAutoregressive",
     "ConditionalLULinear",
+    "ConditionalLowRankAffine",
     "ConditionalLowerTriangularAffine",
     "ConditionalMaskedAutoregressive",
     "ConditionalOrthogonalSylvester",
@@ -121,6 +128,7 @@ __all__ = [
     "HouseholderSylvester",
     "InverseAutoregressive",
     "LULinear",
+    "LowRankAffine",
     "LowerTriangularAffine",
     "MaskedAutoregressive",
     "OrthogonalSylvester",
@@ -140,6 +148,7 @@ __all__ = [
     "conditional_householder",
     "conditional_householder_sylvester",
     "conditional_inverse_autoregressive",
+    "conditional_low_rank_affine",
     "conditional_lower_triangular_affine",
     "conditional_lu_linear",
     "conditional_masked_autoregressive",
@@ -152,6 +161,7 @@ __all__ = [
     "householder",
     "householder_sylvester",
     "inverse_autoregressive",
+    "low_rank_affine",
     "lower_triangular_affine",
     "lu_linear",
     "masked_autoregressive",

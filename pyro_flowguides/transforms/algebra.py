@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["dot", "lower_triangle", "matvec", "per_coordinate", "solve_triangle", "triangle_size"]
+__all__ = ["dot", "lower_triangle", "matvec", "orthonormal", "per_coordinate", "solve_triangle", "triangle_size"]
 
 
 def per_coordinate(value: float | Tensor, dim: int) -> Tensor:
@@ -22,6 +22,13 @@ def dot(x: Tensor, v: Tensor) -> Tensor:
 def matvec(matrix: Tensor, x: Tensor) -> Tensor:
     """``matrix (..., M, D), x (..., D) -> (..., M)``, as one product when the matrix has no batch dimension."""
     return x @ matrix.mT if matrix.dim() == 2 else (matrix @ x[..., None])[..., 0]
+
+
+def orthonormal(columns: Tensor) -> Tensor:
+    """``(..., D, M) -> (..., D, M)``: orthonormal columns by QR, the signs fixed, smooth in the matrix."""
+    q, r = torch.linalg.qr(columns)
+    sign = torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(q.dtype)
+    return q * sign[..., None, :]
 
 
 def solve_triangle(matrix: Tensor, x: Tensor, *, upper: bool, unitriangular: bool = False) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from pyro_flowguides.nn.ordering import as_permutation
-from pyro_flowguides.transforms.algebra import matvec, solve_triangle
+from pyro_flowguides.transforms.algebra import matvec, orthonormal, solve_triangle
 from pyro_flowguides.transforms.base import AmortisedFlow, Flow, Known, Theta
 from pyro_flowguides.transforms.bounds import shrink
 from pyro_flowguides.transforms.householder import paired_vectors, reflect
@@ -180,9 +180,7 @@ class OrthogonalSylvester(_Sylvester):
     @staticmethod
     def _orthonormal(theta: Theta) -> Theta:
         """Add Q to theta, once per call."""
-        q, r = torch.linalg.qr(theta["columns"])
-        sign = torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(q.dtype)
-        return {**theta, "q": q * sign[..., None, :]}
+        return {**theta, "q": orthonormal(theta["columns"])}
 
     def _analyse(self, x: Tensor, theta: Theta) -> Tensor:
         return matvec(theta["q"].mT, x)

@@ -33,6 +33,7 @@ OPTIONS: dict[str, Callable[[int], Any]] = {
     "order": torch.randperm,
     "permutation": torch.randperm,
     "bottleneck": lambda dim: (dim + 1) // 2,
+    "rank": lambda dim: (dim + 1) // 2,
     "reflections": lambda dim: 6,
     "update": lambda dim: "gated",
 }
