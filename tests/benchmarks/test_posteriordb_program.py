@@ -1,0 +1,190 @@
+"""benchmarks/posteriordb.py runs, resumes and measures; its report says what the numbers say."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import math
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pyro
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+program = importlib.import_module("posteriordb")
+report = importlib.import_module("posteriordb_report")
+
+needs_data = pytest.mark.skipif("FLOWGUIDES_DATA" not in os.environ, reason="FLOWGUIDES_DATA is not set")
+NAME = "eight_schools-eight_schools_noncentered"
+
+
+@pytest.fixture(autouse=True)
+def _state() -> Iterator[None]:
+    dtype, threads, environment = torch.get_default_dtype(), torch.get_num_threads(), dict(os.environ)
+    yield
+    pyro.clear_param_store()
+    torch.set_default_dtype(dtype)
+    torch.set_num_threads(threads)
+    os.environ.clear()
+    os.environ.update(environment)
+
+
+# -- the program -------------------------------------------------------------------------------------------------------
+
+
+def database() -> Path:
+    return Path(os.environ["FLOWGUIDES_DATA"]) / "posteriordb"
+
+
+def job(guide: str, steps: int | None = 20, nuts_seconds: float = 60.0):
+    return program.Job(database() / "posterior_database", NAME, guide, 0, steps, nuts_seconds)
+
+
+@needs_data
+def test_a_run_is_written_down_and_not_repeated(tmp_path, capsys):
+    output = tmp_path / "results" / "out.csv"
+    command = ["--posteriordb", str(database()), "--posteriors", NAME, "--steps", "20", "--output", str(output)]
+    program.main([*command, "--guides", "planar", "--report", str(tmp_path / "docs")])
+    rows = list(csv.DictReader(output.read_text().splitlines()))
+    assert [(row["posterior"], row["guide"], row["limit"]) for row in rows] == [(NAME, "planar", "20 steps")]
+    assert rows[0]["verdict"] in ("good", "usable with importance resampling", "do not trust")
+    assert int(rows[0]["steps"]) <= 20
+    assert math.isfinite(float(rows[0]["elbo"]))
+    assert 0 < float(rows[0]["mean_error"]) < 100
+    assert "| planar |" in capsys.readouterr().out
+    assert (tmp_path / "docs" / "posteriordb.png").is_file()
+    written = output.read_bytes()
+    program.main([*command, "--guides", "planar"])
+    assert output.read_bytes() == written
+
+
+@needs_data
+def test_peers_and_failures_are_rows(monkeypatch):
+    monkeypatch.setattr(program, "DRAWS", 500)
+    row = program.run_job(job("Pyro AutoIAFNormal", steps=5))
+    assert row.steps == 5
+    assert math.isfinite(row.elbo)
+
+    def fail(model):
+        raise RuntimeError("no such guide\nand more")
+
+    monkeypatch.setitem(program.PEERS, "Pyro AutoNormal", fail)
+    row = program.run_job(job("Pyro AutoNormal"))
+    assert (row.verdict, row.note) == ("failed", "RuntimeError: no such guide")
+
+
+@needs_data
+def test_nuts_is_given_up(monkeypatch):
+    monkeypatch.setattr(program, "NUTS_WARMUP", 10)
+    row = program.run_job(job(program.NUTS_LABEL, nuts_seconds=0.2))
+    assert row.verdict == "not within 0.2 CPU s"
+    assert row.limit == "0.2 s"
+
+
+@needs_data
+def test_a_chain_is_stopped_by_draws_like_the_reference():
+    posterior = program.load(database() / "posterior_database", NAME)
+    sites = {name: value.flatten(0, 1) for name, value in posterior.from_reference(posterior.reference).items()}
+
+    watch = program.Watch(posterior, math.inf)
+    kernel = SimpleNamespace(transforms=dict.fromkeys(sites, torch.distributions.transforms.identity_transform))
+
+    def chain():
+        for draw in range(9, 10_000, 10):
+            watch(kernel, {name: value[draw] for name, value in sites.items()}, "Sample", draw)
+
+    with pytest.raises(program.Stopped):
+        chain()
+    assert watch.count < 1000
+    assert watch.found.worst <= program.NUTS_ERROR
+    assert program.errors(posterior, sites).worst == pytest.approx(0, abs=1e-9)
+    moved = {**sites, "mu": sites["mu"] + 0.5 * sites["mu"].std()}
+    found = program.errors(posterior, moved)
+    # theta = mu + tau * theta_trans moves as far as mu, which is less in its own standard deviations.
+    assert found.mean == pytest.approx(0.5)
+    assert found.mean_at == "mu"
+
+
+# -- the report --------------------------------------------------------------------------------------------------------
+
+
+def row(guide: str, posterior: str = "a-b", **values):
+    numbers = {
+        "elbo": -1.2,
+        "elbo_se": 0.001,
+        "log_evidence": -1.0,
+        "log_evidence_se": 0.01,
+        "khat": 0.3,
+        "ess_fraction": 0.9,
+        "mean_error": 0.02,
+        "mean_at": "mu",
+        "log_sd_error": 0.03,
+        "log_sd_at": "tau",
+        "resampled_mean_error": 0.01,
+        "resampled_log_sd_error": 0.01,
+        "seconds": 4.0,
+        "cpu_seconds": 3.0,
+        "steps": 900,
+        "verdict": "good",
+        "date": "2026-01-01",
+        "hardware": "a machine",
+        "versions": "torch 2",
+    }
+    return program.Row(posterior, guide, 0, **({"limit": ""} | numbers | values))
+
+
+@pytest.fixture
+def table(tmp_path):
+    rows = [
+        row("iaf", elbo=-1.05),
+        row("planar", mean_error=0.4, elbo_se=math.nan, elbo=-math.inf),  # called good
+        row("radial", log_evidence=-3.0, log_evidence_se=1e-4, khat=0.1, elbo=-3.001, verdict="do not trust"),
+        row("maf", log_evidence=5.0, khat=2.0),
+        program.Row("a-b", "Pyro AutoNormal", 0, "", verdict="failed", note="ValueError: no"),
+        row(program.NUTS_LABEL, limit="120 s", verdict="reached", note="3 divergences", elbo=math.nan),
+        row("iaf", "c-d", khat=0.9, log_evidence=-1.1),
+        row("planar", "c-d", khat=0.8, log_evidence=-1.0),
+        row("nice", "c-d", limit="20 steps"),
+    ]
+    for one in rows:
+        program.append(tmp_path / "out.csv", one)
+    return report.read(tmp_path / "out.csv")
+
+
+def found(table, posterior, guide):
+    return table[(table["posterior"] == posterior) & (table["guide"] == guide)].iloc[0]
+
+
+def test_gaps_are_to_the_most_certain_estimate_that_misses_nothing(table):
+    assert found(table, "a-b", "iaf")["gap"] == pytest.approx(0.05)  # neither radial's lost mode nor maf's k-hat
+    assert found(table, "a-b", "radial")["gap"] == pytest.approx(2.001)
+    assert found(table, "a-b", "planar")["gap"] == math.inf
+    assert found(table, "c-d", "iaf")["gap"] == pytest.approx(0.2)  # no small k-hat: the smallest
+
+
+def test_only_wrong_praise_is_a_violation(table):
+    assert list(table[table["violation"]]["guide"]) == ["planar"]
+    assert "a-b, planar: mean 0.40" in report.summary(table)
+
+
+def test_other_budgets_are_left_out(table):
+    assert "nice" not in set(table["guide"])
+
+
+def test_the_document_counts_and_lists(table, tmp_path):
+    report.write(table, tmp_path)
+    text = (tmp_path / "posteriordb_table.md").read_text()
+    assert "| iaf | 2 | 1 | 1 | 2 | 2 | 1 | 4.0 | 4.0 | 3.0 | 3.0 | 2 / 0 / 0 | 0 | 0 |" in text
+    assert "| a-b | **0.050** | inf | 2.001 | 0.200 | failed |" in text
+    assert "| c-d | 0.200 | 0.200 | not run | not run | not run |" in text
+    assert "good (**violation**)" in text
+    assert (
+        "Pyro NUTS: reached; 4.0 s (CPU 3.0 s), 900 draws, mean error 0.020, log sd error 0.030, 3 divergences." in text
+    )
+    assert "a machine; torch 2" in text
+    assert (tmp_path / "posteriordb.png").stat().st_size > 10_000
