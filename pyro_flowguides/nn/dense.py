@@ -13,9 +13,17 @@ __all__ = ["DenseDecoder", "DenseEncoder", "GaussianEncoder"]
 
 
 def _stack(owner: str, widths: Sequence[int]) -> list[nn.Module]:
+    """Linear layers, each followed by a ReLU, that keep the size of the signal at the start (He et al. 2015).
+
+    With torch's own start every layer shrinks it by 2.4, and a VAE finds no use for z for many steps.
+    """
     if any(width < 1 for width in widths):
         raise ValueError(f"{owner}: widths must be positive, got {list(widths)}")
-    return [module for m, n in itertools.pairwise(widths) for module in (nn.Linear(m, n), nn.ReLU())]
+    layers = [nn.Linear(inputs, outputs) for inputs, outputs in itertools.pairwise(widths)]
+    for layer in layers:
+        nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+        nn.init.zeros_(layer.bias)
+    return [module for layer in layers for module in (layer, nn.ReLU())]
 
 
 class DenseEncoder(nn.Sequential):
@@ -27,6 +35,9 @@ class DenseEncoder(nn.Sequential):
 
     Shapes:
         ``(..., *data_shape) -> (..., features)``.
+
+    References:
+        K. He, X. Zhang, S. Ren, J. Sun (2015). Delving deep into rectifiers. arXiv:1502.01852.
 
     Example:
         >>> import torch

@@ -20,6 +20,7 @@ from pyro_flowguides.vae.likelihoods import (
     _logistic_pixel,
     get_likelihood,
 )
+from pyro_flowguides.vae.precision import at_least_single
 
 __all__ = ["Autoregressive", "IndependentChannels", "PixelLikelihood", "PixelLogisticMixture", "get_pixel_likelihood"]
 
@@ -272,7 +273,8 @@ class Autoregressive(TorchDistribution):
         inputs = self.likelihood.values.standardise(x.to(next(self.network.parameters()).dtype))
         members = self.network.members()
         densities = [
-            self.likelihood.log_prob(member(inputs, features, maps), x).flatten(1).sum(-1) for member in members
+            self.likelihood.log_prob(at_least_single(member(inputs, features, maps)), x).flatten(1).sum(-1)
+            for member in members
         ]
         return (torch.stack(densities).logsumexp(0) - math.log(len(members))).reshape(batch)
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from pyro_flowguides.guides import FlowPosterior
 from pyro_flowguides.nn import data_dependent_initialisation
 from pyro_flowguides.vae.likelihoods import Likelihood
+from pyro_flowguides.vae.precision import at_least_single
 from pyro_flowguides.vae.registration import Registration
 
 __all__ = ["IAFVAE", "VAE", "Terms"]
@@ -102,7 +103,7 @@ class VAE(nn.Module):
 
     def posterior_at(self, x: Tensor) -> Any:
         """q(z | x) as a distribution with batch shape ``(B,)`` and event shape ``(latent_dim,)``."""
-        return self.posterior(*self.encoder(self._inputs(x)))
+        return self.posterior(*self._moments(x))
 
     def prior_distribution(self) -> Any:
         """p(z) as a distribution with event shape ``(latent_dim,)``."""
@@ -113,8 +114,7 @@ class VAE(nn.Module):
 
         A model whose decoder also sees the data (an autoregressive one) overrides this, and :meth:`generate`.
         """
-        params: Tensor = self.decoder(z)
-        return params
+        return at_least_single(self.decoder(z))
 
     def conditional_log_prob(self, z: Tensor, x: Tensor) -> Tensor:
         """log p(x | z), ``(...)``, for ``z (..., latent_dim)`` and ``x (B, *data_shape)``."""
@@ -132,6 +132,10 @@ class VAE(nn.Module):
     def mean(self, z: Tensor) -> Tensor:
         """The expected data for given latent vectors, ``(..., *data_shape)``, in the units of the data."""
         return self.likelihood.mean(self.decode(z))
+
+    def _moments(self, x: Tensor) -> list[Tensor]:
+        """Location, scale and context of the posterior."""
+        return [at_least_single(part) for part in self.encoder(self._inputs(x))]
 
     def _inputs(self, x: Tensor) -> Tensor:
         return self.likelihood.standardise(x.to(self._like.dtype))
@@ -154,7 +158,7 @@ class VAE(nn.Module):
         """
         self._check(x)
         shape = (num_samples,) if num_samples > 1 else ()  # one draw needs no broadcasting
-        z, log_q = self.posterior.rsample_and_log_prob(*self.encoder(self._inputs(x)), shape)
+        z, log_q = self.posterior.rsample_and_log_prob(*self._moments(x), shape)
         kl = log_q - self.prior.log_prob(z, self.posterior_at)
         terms = Terms(self.conditional_log_prob(z, x), kl.unsqueeze(-1), z)
         return terms if shape else Terms(*(part.unsqueeze(0) for part in terms))

@@ -21,6 +21,7 @@ from pyro_flowguides.transforms.bounds import soft_bound
 from pyro_flowguides.transforms.solve import autoregressive_root
 from pyro_flowguides.vae.base import VAE, Terms
 from pyro_flowguides.vae.likelihoods import Likelihood
+from pyro_flowguides.vae.precision import at_least_single
 
 __all__ = ["ConvIAF", "HierarchicalVAE"]
 
@@ -81,7 +82,7 @@ class ConvIAF(nn.Module):
         """The elementwise log-scale and shift for ``x (N, C, H, W)`` and the context ``(N, width, H, W)``."""
         h = self.first(self._turned(x)) + projected
         h = self.last(F.elu(self.second(F.elu(h))))
-        log_scale, shift = UPDATES["gated"](*h.chunk(2, -3))
+        log_scale, shift = UPDATES["gated"](*at_least_single(h).chunk(2, -3))
         return self._turned(log_scale), self._turned(shift)
 
     def _project(self, context: Tensor) -> Tensor:
@@ -124,7 +125,7 @@ class _Gaussian(NamedTuple):
 
     @classmethod
     def of(cls, statistics: Tensor) -> _Gaussian:
-        loc, raw = statistics.chunk(2, -3)
+        loc, raw = at_least_single(statistics).chunk(2, -3)
         return cls(loc, soft_bound(raw, LOG_SCALE_BOUND))
 
     def draw(self, noise: Tensor) -> Tensor:
@@ -296,7 +297,7 @@ class _TopDown(nn.Module):
 
     def emit(self, h: Tensor) -> Tensor:
         """The parameters of the likelihood, ``(N, *data_shape, parameters)``."""
-        y: Tensor = self.head(F.elu(h))
+        y = at_least_single(self.head(F.elu(h)))
         return y.unflatten(-3, (self.data_channels, -1)).movedim(-3, -1)
 
     def forward(self, z: Tensor) -> Tensor:

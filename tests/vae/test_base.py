@@ -205,6 +205,24 @@ def test_pickle_and_state_dict():
         torch.testing.assert_close(found, vae.terms(x).elbo)
 
 
+@pytest.mark.parametrize("model", ["iafvae", "hierarchical", "vlae"])
+@pytest.mark.parametrize("likelihood", ["bernoulli", "logistic_mixture"])
+def test_mixed_precision_computes_densities_in_single_precision(model, likelihood):
+    torch.set_default_dtype(torch.float32)
+    vae = MODELS[model]((1, 8, 8), likelihood=likelihood, latent_dim=2)
+    x = torch.rand(5, 1, 8, 8) if likelihood == "bernoulli" else torch.randint(0, 256, (5, 1, 8, 8))
+    vae.initialise(x)
+    seed_everything(1)
+    single = vae.terms(x)
+    seed_everything(1)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = vae.terms(x)
+    assert {part.dtype for part in mixed} == {torch.float32}
+    torch.testing.assert_close(mixed.log_likelihood, single.log_likelihood, rtol=0.01, atol=0)
+    values = mixed.log_likelihood.detach()
+    assert (values != values.bfloat16().float()).any()
+
+
 # -- looking at a model ------------------------------------------------------------------------------------------------
 
 

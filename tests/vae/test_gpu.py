@@ -45,7 +45,7 @@ def test_networks_and_likelihoods(likelihood, network):
 
 @pytest.mark.parametrize("model", MODELS)
 def test_every_model_with_its_defaults(model):
-    step_and_look(MODELS[model]((1, 8, 8), likelihood="bernoulli"), torch.rand(6, 1, 8, 8))
+    step_and_look(MODELS[model]((1, 8, 8), likelihood="bernoulli", latent_dim=4), torch.rand(6, 1, 8, 8))
 
 
 def test_a_vamp_prior():
@@ -59,3 +59,15 @@ def test_as_pyro_programs(model):
     x = torch.rand(6, 1, 8, 8, device="cuda")
     elbo = Trace_ELBO(num_particles=3, vectorize_particles=True, max_plate_nesting=1)
     assert SVI(vae.model, vae.guide, pyro.optim.Adam({"lr": 1e-3}), elbo).step(x) > 0
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_in_mixed_precision(model):
+    vae = MODELS[model]((1, 8, 8), likelihood="bernoulli", latent_dim=4).to("cuda")
+    x = torch.rand(6, 1, 8, 8, device="cuda")
+    vae.initialise(x)
+    with torch.autocast("cuda", torch.bfloat16):
+        terms = vae.terms(x, num_samples=2)
+    assert {part.dtype for part in terms} == {torch.float32}
+    (-terms.elbo.mean()).backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in vae.parameters())
