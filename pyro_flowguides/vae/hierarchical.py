@@ -331,7 +331,9 @@ class _Joint(TorchDistribution):
 
     def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008  torch's own default
         shape = torch.Size(sample_shape) + self.batch_shape
-        evidence, draws, log_probs = self._at(shape), list[Tensor](), list[Tensor]()
+        evidence = self._at(shape)
+        draws: list[Tensor] = []
+        log_probs: list[Tensor] = []
 
         def choose(index: int, layer: _Down, state: _State) -> Tensor:
             if evidence is None:
@@ -353,7 +355,8 @@ class _Joint(TorchDistribution):
             return self._last[1]
         shape = torch.broadcast_shapes(value.shape[:-1], self.batch_shape)
         flat = value.expand(*shape, value.shape[-1]).reshape(-1, value.shape[-1])
-        evidence, maps, log_probs = self._at(shape), self.ladder.split(flat), list[Tensor]()
+        evidence, maps = self._at(shape), self.ladder.split(flat)
+        log_probs: list[Tensor] = []
 
         def choose(index: int, layer: _Down, state: _State) -> Tensor:
             z = maps[index]
@@ -468,8 +471,10 @@ class HierarchicalVAE(VAE):
         self._check(x)
         posterior = self.posterior_at(x)
         shape = torch.Size((num_samples, len(x)))
-        evidence, draws, kls = posterior._at(shape), list[Tensor](), list[Tensor]()
+        evidence = posterior._at(shape)
         assert evidence is not None
+        draws: list[Tensor] = []
+        kls: list[Tensor] = []
 
         def choose(index: int, layer: _Down, state: _State) -> Tensor:
             z, log_q = layer.draw(state, evidence[index])

@@ -5,6 +5,7 @@ import torch
 
 from pyro_flowguides.flows import FLOWS
 from pyro_flowguides.vae import IAFVAE, LIKELIHOODS, MODELS, NETWORKS, VAE, Objective
+from tests.conftest import seed_everything
 from tests.transforms.families import randomise
 
 
@@ -59,6 +60,26 @@ def test_every_model_with_its_defaults(model):
     assert terms.kl.shape[:2] == (2, 4)
     assert terms.z.shape == (2, 4, vae.latent_dim)
     assert vae.log_likelihood(x, num_samples=3).shape == (4,)
+
+
+@pytest.mark.parametrize("model", ["iafvae", "hierarchical"])
+def test_a_training_step_compiles_to_one_graph(model):
+    options = {
+        "iafvae": {"hidden": [8], "prior": "maf", "prior_options": {"depth": 1}, "posterior_options": {"depth": 1}},
+        "hierarchical": {"hidden": 4, "scales": 1, "layers": 1},
+    }[model]
+    vae = MODELS[model]((1, 4, 4), likelihood="bernoulli", latent_dim=2, **options)
+    x = torch.rand(4, 1, 4, 4)
+    vae.initialise(x)
+    torch._dynamo.reset()
+    compiled = torch.compile(vae.terms, backend="eager", fullgraph=True)
+    seed_everything(1)
+    found = compiled(x).elbo
+    torch._dynamo.reset()
+    seed_everything(1)
+    torch.testing.assert_close(found, vae.terms(x).elbo)
+    found.mean().backward()
+    assert all(parameter.grad is not None for parameter in vae.parameters())
 
 
 def test_the_iaf_vae_has_gated_steps():
