@@ -74,7 +74,7 @@ def test_a_vamp_prior_is_the_mixture_of_the_posteriors(posterior):
 
 def test_draws_of_a_vamp_prior_come_from_all_components():
     vae = vamp(components=3)
-    vae.encoder.forward = lambda x: (x[:, :2], torch.full((len(x), 2), 1e-3), None)
+    vae.encoder.forward = lambda x: (x[:, :2], torch.full((len(x), 2), 1e-3), x)
     draws = vae.sample_prior(3000)
     nearest = torch.cdist(draws, vae.prior.pseudo_inputs[:, :2]).min(-1)
     assert nearest.values.max() < 0.01
