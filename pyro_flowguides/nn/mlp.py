@@ -100,8 +100,36 @@ class MLP(nn.Module):
                 x = self.activation(x)
         return x
 
+    @torch.no_grad()
+    def run_with_jacobian(self, x: Tensor, folded: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """The output and its derivative by the input, ``(..., out_features)`` and ``(in_features, ..., out_features)``.
+
+        All directions go through a layer in one product, without a recorded graph: for a few dozen inputs that is
+        cheaper than a backward pass for each output.
+        """
+        jacobian: Tensor | None = None
+        for layer in range(self.depth):
+            weight = folded[f"weight{layer}"].mT
+            x = x @ weight + folded[f"bias{layer}"]
+            jacobian = (
+                weight.reshape(-1, *(1,) * (x.dim() - 1), weight.shape[-1]) if jacobian is None else jacobian @ weight
+            )
+            if layer < self.depth - 1:
+                x, slope = _value_and_slope(self.activation, x)
+                jacobian = jacobian * slope
+        assert jacobian is not None
+        return x, jacobian.expand(-1, *x.shape).detach()
+
     def forward(self, x: Tensor) -> Tensor:
         return self.run(x, self.fold())
 
     def extra_repr(self) -> str:
         return f"{self.in_features} -> {list(self.hidden_dims)} -> {self.out_features}"
+
+
+def _value_and_slope(elementwise: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+    with torch.enable_grad():
+        leaf = x.detach().requires_grad_()
+        value = elementwise(leaf)
+        (slope,) = torch.autograd.grad(value.sum(), leaf)
+    return value.detach(), slope

@@ -96,6 +96,7 @@ from pyro_flowguides.transforms.sylvester import (
     orthogonal_sylvester,
     triangular_sylvester,
 )
+from pyro_flowguides.transforms.tails import ConditionalHeavyTail, HeavyTail, conditional_heavy_tail, heavy_tail
 
 __all__ = [
     "ActNorm",
@@ -109,6 +110,7 @@ __all__ = [
     "ConditionalCompose",
     "ConditionalElementwiseAffine",
     "ConditionalFlow",
+    "ConditionalHeavyTail",
     "ConditionalHouseholder",
     "ConditionalHouseholderSylvester",
     "ConditionalInverseAutoregressive",
@@ -124,6 +126,7 @@ __all__ = [
     "ContextFlow",
     "ElementwiseAffine",
     "Flow",
+    "HeavyTail",
     "Householder",
     "HouseholderSylvester",
     "InverseAutoregressive",
@@ -145,6 +148,7 @@ __all__ = [
     "conditional_additive_coupling",
     "conditional_affine_coupling",
     "conditional_elementwise_affine",
+    "conditional_heavy_tail",
     "conditional_householder",
     "conditional_householder_sylvester",
     "conditional_inverse_autoregressive",
@@ -158,6 +162,7 @@ __all__ = [
     "conditional_radial",
     "conditional_triangular_sylvester",
     "elementwise_affine",
+    "heavy_tail",
     "householder",
     "householder_sylvester",
     "inverse_autoregressive",

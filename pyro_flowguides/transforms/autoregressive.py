@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
 from pyro_flowguides.nn import MADE
+from pyro_flowguides.transforms.algebra import solve_triangle
 from pyro_flowguides.transforms.base import ConditionerFlow, ContextFlow, Known, Theta
 from pyro_flowguides.transforms.bounds import soft_bound
-from pyro_flowguides.transforms.solve import autoregressive_root
+from pyro_flowguides.transforms.solve import autoregressive_root, tracing
 
 __all__ = [
     "ConditionalInverseAutoregressive",
@@ -26,6 +28,8 @@ __all__ = [
 
 #: Largest absolute log-scale of one affine step.
 LOG_SCALE_BOUND = 2.0
+#: Up to this dimension the path gradient takes the dense Jacobian of a step; beyond, an iteration of vector products.
+DENSE_DIM = 32
 #: Bias of the gate: it opens to at most 1 / sigmoid(2) = 1.135 times the input.
 GATE_BIAS = LOG_SCALE_BOUND
 
@@ -87,9 +91,28 @@ class _Autoregressive(ConditionerFlow):
         return z * log_scale.exp() + shift, log_scale.sum(-1)
 
     def _sequential(self, w: Tensor, theta: Theta, known: Known = None) -> tuple[Tensor, Tensor]:
+        if known is not None and self.input_dim <= DENSE_DIM and not tracing(w):
+            return self._attach(w, known, theta)
         rank = self.conditioner.get_buffer("order").argsort()
         z = autoregressive_root(lambda z: self._elementwise(z, theta), w, rank, known)
         return z, self._elementwise(z, theta)[0].sum(-1)
+
+    def _attach(self, w: Tensor, z: Tensor, theta: Theta) -> tuple[Tensor, Tensor]:
+        """The known root and its log-determinant as functions of w only, to first order, by the dense Jacobian."""
+        output, by_input = self.conditioner.run_with_jacobian(z, theta)
+        with torch.enable_grad():
+            output = output.detach().requires_grad_()
+            log_scale, shift = UPDATES[self.update](*output.chunk(2, -1))
+            ladj = log_scale.sum(-1)
+            (by_image,) = torch.autograd.grad((z * log_scale.exp() + shift).sum(), output, retain_graph=True)
+            (by_ladj,) = torch.autograd.grad(ladj.sum(), output)
+        log_scale = log_scale.detach()
+        columns = (by_input * by_image).unflatten(-1, (2, -1)).sum(-2)
+        jacobian = columns.movedim(0, -1) + log_scale.exp().diag_embed()
+        order = self.conditioner.order
+        step = solve_triangle(jacobian[..., order, :][..., order], (w - w.detach())[..., order], upper=False)
+        step = step[..., order.argsort()]
+        return z + step, ladj.detach() + ((by_input * by_ladj).sum(-1).movedim(0, -1) * step).sum(-1)
 
     def extra_repr(self) -> str:
         return f"{self.input_dim}, update={self.update!r}"
