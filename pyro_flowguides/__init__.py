@@ -13,6 +13,7 @@ from pyro_flowguides.diagnostics import (
     to_inference_data,
 )
 from pyro_flowguides.guides import (
+    AutoAmortizedFlow,
     AutoFlow,
     AutoIAF,
     AutoMAF,
@@ -39,6 +40,7 @@ __version__ = "0.1.0"
 __all__ = [
     "VSBC",
     "Agreement",
+    "AutoAmortizedFlow",
     "AutoFlow",
     "AutoIAF",
     "AutoMAF",

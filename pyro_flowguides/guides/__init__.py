@@ -1,5 +1,6 @@
 """Autoguides and amortised posteriors made from flow recipes."""
 
+from pyro_flowguides.guides.amortised import AutoAmortizedFlow
 from pyro_flowguides.guides.autoflow import (
     AutoFlow,
     AutoIAF,
@@ -13,6 +14,7 @@ from pyro_flowguides.guides.autoflow import (
 from pyro_flowguides.guides.posterior import FlowPosterior
 
 __all__ = [
+    "AutoAmortizedFlow",
     "AutoFlow",
     "AutoIAF",
     "AutoMAF",

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import copy
-import pickle
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, cast
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
 
 import pyro.distributions as dist
 import torch
 from pyro.infer.autoguide import AutoContinuous
 from pyro.infer.autoguide.initialization import InitMessenger, init_to_median
-from pyro.poutine.trace_struct import Trace
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributions import biject_to
 
 from pyro_flowguides.flows import Builder, get_flow
 from pyro_flowguides.guides import structure
+from pyro_flowguides.guides.deferred import Deferred
 from pyro_flowguides.guides.distribution import PathDistribution
 from pyro_flowguides.guides.images import AsImages
 from pyro_flowguides.guides.initial import InitialValue, check_finite
-from pyro_flowguides.guides.parameters import Token, bind, drop_references
+from pyro_flowguides.guides.parameters import bind
 from pyro_flowguides.transforms import Compose, ElementwiseAffine, Flow, LowerTriangularAffine
 
 __all__ = ["AutoFlow", "AutoIAF", "AutoMAF", "AutoNICE", "AutoPlanar", "AutoRadial", "AutoRealNVP", "AutoSylvester"]
@@ -29,11 +27,9 @@ __all__ = ["AutoFlow", "AutoIAF", "AutoMAF", "AutoNICE", "AutoPlanar", "AutoRadi
 FULL_RANK_LIMIT = 300
 #: Draws behind :meth:`AutoFlow.median` and :meth:`AutoFlow.quantiles`.
 QUANTILE_DRAWS = 4096
-#: Distinct call signatures for which the model's structure is compared with the guide's.
-CHECKED_SIGNATURES = 64
 
 
-class AutoFlow(AutoContinuous):
+class AutoFlow(Deferred, AutoContinuous):
     r"""A flow posterior for any model with continuous latent variables: put it where ``AutoNormal`` stands.
 
     All latent variables, mapped to unconstrained space and stacked, are
@@ -81,6 +77,9 @@ class AutoFlow(AutoContinuous):
         ['x', 'y']
     """
 
+    learned = "transform"
+    transient = ("_init", "_builder")
+
     def __init__(
         self,
         model: Callable[..., Any],
@@ -98,25 +97,8 @@ class AutoFlow(AutoContinuous):
         self._builder = get_flow(flow)
         self._init_scale, self._flow_options = init_scale, flow_options
         self._distribution = PathDistribution if path_gradient else dist.TransformedDistribution
-        self._token = Token()
-        self._signatures: set[Any] = set()
-        self._observed: frozenset[str] = frozenset()
-        self.register_module("transform", None)
-        # Before there are parameters, an empty tensor remembers the moves and conversions that were asked for.
-        self._anchor, self._anchor_start = torch.empty(0), torch.empty(0)
 
     # -- setting up ----------------------------------------------------------------------------------------------------
-
-    def setup(self, *args: Any, **kwargs: Any) -> None:
-        """Run the model once and create the parameters; the first call does it otherwise.
-
-        Args:
-            args, kwargs: the model's arguments.
-        """
-        if self.prototype_trace is None:
-            self._setup_prototype(*args, **kwargs)
-            with structure.isolated():
-                self._create_plates(*args, **kwargs)
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         with structure.isolated():
@@ -137,19 +119,6 @@ class AutoFlow(AutoContinuous):
                 f"{self.latent_dim}"
             )
 
-    @property
-    def _prototype(self) -> Trace:
-        trace: Trace | None = self.prototype_trace
-        assert trace is not None
-        return trace
-
-    def _requested(self, loc: Tensor) -> Tensor:
-        """The initial location with the dtype and device asked for before there were parameters."""
-        now, start = self._anchor, self._anchor_start
-        dtype = now.dtype if now.dtype != start.dtype else loc.dtype
-        device = now.device if now.device != start.device else loc.device
-        return loc.to(device=device, dtype=dtype)
-
     def _create(self, loc: Tensor) -> None:
         dim = loc.shape[0]
         flow = self._builder(dim, **self._flow_options)
@@ -161,49 +130,13 @@ class AutoFlow(AutoContinuous):
         affine = LowerTriangularAffine if dim <= FULL_RANK_LIMIT else ElementwiseAffine
         self.transform = Compose([flow, affine(dim, loc, self._init_scale)]).to(loc)
 
-    @property
-    def _built(self) -> Compose | None:
-        """The transform, if it exists yet; reading ``self.transform`` would register its parameters with Pyro."""
-        return cast("Compose | None", self._modules["transform"])
-
-    def _ensure_parameters(self) -> Compose:
-        if self._built is not None:
-            return self._built
-        try:
-            self.setup()
-        except (TypeError, AttributeError) as error:
-            raise RuntimeError(
-                f"{type(self).__name__} has no parameters yet: they are created when the model is first run, and it "
-                f"could not be run without arguments ({error}). Call guide.setup(*args, **kwargs) with the model's "
-                f"arguments first."
-            ) from error
-        assert self._built is not None
-        return self._built
-
-    def _check_structure(self, args: Any, kwargs: Any) -> None:
-        """Compare the model's structure with the guide's the first time that arguments of other shapes arrive."""
-        signature = structure.call_signature(args, kwargs)
-        if signature in self._signatures or len(self._signatures) >= CHECKED_SIGNATURES or self._model is None:
-            return
-        if torch.jit.is_tracing():
-            return
+    def _compare(self, args: Any, kwargs: Any) -> None:
         trace = structure.latent_trace(self.model, self._prototype_hide_fn, args, kwargs)
         owner, when = type(self).__name__, "for these arguments"
         structure.check_same_structure(owner, self._prototype, trace, when, self._observed)
-        self._signatures.add(signature)
 
-    @property
-    def model(self) -> Callable[..., Any]:
-        if self._model is None:
-            raise RuntimeError(
-                f"{type(self).__name__}: this guide was pickled without its model, which cannot be pickled. Assign "
-                f"guide.model = model."
-            )
-        return self._model[0]
-
-    @model.setter
-    def model(self, model: Callable[..., Any]) -> None:
-        self._model = (InitMessenger(self._init)(model) if self._init else model,)
+    def _prepared(self, model: Callable[..., Any]) -> tuple[Callable[..., Any], ...]:
+        return (InitMessenger(self._init)(model) if self._init else model,)
 
     # -- the posterior -------------------------------------------------------------------------------------------------
 
@@ -259,13 +192,17 @@ class AutoFlow(AutoContinuous):
         noise = torch.randn(QUANTILE_DRAWS, self.latent_dim, generator=torch.Generator().manual_seed(0))
         draws, _ = transform.forward_and_ladj(noise.to(loc))
         levels = torch.as_tensor(quantiles, dtype=loc.dtype, device=loc.device)
-        # In columns, because torch.quantile takes at most 16 million numbers.
-        latents = torch.cat([torch.quantile(part, levels, dim=0) for part in draws.split(1024, -1)], -1)
+        latents = marginal_quantiles(draws, levels)
         rows = [
             {site["name"]: biject_to(site["fn"].support)(value) for site, value in self._unpack_latent(latent)}
             for latent in latents
         ]
         return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+    def centre(self, latent: Tensor) -> Tensor:
+        """Unconstrained latent vectors ``(..., D)`` as deviations from the location of the affine part."""
+        location: Tensor = self._ensure_parameters().parts[1].loc
+        return latent - location
 
     @torch.no_grad()
     def set_affine(self, loc: Tensor, scale_tril: Tensor) -> None:
@@ -283,51 +220,16 @@ class AutoFlow(AutoContinuous):
 
     # -- a module like any other ---------------------------------------------------------------------------------------
 
-    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
-        self._ensure_parameters()
-        return super().named_parameters(*args, **kwargs)
-
-    def _check_module_local_param_usage(self) -> None:
-        if self._built is not None:  # Pyro asks on joining an AutoGuideList too, when there may be nothing to check yet
-            super()._check_module_local_param_usage()
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        self._ensure_parameters()
-        return super().state_dict(*args, **kwargs)
-
     def _load_from_state_dict(self, state_dict: Mapping[str, Tensor], prefix: str, *args: Any) -> None:
         loc = state_dict.get(f"{prefix}transform.parts.1.loc")
         if self._built is None and loc is not None:
             self._create(self._requested(torch.zeros_like(loc)))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> AutoFlow:
-        self._anchor = fn(self._anchor)
-        return super()._apply(fn, recurse)
 
-    def __getstate__(self) -> dict[str, Any]:
-        state = {**self.__dict__, "master": None, "_token": Token()}
-        if not _picklable(state["_model"]):
-            state["_model"] = None
-        if self._built is not None:
-            state["_init"] = state["_builder"] = None  # they have done their work, and may be local functions
-            drop_references(self._built)
-        return state
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> AutoFlow:
-        """A copy with parameters of its own, guiding the same model."""
-        memo[id(self._model)] = self._model
-        other = memo[id(self)] = type(self).__new__(type(self))
-        other.__setstate__(copy.deepcopy({**self.__dict__, "master": None, "_token": Token()}, memo))
-        return other
-
-
-def _picklable(model: Any) -> bool:
-    try:
-        pickle.dumps(model)
-    except Exception:  # pickling runs the objects' own code, which may raise anything
-        return False
-    return True
+def marginal_quantiles(draws: Tensor, levels: Tensor) -> Tensor:
+    """Quantiles of each column of draws ``(S, K)``, in parts: torch.quantile takes at most 16 million numbers."""
+    return torch.cat([torch.quantile(part, levels, dim=0) for part in draws.split(1024, -1)], -1)
 
 
 class _NamedFlow(AutoFlow):
