@@ -37,7 +37,7 @@ SCHOOLS: dict[str, Tensor] = {
 
 @dataclass(frozen=True)
 class Chain:
-    """One chain: processor seconds of fit and chain, least effective draws, divergences, gradients."""
+    """One chain: processor seconds of fit and chain, least effective draws, divergences."""
 
     fit: float
     chain: float
@@ -70,7 +70,8 @@ def plain(target: float, seed: int, arguments: argparse.Namespace) -> Chain:
     mcmc.run(**SCHOOLS)
     seconds = time.process_time() - begin
     draws = {name: value.numpy()[None] for name, value in mcmc.get_samples().items()}
-    return Chain(0.0, seconds, least_ess(draws), len(kernel._divergences))
+    divergences = sum(len(found) for found in mcmc.diagnostics()["divergences"].values())
+    return Chain(0.0, seconds, least_ess(draws), divergences)
 
 
 def transported(seed: int, arguments: argparse.Namespace) -> Chain:
