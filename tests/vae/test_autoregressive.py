@@ -218,3 +218,26 @@ def test_values_and_gradients_are_finite_far_out():
 def test_bad_sizes():
     with pytest.raises(ValueError, match="channels, components >= 1"):
         PixelLogisticMixture(3, components=0)
+
+
+# -- elsewhere ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_same_on_a_gpu(name):
+    """Scores as on the CPU; caches change nothing there either."""
+    network = build(name)
+    p = distribution(network, (3,))
+    x = p.sample()
+    expected, features = p.log_prob(x), p.features.cuda()
+    network.cuda()
+    there = Autoregressive(network, p.likelihood, features)
+    torch.testing.assert_close(there.log_prob(x.cuda()).cpu(), expected)
+    assert there.sample().device.type == "cuda"
+
+    def draw(numbers):
+        return (numbers[:, : network.shape[0]] > 0).double()
+
+    for member in network.members():
+        assert torch.equal(member.generate(draw, 3, features), member.generate_by_full_passes(draw, 3, features))
