@@ -6,7 +6,7 @@ All of it works on any Pyro guide: Pyro's autoguides, hand-written guides, and t
 from .agreement import Agreement, agreement
 from .defensive import WiderLook, defensive_log_weights
 from .export import to_inference_data
-from .plots import plot_khat, plot_pairs, plot_ppc
+from .plots import plot_elbo, plot_khat, plot_pairs, plot_ppc
 from .psis import ParetoSmoothed, effective_sample_size, khat_threshold, log_mean_weight, pareto_smooth
 from .resampling import importance_resample, resample
 from .verdict import Diagnosis, diagnose, judge
@@ -28,6 +28,7 @@ __all__ = [
     "log_mean_weight",
     "log_weights",
     "pareto_smooth",
+    "plot_elbo",
     "plot_khat",
     "plot_pairs",
     "plot_ppc",

@@ -20,6 +20,40 @@ if TYPE_CHECKING:
 
 _SMALLEST = 100
 _STEPS = 12
+_KNOTS = 400
+
+
+def plot_elbo(history: Sequence[float] | Tensor | Any) -> Figure:
+    """The ELBO at every step of a fit, with its running median.
+
+    The scale is that of the second half of the fit: a low start is cut off, and how many steps lie outside is written
+    into the picture. Steps without a finite value are marked at the bottom.
+
+    Args:
+        history: what :func:`~pyro_flowguides.fit` returns (anything with ``elbo_history``), or numbers, one per step.
+
+    Returns:
+        A figure with one axes. It is not shown, and does not belong to pyplot.
+
+    Raises:
+        ValueError: if the history is not one-dimensional or holds no finite value.
+
+    Example:
+        >>> figure = plot_elbo([-400.0, -30.0, -5.0, float("nan"), -3.2, -3.1, -3.2])
+        >>> [round(float(limit)) for limit in figure.axes[0].get_ylim()]
+        [-3, -3]
+    """
+    values = torch.as_tensor(getattr(history, "elbo_history", history)).detach().cpu().double().numpy()
+    finite = np.isfinite(values)
+    if values.ndim != 1 or not finite.any():
+        raise ValueError(f"an ELBO history is a sequence of numbers, some of them finite; got shape {values.shape}")
+    figure: Figure = importlib.import_module("matplotlib.figure").Figure(figsize=(7, 3.5), layout="constrained")
+    axes = figure.subplots()
+    _draw_history(axes, np.flatnonzero(finite), values[finite])
+    _mark_steps(axes, np.flatnonzero(~finite))
+    axes.set(xlabel="step", ylabel="ELBO (nats)", xlim=(0, max(1, len(values) - 1)))
+    axes.legend(loc="lower right")
+    return figure
 
 
 def plot_khat(weights: WeightedDraws | Tensor | Any) -> Figure:
@@ -104,6 +138,34 @@ def _log_weights_of(weights: WeightedDraws | Tensor | Any) -> Tensor:
     if weights.attrs.get("draws") == "importance-resampled":
         raise ValueError("the data hold resampled draws, whose weights have been used up")
     return torch.from_numpy(np.asarray(weights["sample_stats"]["log_weights"], dtype=float).ravel())
+
+
+def _draw_history(axes: Axes, steps: np.ndarray, values: np.ndarray) -> None:
+    half = max(1, len(values) // 50)
+    knots = np.unique(np.linspace(0, len(values) - 1, _KNOTS).astype(int))
+    medians = [np.median(values[max(0, knot - half) : knot + half + 1]) for knot in knots]
+    axes.plot(steps, values, color="C0", alpha=0.35, linewidth=0.8, label="each step")
+    axes.plot(steps[knots], medians, color="C0", linewidth=1.8, label=f"median of {2 * half + 1} steps")
+    axes.set_title(f"ELBO {medians[-1]:.2f}")
+    bottom, top = _settled_limits(values)
+    axes.set_ylim(bottom, top)
+    outside = int(((values < bottom) | (values > top)).sum())
+    if outside:
+        text = f"{outside} of {len(values)} outside"
+        axes.text(0.01, 0.98, text, transform=axes.transAxes, va="top", fontsize="small", color="0.4")
+
+
+def _settled_limits(values: np.ndarray) -> tuple[float, float]:
+    """Limits that hold nearly all values of the second half, with some room for what came before."""
+    low, high = np.quantile(values[len(values) // 2 :], [0.01, 0.99])
+    room = max(high - low, 1e-3 * abs(high), 1e-6)
+    return float(max(low - room, values.min() - 0.1 * room)), float(min(high + room, values.max() + 0.1 * room))
+
+
+def _mark_steps(axes: Axes, steps: np.ndarray) -> None:
+    if len(steps):
+        bottom, label = np.full(len(steps), 0.02), f"no finite value ({len(steps)})"
+        axes.plot(steps, bottom, "|", color="C3", label=label, transform=axes.get_xaxis_transform())
 
 
 def _draw_weights(axes: Axes, log_w: Tensor) -> None:
