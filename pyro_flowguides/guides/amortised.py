@@ -17,11 +17,13 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from pyro_flowguides.flows import Builder, get_flow
 from pyro_flowguides.guides import structure
 from pyro_flowguides.guides.autoflow import AutoFlow, marginal_quantiles
 from pyro_flowguides.guides.deferred import Deferred
+from pyro_flowguides.guides.distribution import PathDistribution
 from pyro_flowguides.guides.initial import InitialValue
 from pyro_flowguides.guides.local import LocalSite
 from pyro_flowguides.guides.parameters import bind
@@ -38,10 +40,10 @@ ROWS_AT_A_TIME = 2**18
 MIXING_DIM = 64
 
 
-class Local(nn.Module):
-    r"""The conditional posterior of the local variables of one datum, given its features and the global variables.
+class Conditional(nn.Module):
+    r"""The posterior of the local variables of one datum, given its features and the global variables.
 
-    With the features h and the deviation u of the global variables,
+    With the features h and the deviation u of the global variables from their location,
 
     .. math:: c = (h,\ u,\ \operatorname{elu}(V (h, u) + v)), \qquad (\mu, s) = W c + b, \qquad
         q(z \mid h, u) = \operatorname{FlowPosterior}(\mu, \operatorname{softplus}(s), c)
@@ -50,35 +52,62 @@ class Local(nn.Module):
     also stand in c on their own: a dependence that is the same for all data, however weak, is then learned from many.
 
     Args:
-        encoder: computes the features; it is called by the guide.
+        loc, scale: where every datum starts.
+        features, global_dim: widths of h and u.
+        posterior: ``(latent_dim, context_dim) ->`` :class:`~pyro_flowguides.guides.FlowPosterior`.
     """
 
-    mix: nn.Linear | None
-    head: MLP | None
-    posterior: FlowPosterior
-
-    def __init__(self, encoder: nn.Module) -> None:
+    def __init__(
+        self, loc: Tensor, scale: float, features: int, global_dim: int, posterior: Callable[[int, int], FlowPosterior]
+    ) -> None:
         super().__init__()
-        self.encoder = encoder
-        self.mix = self.head = None
-
-    def build(self, loc: Tensor, scale: float, features: int, global_dim: int, posterior: Callable[..., Any]) -> None:
-        """Create the parameters, with every datum at ``loc`` and ``scale``."""
         self.features, width = features, features + global_dim
-        if global_dim:
-            self.mix = nn.Linear(width, MIXING_DIM).to(loc)
-            width += MIXING_DIM
-        self.posterior = posterior(len(loc), width).to(loc)
-        self.head = MLP(width, (), 2 * len(loc)).to(loc)
+        self.mix = nn.Linear(width, MIXING_DIM) if global_dim else None
+        width += MIXING_DIM if global_dim else 0
+        self.head = MLP(width, (), 2 * len(loc))
+        self.posterior = posterior(len(loc), width)
+        self.to(loc)
         with torch.no_grad():
             self.head.biases[0].copy_(torch.cat([loc, torch.full_like(loc, math.log(math.expm1(scale)))]))
 
     def forward(self, context: Tensor) -> Any:
-        assert self.head is not None
         if self.mix is not None:
             context = torch.cat([context, nn.functional.elu(self.mix(context))], -1)
         loc, raw = self.head(context).chunk(2, -1)
         return self.posterior.distribution(loc, nn.functional.softplus(raw), context)
+
+
+class _OnPath(nn.Module):
+    """log q(z | h, u) of a draw z whose origin in the base distribution is known."""
+
+    def __init__(self, conditional: Conditional) -> None:
+        super().__init__()
+        self.conditional = conditional
+
+    def forward(self, context: Tensor, value: Tensor, origin: Tensor) -> Tensor:
+        posterior = self.conditional(context)
+        base, ladj = posterior.transforms[0].inverse_at(value, origin)
+        log_prob: Tensor = posterior.base_dist.log_prob(base) - ladj
+        return log_prob
+
+
+def _log_prob_on_path(conditional: Conditional, context: Tensor, value: Tensor, origin: Tensor) -> Tensor:
+    """The same as a function of the draws, global ones in the context included, and not of the parameters."""
+    scored = _OnPath(conditional)
+    frozen = {name: parameter.detach() for name, parameter in scored.named_parameters()}
+    log_prob: Tensor = functional_call(scored, frozen, (context, value, origin))
+    return log_prob
+
+
+class Local(nn.Module):
+    """The encoder, which is given, and the conditional posterior, which is built once the model has been run."""
+
+    conditional: Conditional | None
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.conditional = None
 
 
 class Plate(NamedTuple):
@@ -147,8 +176,8 @@ class AutoAmortizedFlow(Deferred):
             the weights of a network, it should not.
         init_loc_fn: where to start, one of Pyro's initialisation functions.
         init_scale: initial standard deviation of every unconstrained coordinate, positive.
-        path_gradient: follow the path gradient of each of the posteriors
-            (:class:`~pyro_flowguides.guides.distribution.PathDistribution`). The gradient of a subsample stays noisy.
+        path_gradient: follow the path gradient (:class:`~pyro_flowguides.guides.distribution.PathDistribution`) of the
+            joint posterior, which has no noise at the solution but that of the subsample.
         **flow_options: passed to the builder of ``flow``, for example ``depth`` or ``hidden_dims``.
 
     Raises:
@@ -221,7 +250,7 @@ class AutoAmortizedFlow(Deferred):
     @property
     def _built(self) -> Local | None:
         local = self._modules["local"]
-        return local if isinstance(local, Local) and local.head is not None else None
+        return local if isinstance(local, Local) and local.conditional is not None else None
 
     def _prepared(self, model: Callable[..., Any]) -> tuple[Callable[..., Any], ...]:
         """The model as it is run for its structure, and as it was given."""
@@ -279,9 +308,9 @@ class AutoAmortizedFlow(Deferred):
                 f"{type(self).__name__}: the encoder returns {features.dtype}, the local variables are {loc.dtype}. "
                 f"Convert the encoder (encoder.to({loc.dtype})) or the guide."
             )
-        guide = self._modules["globals"]
-        global_dim = guide.latent_dim if guide is not None and self._condition_on_globals else 0
-        local.build(loc, self._init_scale, features.shape[-1], global_dim, self._build[1])
+        guide: Any = self._modules["globals"]
+        global_dim: int = guide.latent_dim if guide is not None and self._condition_on_globals else 0
+        local.conditional = Conditional(loc, self._init_scale, features.shape[-1], global_dim, self._build[1])
 
     def _compare(self, args: Any, kwargs: Any) -> None:
         trace = structure.latent_trace(self.model, self._prototype_hide_fn, args, kwargs)
@@ -388,13 +417,13 @@ class AutoAmortizedFlow(Deferred):
 
     def _draw(self, args: Any, kwargs: Any) -> dict[str, Tensor]:
         bind(self, self.learned, self._token)
-        values, deviation = self._draw_globals(args, kwargs)
+        values, latent = self._draw_globals(args, kwargs)
         local = self.local  # within a call this registers the parameters with Pyro, once
         with self.plates[self._plate] as indices:
             features = self._features(local.encoder, indices, args, kwargs)
-            context = self._context(local.features, features, deviation)
-            latent = pyro.sample(f"_{self._pyro_name}_latent", local(context), infer={"is_auxiliary": True})
-            for site, rows in zip(self._sites, latent.split([site.size for site in self._sites], -1), strict=True):
+            posterior = self._posterior(local.conditional, features, latent)
+            drawn = pyro.sample(f"_{self._pyro_name}_latent", posterior, infer={"is_auxiliary": True})
+            for site, rows in zip(self._sites, drawn.split([site.size for site in self._sites], -1), strict=True):
                 with ExitStack() as stack:
                     for frame in site.frames:
                         stack.enter_context(self.plates[frame.name])
@@ -402,7 +431,7 @@ class AutoAmortizedFlow(Deferred):
         return values
 
     def _draw_globals(self, args: Any, kwargs: Any) -> tuple[dict[str, Tensor], Tensor | None]:
-        """The global sites; and how far the latent vector behind them lies from its location."""
+        """The global sites, and the latent vector behind them if the local posterior reads it."""
         guide = self._modules["globals"]
         if guide is None:
             return {}, None
@@ -410,19 +439,28 @@ class AutoAmortizedFlow(Deferred):
             values = self.globals(*args, **kwargs)
         if not self._condition_on_globals:
             return values, None
-        latent = tracer.trace.nodes[f"_{guide._pyro_name}_latent"]["value"]
-        return values, self.globals.centre(latent)
+        return values, tracer.trace.nodes[f"_{guide._pyro_name}_latent"]["value"]
 
-    def _context(self, expected: int, features: Tensor, deviation: Tensor | None) -> Tensor:
-        """Features ``(B, C)`` with B at the plate's dimension, and the global variables of every particle."""
-        if features.shape[-1] != expected:
+    def _posterior(self, conditional: Any, features: Tensor, latent: Tensor | None) -> Any:
+        """The distribution of the rows of the local sites."""
+        if features.shape[-1] != conditional.features:
             raise ValueError(
-                f"{type(self).__name__}: the encoder returned {features.shape[-1]} features, and {expected} when the "
-                f"guide was set up"
+                f"{type(self).__name__}: the encoder returned {features.shape[-1]} features, and "
+                f"{conditional.features} when the guide was set up"
             )
+        if latent is None:
+            return conditional(self._context(features))
+        location = self.globals.location
+        posterior = conditional(self._context(features, latent - location))
+        if isinstance(posterior, PathDistribution):
+            context = self._context(features.detach(), latent - location.detach())
+            posterior.on_path = partial(_log_prob_on_path, conditional, context)
+        return posterior
+
+    def _context(self, features: Tensor, *deviation: Tensor) -> Tensor:
+        """Features ``(B, C)`` with B at the plate's dimension, beside the global variables of every particle."""
         inner = -1 - self._prototype_frames[self._plate].dim
-        features = features.reshape(len(features), *(1,) * inner, expected)
-        parts = [features] if deviation is None else [features, deviation]
+        parts = [features.reshape(len(features), *(1,) * inner, features.shape[-1]), *deviation]
         batch = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))
         return torch.cat([part.expand(*batch, part.shape[-1]) for part in parts], -1)
 

@@ -199,10 +199,11 @@ class AutoFlow(Deferred, AutoContinuous):
         ]
         return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
-    def centre(self, latent: Tensor) -> Tensor:
-        """Unconstrained latent vectors ``(..., D)`` as deviations from the location of the affine part."""
-        location: Tensor = self._ensure_parameters().parts[1].loc
-        return latent - location
+    @property
+    def location(self) -> Tensor:
+        """Where the affine part puts the origin, in unconstrained space ``(latent_dim,)``."""
+        location: Tensor = self._ensure_parameters().parts[-1].loc
+        return location
 
     @torch.no_grad()
     def set_affine(self, loc: Tensor, scale_tril: Tensor) -> None:

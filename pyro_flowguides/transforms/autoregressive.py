@@ -91,7 +91,8 @@ class _Autoregressive(ConditionerFlow):
         return z * log_scale.exp() + shift, log_scale.sum(-1)
 
     def _sequential(self, w: Tensor, theta: Theta, known: Known = None) -> tuple[Tensor, Tensor]:
-        if known is not None and self.input_dim <= DENSE_DIM and not tracing(w):
+        frozen = not any(tensor.requires_grad for tensor in theta.values())
+        if known is not None and frozen and self.input_dim <= DENSE_DIM and not tracing(w):
             return self._attach(w, known, theta)
         rank = self.conditioner.get_buffer("order").argsort()
         z = autoregressive_root(lambda z: self._elementwise(z, theta), w, rank, known)

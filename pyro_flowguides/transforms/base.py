@@ -154,8 +154,14 @@ class Flow(TransformModule):
 
     def inverse_on_path(self, y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """x and ladj of a known pair as functions of y only, as in :meth:`forward_and_path`."""
+        return self._inverse_known(y, x, _detached(self.theta()))
+
+    def inverse_at(self, y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """:meth:`inverse_and_ladj` of a known pair: the same derivatives, nothing being solved."""
+        return self._inverse_known(y, x, self.theta())
+
+    def _inverse_known(self, y: Tensor, x: Tensor, theta: Theta) -> tuple[Tensor, Tensor]:
         self._check(y)
-        theta = _detached(self.theta())
         with torch.no_grad():
             known = self._push_known(x, theta)[2]
         x, ladj = self._pull(y, theta, known)
