@@ -12,6 +12,8 @@ import difflib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeAlias
 
+from torch.nn.functional import silu
+
 from pyro_flowguides import transforms as T
 from pyro_flowguides.transforms import Compose, ConditionalCompose, ConditionalFlow, Flow
 
@@ -66,7 +68,7 @@ def _alternating(
     widths = HIDDEN_DIMS if hidden_dims is None else hidden_dims
     layers: list[Flow | ConditionalFlow] = []
     for layer in _layers(kind, depth):
-        arguments = {"hidden_dims": widths, "order": _order(input_dim, layer), **options}
+        arguments = {"hidden_dims": widths, "activation": silu, "order": _order(input_dim, layer), **options}
         layers.append(
             conditional(input_dim, context_dim, **arguments) if context_dim else plain(input_dim, **arguments)
         )
@@ -243,7 +245,7 @@ def nice(
         context_dim: width of the context, 0 for none.
         depth: number of couplings.
         hidden_dims: widths of each coupling's network (default 64, 64).
-        **options: ``activation``.
+        **options: ``activation`` (default SiLU).
 
     Raises:
         ValueError: if ``depth < 1`` or ``input_dim < 1``.

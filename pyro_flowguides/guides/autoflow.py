@@ -19,7 +19,7 @@ from pyro_flowguides.guides.distribution import PathDistribution
 from pyro_flowguides.guides.images import AsImages
 from pyro_flowguides.guides.initial import InitialValue, check_finite
 from pyro_flowguides.guides.parameters import bind
-from pyro_flowguides.transforms import Compose, ElementwiseAffine, Flow, LowerTriangularAffine
+from pyro_flowguides.transforms import Compose, ElementwiseAffine, Flow, HeavyTail, LowerTriangularAffine
 
 __all__ = ["AutoFlow", "AutoIAF", "AutoMAF", "AutoNICE", "AutoPlanar", "AutoRadial", "AutoRealNVP", "AutoSylvester"]
 
@@ -34,12 +34,13 @@ class AutoFlow(Deferred, AutoContinuous):
 
     All latent variables, mapped to unconstrained space and stacked, are
 
-    .. math:: z = \ell + S\, f_\phi(\varepsilon), \qquad \varepsilon \sim N(0, I), \qquad
-        \log q(z) = \log N(\varepsilon) - \log|\det J_f| - \log|\det S|
+    .. math:: z = \ell + S\, t_\lambda(f_\phi(\varepsilon)), \qquad \varepsilon \sim N(0, I), \qquad
+        \log q(z) = \log N(\varepsilon) - \log|\det J_f| - \log|\det J_t| - \log|\det S|
 
-    with a flow f that starts at the identity, a location :math:`\ell` that starts at ``init_loc_fn`` and a scale S that
-    starts at ``init_scale``: full-rank (lower triangular) up to 300 dimensions, elementwise beyond. The guide thus
-    starts where :class:`~pyro.infer.autoguide.AutoMultivariateNormal` does, and contains it.
+    with a flow f that starts at the identity, a tail weight :math:`\lambda` of every coordinate that is learned
+    (:class:`~pyro_flowguides.transforms.HeavyTail`), a location :math:`\ell` that starts at ``init_loc_fn`` and a scale
+    S that starts at ``init_scale``: full-rank (lower triangular) up to 300 dimensions, elementwise beyond. The guide
+    thus starts where :class:`~pyro.infer.autoguide.AutoMultivariateNormal` does, and contains it.
 
     It works wherever Pyro's autoguides do. Parameters are created when the model is first run: by the first call, by
     :meth:`setup`, or on first access if the model needs no arguments. Their dtype and device are those of the model's
@@ -128,7 +129,7 @@ class AutoFlow(Deferred, AutoContinuous):
                 f"got {type(flow).__name__}({getattr(flow, 'input_dim', '')})"
             )
         affine = LowerTriangularAffine if dim <= FULL_RANK_LIMIT else ElementwiseAffine
-        self.transform = Compose([flow, affine(dim, loc, self._init_scale)]).to(loc)
+        self.transform = Compose([flow, HeavyTail(dim), affine(dim, loc, self._init_scale)]).to(loc)
 
     def _compare(self, args: Any, kwargs: Any) -> None:
         trace = structure.latent_trace(self.model, self._prototype_hide_fn, args, kwargs)
@@ -211,7 +212,7 @@ class AutoFlow(Deferred, AutoContinuous):
 
         Beyond the full-rank limit only the diagonal of the scale is used.
         """
-        affine: Any = self._ensure_parameters().parts[1]
+        affine: Any = self._ensure_parameters().parts[-1]
         scale = scale_tril.diagonal()
         affine.loc.copy_(loc)
         affine.log_scale.copy_(scale.log())
@@ -222,7 +223,7 @@ class AutoFlow(Deferred, AutoContinuous):
     # -- a module like any other ---------------------------------------------------------------------------------------
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Tensor], prefix: str, *args: Any) -> None:
-        loc = state_dict.get(f"{prefix}transform.parts.1.loc")
+        loc = state_dict.get(f"{prefix}transform.parts.2.loc")
         if self._built is None and loc is not None:
             self._create(self._requested(torch.zeros_like(loc)))
         super()._load_from_state_dict(state_dict, prefix, *args)

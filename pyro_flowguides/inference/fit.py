@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from pyro_flowguides.diagnostics import Diagnosis, diagnose, to_inference_data
 from pyro_flowguides.inference import checkpoint as checkpoints
-from pyro_flowguides.inference.objectives import DensityObjective, Objective, Request, make_objective
+from pyro_flowguides.inference.objectives import DensityObjective, Objective, Request, Step, make_objective
 from pyro_flowguides.inference.schedule import Schedule
 from pyro_flowguides.inference.warmstart import warm_start as find_start
 
@@ -28,6 +28,11 @@ __all__ = ["FitDivergedError", "FitResult", "fit"]
 PATIENCE = 50
 #: Largest norm of a gradient that is followed as it is.
 GRADIENT_NORM = 10.0
+#: Tail weight of a flow guide after the warm start. It keeps importance weights bounded where the posterior's tails are
+#: heavier than normal ones, and costs a normal posterior a thousandth of a nat per dimension until it is unlearned.
+TAIL_WEIGHT = 0.03
+#: Share of the exploration over which a tempered target rises to the full one.
+TEMPERED_SHARE = 0.75
 #: Draws behind the choice between the last and the averaged parameters.
 CHOICE_DRAWS = 1000
 
@@ -119,7 +124,7 @@ def fit(
         warm_start: search for a Gaussian start (flow guides only).
         path_gradient: refine with the path gradient (flow guides only); ``False`` for the total gradient throughout.
         importance: 1 for the ELBO, K for the importance-weighted bound with its doubly reparametrised gradient.
-        temper: exponent of the target at the first step, in (0, 1); it rises to 1 over the first half of the
+        temper: exponent of the target at the first step, in (0, 1); it rises to 1 over three quarters of the
             exploration, so that a multimodal target is met while it is still flat.
         seed: of everything random in the fit; the global generator is restored afterwards.
         checkpoint: file to save to and, if it exists, to resume from, exactly.
@@ -165,8 +170,8 @@ def fit(
             "seed": seed,
         }
         run = _Run(model, guide, args, kwargs, settings)
-        if not run.resume(checkpoint) and warm_start:
-            run.warm_start()
+        if not run.resume(checkpoint):
+            run.begin(warm_start)
         run.train(checkpoint, checkpoint_every, progress)
         seconds = run.seconds
         diagnosis, unjudged = _judge(model, guide, args, kwargs)
@@ -207,7 +212,7 @@ class _Run:
         kwargs: dict[str, Any],
         settings: dict[str, Any],
     ) -> None:
-        self.begin = time.perf_counter()
+        self.started = time.perf_counter()
         self.model, self.guide, self.args, self.kwargs = model, guide, args, kwargs
         self.settings = settings
         self.path_gradient, self.importance = settings["path_gradient"], settings["importance"]
@@ -229,9 +234,16 @@ class _Run:
     @property
     def seconds(self) -> float:
         """Wall time so far, that of earlier processes included."""
-        return time.perf_counter() - self.begin
+        return time.perf_counter() - self.started
 
     # -- before ----------------------------------------------------------------------------------------------------
+
+    def begin(self, warm_start: bool) -> None:
+        """Find a start, and see how far it is from the posterior."""
+        if warm_start:
+            self.warm_start()
+        if self.temper is None and self.importance == 1:
+            self.schedule.begin(self._evaluate().gap)
 
     def warm_start(self) -> None:
         """Set the affine part of a flow guide to the best Gaussian found, if that is better than the guide as it is."""
@@ -245,6 +257,7 @@ class _Run:
             now = self._bound()
         if math.isfinite(best.elbo) and not now >= best.elbo:
             guide.set_affine(best.loc, best.scale_tril)
+            guide.set_tails(TAIL_WEIGHT)
             self.start = f"{best.origin} (ELBO {best.elbo:.2f})"
 
     # -- the loop --------------------------------------------------------------------------------------------------
@@ -278,7 +291,8 @@ class _Run:
             raise FitDivergedError(self._why_diverged())
         self.history.append(step.elbo)
         # A rising target is no standstill and no gain: the schedule sees only what is measured on the full one.
-        schedule.advance(step.elbo if self.power == 1 else math.nan)
+        full = self.power == 1
+        schedule.advance(step.elbo if full else math.nan, step.gap if full else math.nan)
         if schedule.progress > 0.5:
             self._average()
 
@@ -300,7 +314,7 @@ class _Run:
         """The exponent of the target at the coming step."""
         if self.temper is None:
             return 1.0
-        ramp = self.schedule.step / max(1.0, 0.5 * (self.schedule.steps - self.schedule.refine_steps))
+        ramp = self.schedule.step / max(1.0, TEMPERED_SHARE * self.schedule.most_exploring)
         return self.temper ** max(0.0, 1 - ramp)
 
     def recent(self) -> float:
@@ -332,11 +346,16 @@ class _Run:
             parameter.copy_(value)
 
     def _bound(self) -> float:
-        """The bound of the guide as it is, -inf where it is not finite; common random numbers, no gradient."""
+        """The bound of the guide as it is, -inf where it is not finite."""
+        elbo = self._evaluate().elbo
+        return elbo if math.isfinite(elbo) else -math.inf
+
+    @torch.no_grad()
+    def _evaluate(self) -> Step:
+        """The objective of the guide as it is, over common random numbers, without gradient."""
         request = Request(self._whole_groups(CHOICE_DRAWS), path=False, importance=self.importance)
         with torch.random.fork_rng(devices=[]):
-            elbo = self.objective(request, torch.Generator().manual_seed(0)).elbo
-        return elbo if math.isfinite(elbo) else -math.inf
+            return self.objective(request, torch.Generator().manual_seed(0))
 
     def _why_diverged(self) -> str:
         step = self.schedule.step + 1
@@ -401,5 +420,5 @@ class _Run:
         torch.set_rng_state(state["global_generator"])
         self.history, self.mean, self.start = state["history"], state["mean"], state["start"]
         self.dropped, self.barren, self.averaged = state["counts"]
-        self.begin -= state["seconds"]
+        self.started -= state["seconds"]
         return True

@@ -26,11 +26,14 @@ MAX_SEQUENTIAL = 4
 
 
 class Step(NamedTuple):
-    """One evaluation: the loss to differentiate, the ELBO's estimate, and how many particles were not finite."""
+    """One evaluation: the loss to differentiate, the bound's estimate, how many particles were not finite; and half the
+    variance of the log weights, which for a guide that is nearly exact is the gap between the bound and the evidence.
+    """
 
     loss: Tensor
     elbo: float
     dropped: int
+    gap: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -153,8 +156,10 @@ class DensityObjective:
             z, log_w = self._weigh(torch.where(finite[:, None], noise, noise[finite][0]), request)
         if request.importance > 1:
             return _importance_step(z, log_w, finite, request, dropped)
-        mean = log_w[finite].mean()
-        return Step(-mean, float(mean.detach()), dropped)
+        log_w = log_w[finite]
+        mean = log_w.mean()
+        gap = 0.5 * float(log_w.detach().var()) if len(log_w) > 1 else math.nan
+        return Step(-mean, float(mean.detach()), dropped, gap)
 
 
 def _importance_step(z: Tensor, log_w: Tensor, finite: Tensor, request: Request, dropped: int) -> Step:

@@ -11,18 +11,25 @@ __all__ = ["Schedule"]
 
 @dataclass
 class Schedule:
-    """Explore at a constant step size until the ELBO stands still, then refine with a falling one and more particles.
+    """Explore at a constant step size until there is nothing more to gain, then refine with a falling one.
 
-    The ELBO stands still when, twice in a row, the mean of a window of steps is not above that of the one before by
-    more than ``tolerance`` nats or two standard errors. Exploring ends at the latest after its share of the steps;
-    refining takes a fixed share, its step size falls along a cosine to a hundredth, and its number of particles grows
-    fourfold.
+    How far the guide is from the posterior is read from half the variance of its log weights, which near the posterior
+    is the gap between the bound and the evidence. Exploring ends
+
+    - when the guide is nearly exact: the mean of the gap over a window of steps is below 0.1 nats;
+    - when the ELBO stands still: twice in a row its mean over the last quarter of the steps so far is not above that of
+      the quarter before by more than ``tolerance`` nats or two standard errors, which shrink as the quarters grow;
+    - at the latest after half of the steps.
+
+    Refining takes half of the steps, or for a guide that is nearly exact as many as exploring took and not fewer than a
+    minimum. Its step size falls along a cosine to a hundredth, and its number of particles grows fourfold. A guide that
+    starts nearly exact is not explored from, which could only lead away: it is refined at a lower step size.
 
     Args:
         steps: most steps in all.
         learning_rate: step size while exploring, reached after a short warm-up.
         particles: particles while exploring.
-        tolerance: gain per window, in nats, that is not worth going on for.
+        tolerance: gain in nats that is not worth going on for.
     """
 
     steps: int
@@ -30,21 +37,28 @@ class Schedule:
     particles: int
     tolerance: float
     step: int = 0
+    caution: float = 1.0
     refining_since: int | None = None
+    refine_steps: int = 0
     reason: str = ""
     standstills: int = 0
-    window: list[float] = field(default_factory=list)
-    previous: list[float] = field(default_factory=list)
+    elbos: list[float] = field(default_factory=list)
+    gaps: list[float] = field(default_factory=list)
 
     WARM_UP = 50
-    WINDOW = 100
-    REFINE_SHARE = 0.25
+    WINDOW = 50
+    EXPLORE_SHARE = 0.5
+    LEAST_REFINING = 300
+    NEAR = 0.1
+    START_NEAR = 0.3
+    CAUTION = 0.3
     GROWTH = 4.0
     LAST_FRACTION = 0.01
 
     @property
-    def refine_steps(self) -> int:
-        return max(1, round(self.REFINE_SHARE * self.steps))
+    def most_exploring(self) -> int:
+        """The number of steps after which exploring ends whatever the bound does."""
+        return round(self.EXPLORE_SHARE * self.steps)
 
     @property
     def done(self) -> bool:
@@ -60,36 +74,53 @@ class Schedule:
         """The step size of the coming step."""
         falling = 0.5 * (1 + math.cos(math.pi * self.progress))
         warm = min(1.0, (self.step + 1) / self.WARM_UP)
-        return self.learning_rate * warm * (self.LAST_FRACTION + (1 - self.LAST_FRACTION) * falling)
+        return self.learning_rate * self.caution * warm * (self.LAST_FRACTION + (1 - self.LAST_FRACTION) * falling)
 
     @property
     def batch(self) -> int:
         """The number of particles of the coming step."""
         return round(self.particles * self.GROWTH**self.progress)
 
-    def advance(self, elbo: float) -> None:
-        """Take note of one step's ELBO (NaN for a step without one)."""
+    def begin(self, gap: float) -> None:
+        """Take note of the gap at the start (NaN if it is not known)."""
+        if gap < self.START_NEAR:
+            self.caution = self.CAUTION
+            self._refine(self.LEAST_REFINING, f"the start was within {self.START_NEAR:g} nats of the evidence")
+
+    def advance(self, elbo: float, gap: float = math.nan) -> None:
+        """Take note of one step's ELBO and of half the variance of its log weights (NaN where there is none)."""
         self.step += 1
         if self.refining_since is not None:
             return
         if math.isfinite(elbo):
-            self.window.append(elbo)
-        if len(self.window) >= self.WINDOW:
-            self._compare_windows()
-        if self.refining_since is None and self.step >= self.steps - self.refine_steps:
-            self._refine(f"all {self.steps} steps used")
+            self.elbos.append(elbo)
+        if math.isfinite(gap):
+            self.gaps.append(gap)
+        if self.step % self.WINDOW == 0 and self.step > self.WARM_UP:
+            self._look_back()
+        if self.refining_since is None and self.step >= self.most_exploring:
+            self._refine(self.steps, f"all {self.steps} steps used")
 
-    def _compare_windows(self) -> None:
-        if self.previous:
-            (a, var_a), (b, var_b) = _moments(self.previous), _moments(self.window)
-            noise = 2 * math.sqrt((var_a + var_b) / self.WINDOW)
-            self.standstills = self.standstills + 1 if b - a < max(self.tolerance, noise) else 0
-        self.previous, self.window = self.window, []
+    def _look_back(self) -> None:
+        near = self.gaps[-self.WINDOW :]
+        if len(near) == self.WINDOW and sum(near) / self.WINDOW < self.NEAR:
+            short = max(self.step, self.LEAST_REFINING)
+            self._refine(short, f"the bound came within {self.NEAR:g} nats of the evidence")
+            return
+        quarter = len(self.elbos) // 4
+        if quarter < 2 * self.WINDOW:
+            return
+        before, now = self.elbos[-2 * quarter : -quarter], self.elbos[-quarter:]
+        (a, var_a), (b, var_b) = _moments(before), _moments(now)
+        noise = 2 * math.sqrt((var_a + var_b) / quarter)
+        self.standstills = self.standstills + 1 if b - a < max(self.tolerance, noise) else 0
         if self.standstills >= 2:
-            self._refine(f"the ELBO gained less than {self.tolerance:g} nats or its noise in {2 * self.WINDOW} steps")
+            reason = f"the ELBO gained less than {self.tolerance:g} nats or its noise in {quarter} steps"
+            self._refine(self.steps - self.most_exploring, reason)
 
-    def _refine(self, reason: str) -> None:
+    def _refine(self, steps: int, reason: str) -> None:
         self.refining_since, self.reason = self.step, reason
+        self.refine_steps = max(1, min(self.steps - self.step, steps))
 
     def state(self) -> dict[str, Any]:
         return asdict(self)

@@ -6,7 +6,9 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from scipy.optimize import minimize
 from torch import Tensor
 
 __all__ = ["Gaussian", "warm_start"]
@@ -17,6 +19,8 @@ Density = Callable[[Tensor], Tensor]
 PLAIN_SCALES = (0.1, 0.3, 1.0)
 #: Largest standard deviation along a direction in which the density is not log-concave.
 FLAT_SCALE = 1.0
+#: What stands for the negative log density where there is none.
+OUT_OF_REACH = 1e20
 
 
 @dataclass(frozen=True)
@@ -72,9 +76,13 @@ def warm_start(
     candidates = [
         Gaussian(start, scale * eye, f"plain start, scale {scale}").scored(density, noise) for scale in PLAIN_SCALES
     ]
+    ends: list[Tensor] = []
     for path in range(starts):
         offset = torch.randn(dim, generator=generator, dtype=start.dtype).to(start.device) if path else 0
         points = _climb(density, start + offset, iterations)
+        if any(torch.allclose(points[-1], end, rtol=1e-3, atol=1e-3) for end in ends):
+            continue  # the same mode again
+        ends.append(points[-1])
         candidates += [
             gaussian.scored(density, noise)
             for point in _spaced(points)
@@ -85,34 +93,36 @@ def warm_start(
 
 
 def _climb(density: Density, start: Tensor, iterations: int) -> list[Tensor]:
-    """The points of an L-BFGS run, as far as they are finite."""
-    point = start.detach().clone().requires_grad_()
-    optimiser = torch.optim.LBFGS([point], max_iter=1, history_size=20, line_search_fn="strong_wolfe")
+    """The points of an L-BFGS run, as far as they are finite; SciPy's line search copes with bad scaling."""
     points: list[Tensor] = [start.detach().clone()]
 
-    def closure() -> Tensor:
-        optimiser.zero_grad()
-        loss = -density(point[None]).sum()
-        loss.backward()
-        return loss
-
-    for _ in range(iterations):
+    def loss(z: np.ndarray) -> tuple[float, np.ndarray]:
+        point = torch.from_numpy(z).to(start).requires_grad_()
         try:
-            optimiser.step(closure)
+            value = -density(point[None]).sum()
+            (gradient,) = torch.autograd.grad(value, point)
         except (ValueError, RuntimeError):  # a model may refuse extreme values
-            break
-        if not bool(point.isfinite().all()):
-            break
-        points.append(point.detach().clone())
-        if bool((points[-1] - points[-2]).abs().max() < 1e-7):
-            break
+            return OUT_OF_REACH, np.zeros_like(z)
+        if not bool(value.isfinite() & gradient.isfinite().all()):
+            return OUT_OF_REACH, np.zeros_like(z)
+        return float(value.detach()), gradient.double().cpu().numpy()
+
+    def note(z: np.ndarray) -> None:
+        points.append(torch.from_numpy(z.copy()).to(start))
+
+    options = {"maxiter": iterations, "maxcor": 20, "gtol": 1e-6, "ftol": 1e-12}
+    first = start.detach().double().cpu().numpy()
+    minimize(loss, first, jac=True, method="L-BFGS-B", callback=note, options=options)
     return points
 
 
-def _spaced(points: list[Tensor], count: int = 8) -> Iterator[Tensor]:
-    """The last point and some earlier ones, denser towards the end."""
+def _spaced(points: list[Tensor]) -> Iterator[Tensor]:
+    """The last point and earlier ones at growing distances from the first: funnels are best met on the way in."""
     last = len(points) - 1
-    chosen = {max(0, last - round(last * (step / count) ** 2)) for step in range(count)}
+    chosen, step, index = {last}, 1, 1
+    while index < last:
+        chosen.add(index)
+        index, step = index + step, step + index
     for index in sorted(chosen, reverse=True):
         yield points[index]
 

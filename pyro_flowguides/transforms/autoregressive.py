@@ -110,7 +110,7 @@ class _Autoregressive(ConditionerFlow):
         log_scale = log_scale.detach()
         columns = (by_input * by_image).unflatten(-1, (2, -1)).sum(-2)
         jacobian = columns.movedim(0, -1) + log_scale.exp().diag_embed()
-        order = self.conditioner.order
+        order = self.conditioner.get_buffer("order")
         step = solve_triangle(jacobian[..., order, :][..., order], (w - w.detach())[..., order], upper=False)
         step = step[..., order.argsort()]
         return z + step, ladj.detach() + ((by_input * by_ladj).sum(-1).movedim(0, -1) * step).sum(-1)

@@ -259,7 +259,7 @@ def test_everything_saved_is_restored_in_a_fresh_process(tmp_path):
 def test_state_dict_before_and_after_the_first_call(make):
     guide = make(without_arguments)
     before = copy.deepcopy(guide.state_dict())
-    assert "transform.parts.1.loc" in before
+    assert "transform.parts.2.loc" in before
     guide()
     assert same(guide.state_dict(), before)
     train(without_arguments, guide, 1)

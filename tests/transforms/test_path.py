@@ -77,6 +77,25 @@ def test_inverse_on_path(case, monkeypatch):
         assert not any(other is not None for other in others)
 
 
+@pytest.mark.parametrize("case", CASES, ids=name)
+def test_inverse_at_has_all_derivatives_of_the_inverse(case, monkeypatch):
+    for flow in flows(case):
+        x = torch.randn(4, DIM)
+        y = flow.forward_and_ladj(x)[0].detach().requires_grad_()
+        leaves = [y, *(p for p in flow.parameters() if p.numel())]
+        expected = torch.autograd.grad(density(*flow.inverse_and_ladj(y)), leaves, allow_unused=True)
+        with monkeypatch.context() as patch:
+            if flow.fast != "inverse":
+                no_solving(patch)
+            known_x, ladj = flow.inverse_at(y, x)
+        torch.testing.assert_close(known_x, x, rtol=1e-8, atol=1e-8)
+        found = torch.autograd.grad(density(known_x, ladj), leaves, allow_unused=True)
+        for one, other in zip(found, expected, strict=True):
+            assert (one is None) == (other is None)
+            if other is not None:
+                torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-8)
+
+
 @pytest.mark.parametrize("case", CONDITIONAL, ids=name)
 def test_context_is_held_too(case):
     """The encoder behind a context is a parameter like any other."""
