@@ -19,11 +19,12 @@ from pyro_flowguides.guides.distribution import PathDistribution
 from pyro_flowguides.guides.images import AsImages
 from pyro_flowguides.guides.initial import InitialValue, check_finite
 from pyro_flowguides.guides.parameters import bind
-from pyro_flowguides.transforms import Compose, ElementwiseAffine, Flow, HeavyTail, LowerTriangularAffine
+from pyro_flowguides.transforms import Compose, Flow, HeavyTail, LowerTriangularAffine, LowRankAffine
+from pyro_flowguides.transforms.lowrank import stretch
 
 __all__ = ["AutoFlow", "AutoIAF", "AutoMAF", "AutoNICE", "AutoPlanar", "AutoRadial", "AutoRealNVP", "AutoSylvester"]
 
-#: Up to this many latent dimensions the final affine map is full-rank; beyond, elementwise.
+#: Up to this many latent dimensions the final affine map is full-rank; beyond, diagonal and low-rank.
 FULL_RANK_LIMIT = 300
 #: Draws behind :meth:`AutoFlow.median` and :meth:`AutoFlow.quantiles`.
 QUANTILE_DRAWS = 4096
@@ -39,8 +40,9 @@ class AutoFlow(Deferred, AutoContinuous):
 
     with a flow f that starts at the identity, a tail weight :math:`\lambda` of every coordinate that is learned
     (:class:`~pyro_flowguides.transforms.HeavyTail`), a location :math:`\ell` that starts at ``init_loc_fn`` and a scale
-    S that starts at ``init_scale``: full-rank (lower triangular) up to 300 dimensions, elementwise beyond. The guide
-    thus starts where :class:`~pyro.infer.autoguide.AutoMultivariateNormal` does, and contains it.
+    S that starts at ``init_scale``: full-rank (lower triangular) up to 300 dimensions, beyond them a diagonal with a
+    stretch along 20 directions (:class:`~pyro_flowguides.transforms.LowRankAffine`). The guide thus starts where
+    :class:`~pyro.infer.autoguide.AutoMultivariateNormal` does, and contains it up to 300 dimensions.
 
     It works wherever Pyro's autoguides do. Parameters are created when the model is first run: by the first call, by
     :meth:`setup`, or on first access if the model needs no arguments. Their dtype and device are those of the model's
@@ -128,8 +130,8 @@ class AutoFlow(Deferred, AutoContinuous):
                 f"{type(self).__name__}: the builder must return an unconditional Flow with input_dim {dim}, "
                 f"got {type(flow).__name__}({getattr(flow, 'input_dim', '')})"
             )
-        affine = LowerTriangularAffine if dim <= FULL_RANK_LIMIT else ElementwiseAffine
-        self.transform = Compose([flow, HeavyTail(dim), affine(dim, loc, self._init_scale)]).to(loc)
+        affine = LowerTriangularAffine if dim <= FULL_RANK_LIMIT else LowRankAffine
+        self.transform = Compose([flow, HeavyTail(dim), affine(dim, loc=loc, scale=self._init_scale)]).to(loc)
 
     def _compare(self, args: Any, kwargs: Any) -> None:
         trace = structure.latent_trace(self.model, self._prototype_hide_fn, args, kwargs)
@@ -214,11 +216,30 @@ class AutoFlow(Deferred, AutoContinuous):
         """
         affine: Any = self._ensure_parameters().parts[-1]
         scale = scale_tril.diagonal()
+        if isinstance(affine, LowRankAffine):
+            affine.assign(loc, scale, loc.new_zeros(len(loc), 0), loc.new_zeros(0))
+            return
         affine.loc.copy_(loc)
         affine.log_scale.copy_(scale.log())
-        if isinstance(affine, LowerTriangularAffine):
-            rows, columns = torch.tril_indices(len(loc), len(loc), -1)
-            affine.lower.copy_((scale_tril / scale[:, None])[rows, columns])
+        rows, columns = torch.tril_indices(len(loc), len(loc), -1)
+        affine.lower.copy_((scale_tril / scale[:, None])[rows, columns])
+
+    @torch.no_grad()
+    def set_low_rank_affine(self, loc: Tensor, scale: Tensor, directions: Tensor, log_stretch: Tensor) -> None:
+        """Set the affine part to a diagonal scale after a stretch along some directions.
+
+        Args:
+            loc: location ``(D,)``.
+            scale: diagonal scale ``(D,)``, positive.
+            directions: orthonormal columns ``(D, K)``; beyond the full-rank limit K is at most 20.
+            log_stretch: logarithms of the stretches ``(K,)``.
+        """
+        affine: Any = self._ensure_parameters().parts[-1]
+        if isinstance(affine, LowRankAffine):
+            affine.assign(loc, scale, directions, log_stretch)
+            return
+        root = stretch(torch.diag(scale), directions, log_stretch)
+        self.set_affine(loc, torch.linalg.cholesky(root @ root.mT))
 
     # -- a module like any other ---------------------------------------------------------------------------------------
 

@@ -297,7 +297,7 @@ def test_the_options_of_pyros_iaf_guide_are_understood():
     assert same_by_name.state_dict().keys() == guide.state_dict().keys()
 
 
-@pytest.mark.parametrize("dim", [4, 301], ids=["full rank", "elementwise"])
+@pytest.mark.parametrize("dim", [4, 301], ids=["full rank", "diagonal"])
 def test_set_affine(dim):
     """What a warm start sets: the guide is then that Gaussian, full-rank up to 300 dimensions."""
     guide = make_guide("nice", wide(dim), depth=1)
