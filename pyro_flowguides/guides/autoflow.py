@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -285,11 +286,14 @@ class AutoSylvester(_NamedFlow):
 class AutoIAF(_NamedFlow):
     """:class:`AutoFlow` with inverse autoregressive layers; options of :func:`~pyro_flowguides.flows.iaf`.
 
-    It takes the place of Pyro's ``AutoIAFNormal`` and also understands that class's ``hidden_dim`` and
-    ``num_transforms`` (here ``hidden_dims`` and ``depth``).
+    It takes the place of Pyro's ``AutoIAFNormal`` and also understands that class's ``hidden_dim``, ``num_transforms``
+    and ``stable`` (here ``hidden_dims``, ``depth`` and ``update="gated"``). That class's clips and ``sigmoid_bias`` are
+    accepted with a warning: scales are bounded smoothly here.
     """
 
     flow = "iaf"
+    #: Options of Pyro's class that have no counterpart.
+    without_effect: ClassVar[frozenset[str]] = frozenset({"log_scale_min_clip", "log_scale_max_clip", "sigmoid_bias"})
 
     def __init__(
         self,
@@ -297,9 +301,15 @@ class AutoIAF(_NamedFlow):
         hidden_dim: Sequence[int] | None = None,
         init_loc_fn: Callable[..., Any] | None = None,
         num_transforms: int | None = None,
+        *,
+        stable: bool = False,
         **options: Any,
     ) -> None:
+        for name in sorted(self.without_effect & options.keys()):
+            warnings.warn(f"AutoIAF: {name} has no effect, scales are bounded smoothly", UserWarning, stacklevel=2)
+            del options[name]
         given = {"hidden_dims": hidden_dim, "init_loc_fn": init_loc_fn, "depth": num_transforms}
+        given["update"] = "gated" if stable else None
         super().__init__(model, **{name: value for name, value in given.items() if value is not None}, **options)
 
 

@@ -9,7 +9,14 @@ import torch
 from pyro import poutine
 from pyro.distributions import constraints
 from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO
-from pyro.infer.autoguide import AutoDelta, AutoDiscreteParallel, AutoGuideList, AutoNormal, init_to_mean
+from pyro.infer.autoguide import (
+    AutoDelta,
+    AutoDiscreteParallel,
+    AutoGuideList,
+    AutoIAFNormal,
+    AutoNormal,
+    init_to_mean,
+)
 from pyro.nn import PyroModule, PyroSample
 from torch.testing import assert_close
 
@@ -295,6 +302,17 @@ def test_the_options_of_pyros_iaf_guide_are_understood():
     assert [layer.conditioner.hidden_dims for layer in layers] == [(7, 9)] * 2
     same_by_name = fg.AutoIAF(wide(4), hidden_dim=[7, 9], num_transforms=2)
     assert same_by_name.state_dict().keys() == guide.state_dict().keys()
+
+
+def test_every_option_of_pyros_iaf_guide_is_taken():
+    options = {"stable": True, "sigmoid_bias": 1.0, "log_scale_min_clip": -3.0, "log_scale_max_clip": 2.0}
+    theirs = AutoIAFNormal(wide(2), [8], num_transforms=2, **options)
+    with pytest.warns(UserWarning, match="has no effect") as found:
+        ours = fg.AutoIAF(wide(2), [8], num_transforms=2, **options)
+    assert [str(warning.message).split()[1] for warning in found] == sorted(options.keys() - {"stable"})
+    for guide in (theirs, ours):
+        train(wide(2), guide, 2)
+    assert [layer.update for layer in ours.get_transform().parts[0].parts] == ["gated"] * 2
 
 
 @pytest.mark.parametrize("dim", [4, 301], ids=["full rank", "diagonal"])
