@@ -2,7 +2,8 @@
 
     python benchmarks/flow_cost.py --output docs/costs_table.md
 
-Interleaved rounds, medians; the last columns are ratios to a planar layer's forward pass in the same run.
+Processor time of one thread, so that other programs on the machine do not count; interleaved rounds, medians. The last
+columns are ratios to a planar layer's forward pass in the same run.
 """
 
 from __future__ import annotations
@@ -68,10 +69,10 @@ def measure(input_dim: int, points: int, rounds: int, scale: float) -> dict[tupl
     for round_ in range(rounds + 2):
         for name, flow in flows.items():
             for job, run in JOBS.items():
-                start = time.perf_counter()
+                start = time.process_time()
                 run(flow, x)
                 if round_ >= 2:  # the first two warm up
-                    times[name, job].append(1e3 * (time.perf_counter() - start))
+                    times[name, job].append(1e3 * (time.process_time() - start))
     return {key: statistics.median(values) for key, values in times.items()}
 
 

@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyro_flowguides import transforms as T
 from tests.transforms.families import (
@@ -170,6 +171,41 @@ def test_sylvester_moves_points_within_the_span_of_orthonormal_columns(family, b
     step = flow(x) - x
     torch.testing.assert_close(step @ columns.mT @ columns, step)
     assert torch.linalg.matrix_rank(step) == bottleneck
+
+
+class Largest(TorchDispatchMode):
+    """The most elements that any tensor computed inside has."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        outcome = function(*args, **(kwargs or {}))
+        for tensor in outcome if isinstance(outcome, (tuple, list)) else (outcome,):
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return outcome
+
+
+@pytest.mark.parametrize("conditional", [False, True])
+@pytest.mark.parametrize(
+    ("family", "options"), [("Householder", {}), ("HouseholderSylvester", {"bottleneck": 4})], ids=lambda value: value
+)
+def test_reflections_are_applied_to_vectors(family, options, conditional):
+    """No D × D matrix arises, forward, inverse or backward; a context's batch does not multiply one either."""
+    dim, points = 100, 3
+    if conditional:
+        with torch.device("meta"):  # the hypernetwork alone is larger
+            flow = getattr(T, family)(dim, reflections=4, **options)
+        theta = {key: torch.randn(points, *value.shape, requires_grad=True) for key, value in flow.theta().items()}
+    else:
+        flow = randomise(getattr(T, family)(dim, reflections=4, **options), 0.3)
+        theta = flow.theta()
+    x = torch.randn(points, dim, requires_grad=True)
+    with Largest() as largest:
+        y, ladj = flow._push(x, theta)
+        back, _ = flow._pull(y, theta)
+        (back.sum() + y.sum() + ladj.sum()).backward()
+    assert points * dim <= largest.elements <= points * 4 * dim < dim * dim
 
 
 def test_couplings_keep_the_first_half_of_their_order():

@@ -3,7 +3,6 @@
 import copy
 import math
 import pickle
-import time
 
 import pyro.distributions as dist
 import pytest
@@ -161,9 +160,7 @@ def test_field_14_iaf_inverts_in_few_passes_and_in_its_own_dtype(monkeypatch):
     with torch.no_grad():
         y, _ = flow.forward_and_ladj(x)
         passes.clear()
-        start = time.perf_counter()
         back, _ = flow.inverse_and_ladj(y)
-    assert time.perf_counter() - start < 4
     assert len(passes) <= 20
     torch.testing.assert_close(back, x, rtol=1e-9, atol=1e-9)
     single = copy.deepcopy(flow).float()
