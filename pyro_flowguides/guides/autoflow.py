@@ -209,6 +209,11 @@ class AutoFlow(Deferred, AutoContinuous):
         location: Tensor = self._ensure_parameters().parts[-1].loc
         return location
 
+    def set_tails(self, weight: float) -> None:
+        """Give all coordinates this tail weight, in (0, 1/2); for a guide whose affine part fits already."""
+        tails: Any = self._ensure_parameters().parts[1]
+        tails.set_weight(weight)
+
     @torch.no_grad()
     def set_affine(self, loc: Tensor, scale_tril: Tensor) -> None:
         """Set the affine part: location ``(D,)`` and lower-triangular scale ``(D, D)`` with a positive diagonal.
