@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -31,8 +32,8 @@ CHUNK = 64
 BLOCK, KRYLOV_DIM = 8, 160
 #: Times that the diagonal is fitted: without directions, and at most in turn with them.
 DIAGONAL_ROUNDS, ROUNDS = 3, 10
-#: Gain in nats for which the diagonal is not fitted again.
-TOLERANCE = 0.01
+#: Gain per coordinate, in nats, for which the diagonal is not fitted again.
+TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ def low_rank_laplace(density: Density, point: Tensor, rank: int = DEFAULT_RANK, 
     directions, eigenvalues, log_stretch = _extremes(hessian, scale, rank, generator, eps)
     for _ in range(ROUNDS):
         rest, noise = curvature(scale, directions, eigenvalues)
-        if _gain(rest).sum() < TOLERANCE:
+        if _gain(rest).mean() < TOLERANCE:
             break
         scale = _rescaled(scale, rest, noise)
         directions, eigenvalues, log_stretch = _extremes(hessian, scale, rank, generator, eps)
@@ -133,12 +134,16 @@ def low_rank_laplace(density: Density, point: Tensor, rank: int = DEFAULT_RANK, 
 def _negative_hessian(density: Density, point: Tensor) -> Product:
     """A function of rows ``(M, D)``: their products with the negative Hessian, evaluated together."""
 
+    @cache
+    def graph(rows: int) -> tuple[Tensor, Tensor]:
+        z = point.expand(rows, -1).clone().requires_grad_()
+        return z, torch.autograd.grad(-density(z).sum(), z, create_graph=True)[0]
+
     def product(vectors: Tensor) -> Tensor:
-        z = point.expand_as(vectors).clone().requires_grad_()
-        (gradient,) = torch.autograd.grad(-density(z).sum(), z, create_graph=True)
+        z, gradient = graph(len(vectors))
         if not gradient.requires_grad:  # linear in all coordinates
             return torch.zeros_like(vectors)
-        (image,) = torch.autograd.grad(gradient, z, vectors.to(point), materialize_grads=True)
+        (image,) = torch.autograd.grad(gradient, z, vectors.to(point), retain_graph=True, materialize_grads=True)
         if not bool(image.isfinite().all()):
             raise ValueError("low_rank_laplace: the Hessian of the log density is not finite at the point")
         return image.to(vectors)

@@ -58,14 +58,14 @@ def test_a_target_of_its_form_is_recovered(dim, narrow, wide):
     found = low_rank_laplace(gaussian(precision, loc), loc, rank=20)
     assert torch.equal(found.loc, loc)
     assert 0.5 * (precision.diagonal().log().sum() - torch.linalg.slogdet(precision).logabsdet) > 20  # mean field
-    assert -1e-6 < gap(found, precision) < 0.05
+    assert -1e-6 < gap(found, precision) < 1e-4 * dim  # as much as is not worth another round
 
 
 @pytest.mark.parametrize(("narrow", "wide"), [(10, 0), (0, 10)])
 def test_and_so_by_probes_of_the_diagonal(narrow, wide, monkeypatch):
     monkeypatch.setattr(lowrank, "EXACT_DIM", 0)
     precision, loc = badly_scaled(400, narrow, wide), torch.randn(400)
-    assert gap(low_rank_laplace(gaussian(precision, loc), loc, rank=20), precision) < 0.05
+    assert gap(low_rank_laplace(gaussian(precision, loc), loc, rank=20), precision) < 0.04
 
 
 def test_too_low_a_rank_takes_the_directions_that_gain_most():
