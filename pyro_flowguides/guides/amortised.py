@@ -260,6 +260,13 @@ class AutoAmortizedFlow(Deferred):
         asked = self._ask(args, kwargs)
         with structure.isolated():
             super()._setup_prototype(*args, **kwargs)
+        try:
+            self._create(asked, args, kwargs)
+        except Exception:
+            self.prototype_trace = None  # so that the next call, with a mended encoder or other arguments, starts anew
+            raise
+
+    def _create(self, asked: Plate, args: Any, kwargs: Any) -> None:
         owner, prototype = type(self).__name__, self._prototype
         self._signatures.add(structure.call_signature(args, kwargs))
         self._observed = structure.observed_sites(self.model, args, kwargs)

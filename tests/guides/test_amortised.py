@@ -466,7 +466,7 @@ def test_ten_thousand_groups_subsampled_to_a_hundred():
         **{**SMALL, "hidden_dims": [16]},
     )
     guide.setup(y, torch.arange(batch_size))
-    train(model, guide, y, steps=1000, lr=0.01, particles=8, batches=batches(), averaged=500)
+    train(model, guide, y, steps=1000, lr=0.01, particles=16, batches=batches(), averaged=500)
 
     # The means of the groups are Normal(mu, sqrt(spread)): from them follows mu, and from both theta.
     spread, mean = 1 + sigma**2 / observations, y.mean(1).double()
@@ -778,6 +778,16 @@ class Constant(nn.Module):
 def test_what_an_encoder_must_not_return(value, words):
     with pytest.raises(ValueError, match=words):
         fg.AutoAmortizedFlow(hierarchy, Constant(value), plate="groups")(Y)
+
+
+def test_a_mended_encoder_is_used():
+    features = Constant(torch.ones(N, 2, dtype=F64))
+    guide = fg.AutoAmortizedFlow(hierarchy, features, plate="groups")
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"shape \(5, C\)"):
+            guide(Y)
+    features.value = torch.ones(B, 2, dtype=F64)
+    assert guide(Y)["theta"].shape == (B,)
 
 
 def test_an_encoder_that_changes_its_width():
