@@ -93,8 +93,9 @@ def low_rank_laplace(density: Density, point: Tensor, rank: int = DEFAULT_RANK, 
         the Gaussian, with the dtype and device of the point.
 
     Raises:
-        ValueError: if the Hessian is not finite at the point, or ``rank`` is out of range.
-        RuntimeError: by torch, if an operation of the density has no second derivative.
+        ValueError: if ``rank`` is out of range.
+        RuntimeError: if the Hessian is not finite at the point, or an operation of the density has no second
+            derivative.
 
     Cost: up to 4,096 dimensions D + 160 to D + 1,760 products with the Hessian, beyond 2,208 to 8,416, up to 64 at
     once. Memory O(D), for a Krylov space of dimension 160; no matrix is of size D × D.
@@ -145,7 +146,7 @@ def _negative_hessian(density: Density, point: Tensor) -> Product:
             return torch.zeros_like(vectors)
         (image,) = torch.autograd.grad(gradient, z, vectors.to(point), retain_graph=True, materialize_grads=True)
         if not bool(image.isfinite().all()):
-            raise ValueError("low_rank_laplace: the Hessian of the log density is not finite at the point")
+            raise RuntimeError("low_rank_laplace: the Hessian of the log density is not finite at the point")
         return image.to(vectors)
 
     return product
