@@ -17,9 +17,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pyro_flowguides.diagnostics import Diagnosis, diagnose, to_inference_data
+from pyro_flowguides.guides.autoflow import FULL_RANK_LIMIT
 from pyro_flowguides.inference import checkpoint as checkpoints
 from pyro_flowguides.inference.objectives import DensityObjective, Objective, Request, Step, make_objective
 from pyro_flowguides.inference.schedule import Schedule
+from pyro_flowguides.inference.warmstart import Gaussian, LowRankStart, low_rank_warm_start
 from pyro_flowguides.inference.warmstart import warm_start as find_start
 
 __all__ = ["FitDivergedError", "FitResult", "fit"]
@@ -28,9 +30,10 @@ __all__ = ["FitDivergedError", "FitResult", "fit"]
 PATIENCE = 50
 #: Largest norm of a gradient that is followed as it is.
 GRADIENT_NORM = 10.0
-#: Tail weight of a flow guide after the warm start. It keeps importance weights bounded where the posterior's tails are
-#: heavier than normal ones, and costs a normal posterior a thousandth of a nat per dimension until it is unlearned.
-TAIL_WEIGHT = 0.03
+#: Tail weight of a flow guide after the warm start: at most this, and at most so much over all dimensions. It keeps
+#: importance weights bounded where the posterior's tails are heavier than normal ones, and costs a normal posterior some
+#: hundredths of a nat until it is unlearned.
+TAIL_WEIGHT, TOTAL_TAIL_WEIGHT = 0.03, 0.2
 #: Share of the exploration over which a tempered target rises to the full one.
 TEMPERED_SHARE = 0.75
 #: Draws behind the choice between the last and the averaged parameters.
@@ -252,12 +255,19 @@ class _Run:
         density = self.objective.density
         guide = self.objective.guide
         start = guide._init_loc().to(next(guide.get_transform().parameters()))
-        best = find_start(density, start, seed=self.seed)[0]
-        with torch.no_grad():
-            now = self._bound()
+        best: Gaussian | LowRankStart
+        if len(start) <= FULL_RANK_LIMIT:
+            best = find_start(density, start, seed=self.seed)[0]
+        else:
+            best = low_rank_warm_start(density, start, seed=self.seed)[0]
+        now = self._bound()
         if math.isfinite(best.elbo) and not now >= best.elbo:
-            guide.set_affine(best.loc, best.scale_tril)
-            guide.set_tails(TAIL_WEIGHT)
+            if isinstance(best, Gaussian):
+                guide.set_affine(best.loc, best.scale_tril)
+            else:
+                low_rank = best.gaussian
+                guide.set_low_rank_affine(low_rank.loc, low_rank.scale, low_rank.directions, low_rank.log_stretch)
+            guide.set_tails(min(TAIL_WEIGHT, TOTAL_TAIL_WEIGHT / len(start)))
             self.start = f"{best.origin} (ELBO {best.elbo:.2f})"
 
     # -- the loop --------------------------------------------------------------------------------------------------

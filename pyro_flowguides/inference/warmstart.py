@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,7 +12,9 @@ import torch
 from scipy.optimize import minimize
 from torch import Tensor
 
-__all__ = ["Gaussian", "warm_start"]
+from pyro_flowguides.inference.lowrank import LowRankGaussian, low_rank_laplace
+
+__all__ = ["Gaussian", "LowRankStart", "low_rank_warm_start", "warm_start"]
 
 Density = Callable[[Tensor], Tensor]
 
@@ -88,6 +91,44 @@ def warm_start(
             for point in _spaced(points)
             for gaussian in _laplace(density, point, f"path {path}")
         ]
+    candidates.sort(key=lambda candidate: -candidate.elbo)
+    return candidates
+
+
+@dataclass(frozen=True)
+class LowRankStart:
+    """A candidate start in many dimensions: the Gaussian, where it comes from, its ELBO."""
+
+    gaussian: LowRankGaussian
+    origin: str
+    elbo: float
+
+
+def low_rank_warm_start(
+    density: Density, start: Tensor, *, iterations: int = 300, draws: int = 32, seed: int = 0
+) -> list[LowRankStart]:
+    """As :func:`warm_start` where a dense Hessian costs too much: one L-BFGS path, and at its end the low-rank Laplace
+    approximation beside the plain starts.
+
+    Returns:
+        all candidates, best first.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    half = torch.randn(draws // 2, start.shape[0], generator=generator, dtype=start.dtype).to(start.device)
+    noise = torch.cat([half, -half])
+    none = start.new_zeros(len(start), 0), start.new_zeros(0)
+    found = [
+        (LowRankGaussian(start, torch.full_like(start, scale), *none), f"plain start, scale {scale}")
+        for scale in PLAIN_SCALES
+    ]
+    top = _climb(density, start, iterations)[-1]
+    with contextlib.suppress(RuntimeError):  # an operation of the model may have no second derivative
+        found.append((low_rank_laplace(density, top, seed=seed), "low-rank Laplace"))
+    candidates = []
+    for gaussian, origin in found:
+        with torch.no_grad():
+            elbo = float(density(gaussian.draw(noise)).mean() + gaussian.entropy)
+        candidates.append(LowRankStart(gaussian, origin, elbo if math.isfinite(elbo) else -math.inf))
     candidates.sort(key=lambda candidate: -candidate.elbo)
     return candidates
 
