@@ -313,7 +313,7 @@ class AutoIAF(_NamedFlow):
         for name in sorted(self.without_effect & options.keys()):
             warnings.warn(f"AutoIAF: {name} has no effect, scales are bounded smoothly", UserWarning, stacklevel=2)
             del options[name]
-        given = {"hidden_dims": hidden_dim, "init_loc_fn": init_loc_fn, "depth": num_transforms}
+        given: dict[str, Any] = {"hidden_dims": hidden_dim, "init_loc_fn": init_loc_fn, "depth": num_transforms}
         given["update"] = "gated" if stable else None
         super().__init__(model, **{name: value for name, value in given.items() if value is not None}, **options)
 
