@@ -225,7 +225,7 @@ def test_too_many_steps_without_a_finite_gradient_end_the_run(tmp_path):
 def kill_after_epochs(settings, epochs):
     """Start the program and kill it as soon as it has written so many rows, in the middle of the next epoch."""
     process = subprocess.Popen(command(settings), env=ENVIRONMENT, stderr=subprocess.PIPE)
-    metrics, deadline = folder_of(settings) / "metrics.csv", time.monotonic() + 120
+    metrics, deadline = folder_of(settings) / "metrics.csv", time.monotonic() + 900
     while not metrics.exists() or metrics.read_text().count("\n") <= epochs:
         assert process.poll() is None, process.stderr.read().decode()
         assert time.monotonic() < deadline
@@ -241,11 +241,11 @@ def folder_of(settings):
 
 
 def test_a_killed_run_continues_to_the_same_bits(tmp_path):
-    changes = {"epochs": 40, "batch_size": 20, "warmup": 2, "free_bits": 2.0, "free_bits_kind": "soft"}
+    changes = {"epochs": 1000, "batch_size": 20, "warmup": 2, "free_bits": 2.0, "free_bits_kind": "soft"}
     whole, broken = small(tmp_path / "whole", **changes), small(tmp_path / "broken", **changes)
     kill_after_epochs(broken, 2)
     reached = checkpoints.load(folder_of(broken) / "last.pt")["counts"][0]
-    assert 2 * 71 <= reached < 40 * 71
+    assert 2 * 71 <= reached < 1000 * 71
     assert reached % 71 == 0
     # Both go on to the epoch after the next, one of them from the start.
     end = reached // 71 + 2
