@@ -33,7 +33,7 @@ GRADIENT_NORM = 10.0
 #: Tail weight of a flow guide after the warm start: at most this, and at most so much over all dimensions. It keeps
 #: importance weights bounded where the posterior's tails are heavier than normal ones, and costs a normal posterior
 #: some hundredths of a nat until it is unlearned.
-TAIL_WEIGHT, TOTAL_TAIL_WEIGHT = 0.03, 0.2
+TAIL_WEIGHT, TOTAL_TAIL_WEIGHT = 0.05, 0.2
 #: Share of the exploration over which a tempered target rises to the full one.
 TEMPERED_SHARE = 0.75
 #: Draws behind the choice between the last and the averaged parameters.
