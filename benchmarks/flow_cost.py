@@ -76,6 +76,14 @@ def measure(input_dim: int, points: int, rounds: int, scale: float) -> dict[tupl
     return {key: statistics.median(values) for key, values in times.items()}
 
 
+def processor() -> str:
+    """The model's name where the system tells it, else the architecture."""
+    information = Path("/proc/cpuinfo")
+    lines = information.read_text().splitlines() if information.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
 def table(medians: dict[tuple[str, str], float]) -> str:
     unit = medians["planar", "forward"]
     lines = [
@@ -108,7 +116,7 @@ def main() -> None:
         about = (
             f"`python benchmarks/flow_cost.py --dim {arguments.dim} --points {arguments.points} --rounds "
             f"{arguments.rounds} --scale {arguments.scale}`, {datetime.date.today()}, torch {torch.__version__}, one "
-            f"core of {platform.machine()}, float32."
+            f"core ({processor()}), float32, processor time."
         )
         arguments.output.write_text(f"# Cost of one layer\n\n{about}\n\n{text}\n")
 

@@ -295,7 +295,7 @@ def test_options_out_of_range(case):
     for option, values, message in [
         ("bottleneck", [0, 4, -1], r"Sylvester: bottleneck must lie in 1\.\.3, got {}"),
         ("reflections", [0, 1, 3, -2], "reflections must be even and at least 2.*{}"),
-        ("update", ["afine", None], r"update must be one of \['affine', 'gated'\], got {!r}"),
+        ("update", ["afine", None], r"update must be one of \['affine', 'gated', 'shift'\], got {!r}"),
         ("hidden_dims", [[0], [8, -1]], "layer widths must be positive"),
     ]:
         if option in accepted:
