@@ -292,7 +292,8 @@ def main() -> None:
         run_missing(path, images, options.seeds, families, options.epochs, options.decoder_epochs)
     summaries = summarise(read(path))
     note = (
-        f"`python benchmarks/vae_posteriors.py --data {Path(options.data).name}`, "
+        f"`python benchmarks/vae_posteriors.py --data {Path(options.data).name} --seeds "
+        f"{' '.join(map(str, options.seeds))}`, "
         f"{datetime.date.today():%Y-%m-%d}, torch {torch.__version__}, {torch.get_num_threads()} thread of one "
         f"{platform.machine()} CPU. {TEST_IMAGES} test images, {TEST_SAMPLES} draws each; learning rates by seed."
     )
