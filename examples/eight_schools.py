@@ -133,8 +133,8 @@ def plot(tables: dict[str, pd.DataFrame], draws: dict[str, dict[str, Draws]], nu
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("demo_output"), help="folder for the tables and the plot")
-    parser.add_argument("--steps", type=int, default=1000, help="most steps of a fit, and those of plain SVI")
-    parser.add_argument("--repeats", type=int, default=2, help="independent fits per guide")
+    parser.add_argument("--steps", type=int, default=1200, help="most steps of a fit, and those of plain SVI")
+    parser.add_argument("--repeats", type=int, default=1, help="independent fits per guide")
     parser.add_argument("--draws", type=int, default=1000, help="NUTS draws")
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
