@@ -41,23 +41,21 @@ def _order(input_dim: int, layer: int) -> range:
 
 
 def _amortised(
-    plain: type[Flow],
-    conditional: type[T.AmortisedFlow],
+    family: type[T.AmortisedFlow],
     input_dim: int,
     context_dim: int,
-    hidden_dims: Sequence[int] | None,
+    hidden_dims: Sequence[int] | None = None,
     **options: Any,
 ) -> Flow | ConditionalFlow:
-    """A layer whose parameters a context amortises; ``hidden_dims`` are those of the hypernetwork."""
+    """A layer whose parameters a context, if there is one, amortises; ``hidden_dims`` are the hypernetwork's."""
     if context_dim:
-        return conditional(input_dim, context_dim, hidden_dims or (), **options)
-    return plain(input_dim, **options)
+        return family(input_dim, context_dim, hidden_dims or (), **options)
+    return family.family(input_dim, **options)
 
 
 def _alternating(
     kind: str,
-    plain: type[Flow],
-    conditional: type[T.ContextFlow],
+    family: type[T.ContextFlow],
     input_dim: int,
     context_dim: int,
     depth: int,
@@ -65,12 +63,12 @@ def _alternating(
     options: dict[str, Any],
 ) -> list[Flow | ConditionalFlow]:
     """Layers with conditioner networks of width ``hidden_dims``, the order of the coordinates alternating."""
-    widths = HIDDEN_DIMS if hidden_dims is None else hidden_dims
+    shared = {"hidden_dims": HIDDEN_DIMS if hidden_dims is None else hidden_dims, "activation": silu, **options}
     layers: list[Flow | ConditionalFlow] = []
     for layer in _layers(kind, depth):
-        arguments = {"hidden_dims": widths, "activation": silu, "order": _order(input_dim, layer), **options}
+        arguments = {"order": _order(input_dim, layer), **shared}
         layers.append(
-            conditional(input_dim, context_dim, **arguments) if context_dim else plain(input_dim, **arguments)
+            family(input_dim, context_dim, **arguments) if context_dim else family.family(input_dim, **arguments)
         )
     return layers
 
@@ -94,9 +92,7 @@ def planar(
         >>> fg.flows.planar(3, depth=4)(torch.randn(5, 3)).shape
         torch.Size([5, 3])
     """
-    layers = [
-        _amortised(T.Planar, T.ConditionalPlanar, input_dim, context_dim, hidden_dims) for _ in _layers("planar", depth)
-    ]
+    layers = [_amortised(T.ConditionalPlanar, input_dim, context_dim, hidden_dims) for _ in _layers("planar", depth)]
     return _compose(layers, context_dim)
 
 
@@ -110,9 +106,7 @@ def radial(
         >>> fg.flows.radial(3, context_dim=2).condition(torch.randn(5, 2))(torch.randn(5, 3)).shape
         torch.Size([5, 3])
     """
-    layers = [
-        _amortised(T.Radial, T.ConditionalRadial, input_dim, context_dim, hidden_dims) for _ in _layers("radial", depth)
-    ]
+    layers = [_amortised(T.ConditionalRadial, input_dim, context_dim, hidden_dims) for _ in _layers("radial", depth)]
     return _compose(layers, context_dim)
 
 
@@ -150,14 +144,13 @@ def sylvester(
     """
     if variant not in SYLVESTER_VARIANTS:
         raise ValueError(f"sylvester: variant must be one of {SYLVESTER_VARIANTS}, got {variant!r}")
-    plain = getattr(T, f"{variant.capitalize()}Sylvester")
-    conditional = getattr(T, f"Conditional{variant.capitalize()}Sylvester")
+    family = getattr(T, f"Conditional{variant.capitalize()}Sylvester")
     options["bottleneck"] = min(input_dim, 32) if bottleneck is None else bottleneck
     layers = []
     for layer in _layers("sylvester", depth):
         if variant == "triangular":
             options["order"] = _order(input_dim, layer)
-        layers.append(_amortised(plain, conditional, input_dim, context_dim, hidden_dims, **options))
+        layers.append(_amortised(family, input_dim, context_dim, hidden_dims, **options))
     return _compose(layers, context_dim)
 
 
@@ -188,14 +181,7 @@ def iaf(
         torch.Size([5, 3])
     """
     layers = _alternating(
-        "iaf",
-        T.InverseAutoregressive,
-        T.ConditionalInverseAutoregressive,
-        input_dim,
-        context_dim,
-        depth,
-        hidden_dims,
-        options,
+        "iaf", T.ConditionalInverseAutoregressive, input_dim, context_dim, depth, hidden_dims, options
     )
     return _compose(layers, context_dim)
 
@@ -217,16 +203,7 @@ def maf(
         >>> fg.flows.maf(3).inv(torch.randn(5, 3)).shape
         torch.Size([5, 3])
     """
-    layers = _alternating(
-        "maf",
-        T.MaskedAutoregressive,
-        T.ConditionalMaskedAutoregressive,
-        input_dim,
-        context_dim,
-        depth,
-        hidden_dims,
-        options,
-    )
+    layers = _alternating("maf", T.ConditionalMaskedAutoregressive, input_dim, context_dim, depth, hidden_dims, options)
     return _compose(layers, context_dim)
 
 
@@ -255,10 +232,8 @@ def nice(
         >>> fg.flows.nice(4, depth=2)(torch.randn(5, 4)).shape
         torch.Size([5, 4])
     """
-    layers = _alternating(
-        "nice", T.AdditiveCoupling, T.ConditionalAdditiveCoupling, input_dim, context_dim, depth, hidden_dims, options
-    )
-    scale = _amortised(T.ElementwiseAffine, T.ConditionalElementwiseAffine, input_dim, context_dim, ())
+    layers = _alternating("nice", T.ConditionalAdditiveCoupling, input_dim, context_dim, depth, hidden_dims, options)
+    scale = _amortised(T.ConditionalElementwiseAffine, input_dim, context_dim)
     return _compose([*layers, scale], context_dim)
 
 
@@ -277,9 +252,7 @@ def realnvp(
         >>> fg.flows.realnvp(4, context_dim=2).condition(torch.randn(5, 2))(torch.randn(5, 4)).shape
         torch.Size([5, 4])
     """
-    layers = _alternating(
-        "realnvp", T.AffineCoupling, T.ConditionalAffineCoupling, input_dim, context_dim, depth, hidden_dims, options
-    )
+    layers = _alternating("realnvp", T.ConditionalAffineCoupling, input_dim, context_dim, depth, hidden_dims, options)
     return _compose(layers, context_dim)
 
 
