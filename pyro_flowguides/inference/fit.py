@@ -114,8 +114,9 @@ def fit(
     Any guide works; Pyro's own skip what they cannot use. For flow guides the affine part of the guide first becomes
     the best Gaussian found by a short deterministic search (:func:`~pyro_flowguides.inference.warmstart.warm_start`),
     so that the flow models only what a Gaussian cannot. Then Adam follows the gradient of the ELBO: at a constant step
-    size until the bound stands still, and with a falling step size, more particles and the path gradient to the end.
-    The last iterates are averaged where that is better.
+    size until the bound stands still or is nearly that of the evidence, not at all where the start is, and with a
+    falling step size, more particles and the path gradient to the end
+    (:class:`~pyro_flowguides.inference.schedule.Schedule`). The last iterates are averaged where that is better.
 
     Args:
         model, guide: as for ``pyro.infer.SVI``.
@@ -123,7 +124,7 @@ def fit(
         steps: most steps to take; easy posteriors stop early.
         particles: draws per step, four times as many at the end.
         learning_rate: Adam's step size while exploring.
-        tolerance: gain of the ELBO per hundred steps, in nats, that is not worth going on for.
+        tolerance: gain of the ELBO, in nats, over a quarter of the steps so far that is not worth going on for.
         warm_start: search for a Gaussian start (flow guides only).
         path_gradient: refine with the path gradient (flow guides only); ``False`` for the total gradient throughout.
         importance: 1 for the ELBO, K for the importance-weighted bound with its doubly reparametrised gradient.
@@ -245,7 +246,7 @@ class _Run:
         """Find a start, and see how far it is from the posterior."""
         if warm_start:
             self.warm_start()
-        if self.temper is None and self.importance == 1:
+        if isinstance(self.objective, DensityObjective) and self.temper is None and self.importance == 1:
             self.schedule.begin(self._evaluate().gap)
 
     def warm_start(self) -> None:
