@@ -2,33 +2,30 @@
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import pyro
 import torch
 from pyro import poutine
 from pyro.infer.autoguide.initialization import InitMessenger, init_to_median
-from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from pyro_flowguides.flows import Builder, get_flow
 from pyro_flowguides.guides import structure
 from pyro_flowguides.guides.autoflow import AutoFlow, marginal_quantiles
+from pyro_flowguides.guides.conditional import Conditional, log_prob_on_path
 from pyro_flowguides.guides.deferred import Deferred
 from pyro_flowguides.guides.distribution import PathDistribution
 from pyro_flowguides.guides.initial import InitialValue
 from pyro_flowguides.guides.local import LocalSite
 from pyro_flowguides.guides.parameters import bind
+from pyro_flowguides.guides.plate import Plate, plate_of
 from pyro_flowguides.guides.posterior import FlowPosterior
-from pyro_flowguides.nn import MLP
 
 __all__ = ["AutoAmortizedFlow"]
 
@@ -36,67 +33,6 @@ __all__ = ["AutoAmortizedFlow"]
 QUANTILE_DRAWS = 1024
 #: Rows (draws times data) computed at a time by :meth:`AutoAmortizedFlow.sample_all`.
 ROWS_AT_A_TIME = 2**18
-#: Units in which the global variables and the features of a datum interact.
-MIXING_DIM = 64
-
-
-class Conditional(nn.Module):
-    r"""The posterior of the local variables of one datum, given its features and the global variables.
-
-    With the features h and the deviation u of the global variables from their location,
-
-    .. math:: c = (h,\ u,\ \operatorname{elu}(V (h, u) + v)), \qquad (\mu, s) = W c + b, \qquad
-        q(z \mid h, u) = \operatorname{FlowPosterior}(\mu, \operatorname{softplus}(s), c)
-
-    The last part, in which features and global variables interact, is there only if there are global variables. They
-    also stand in c on their own: a dependence that is the same for all data, however weak, is then learned from many.
-
-    Args:
-        loc, scale: where every datum starts.
-        features, global_dim: widths of h and u.
-        posterior: ``(latent_dim, context_dim) ->`` :class:`~pyro_flowguides.guides.FlowPosterior`.
-    """
-
-    def __init__(
-        self, loc: Tensor, scale: float, features: int, global_dim: int, posterior: Callable[[int, int], FlowPosterior]
-    ) -> None:
-        super().__init__()
-        self.features, width = features, features + global_dim
-        self.mix = nn.Linear(width, MIXING_DIM) if global_dim else None
-        width += MIXING_DIM if global_dim else 0
-        self.head = MLP(width, (), 2 * len(loc))
-        self.posterior = posterior(len(loc), width)
-        self.to(loc)
-        with torch.no_grad():
-            self.head.biases[0].copy_(torch.cat([loc, torch.full_like(loc, math.log(math.expm1(scale)))]))
-
-    def forward(self, context: Tensor) -> Any:
-        if self.mix is not None:
-            context = torch.cat([context, nn.functional.elu(self.mix(context))], -1)
-        loc, raw = self.head(context).chunk(2, -1)
-        return self.posterior.distribution(loc, nn.functional.softplus(raw), context)
-
-
-class _OnPath(nn.Module):
-    """log q(z | h, u) of a draw z whose origin in the base distribution is known."""
-
-    def __init__(self, conditional: Conditional) -> None:
-        super().__init__()
-        self.conditional = conditional
-
-    def forward(self, context: Tensor, value: Tensor, origin: Tensor) -> Tensor:
-        posterior = self.conditional(context)
-        base, ladj = posterior.transforms[0].inverse_at(value, origin)
-        log_prob: Tensor = posterior.base_dist.log_prob(base) - ladj
-        return log_prob
-
-
-def _log_prob_on_path(conditional: Conditional, context: Tensor, value: Tensor, origin: Tensor) -> Tensor:
-    """The same as a function of the draws, global ones in the context included, and not of the parameters."""
-    scored = _OnPath(conditional)
-    frozen = {name: parameter.detach() for name, parameter in scored.named_parameters()}
-    log_prob: Tensor = functional_call(scored, frozen, (context, value, origin))
-    return log_prob
 
 
 class Local(nn.Module):
@@ -108,33 +44,6 @@ class Local(nn.Module):
         super().__init__()
         self.encoder = encoder
         self.conditional = None
-
-
-class Plate(NamedTuple):
-    """What a model says of its plate: N, B, and the indices if it passes them."""
-
-    size: int
-    subsample_size: int
-    subsample: Any = None
-
-
-class _Found(BaseException):  # no model's own handling of exceptions should stop it
-    def __init__(self, plate: Plate) -> None:
-        self.plate = plate
-
-
-class _StopAtPlate(Messenger):
-    """Runs a model until it makes a plate of this name, and raises what it was asked for."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__()
-        self.name = name
-
-    def _pyro_sample(self, msg: dict[str, Any]) -> None:
-        if msg["name"] == self.name and site_is_subsample(cast("Any", msg)):
-            size, subsample = msg["fn"].size, msg["value"]
-            count = msg["fn"].subsample_size if subsample is None else len(subsample)
-            raise _Found(Plate(size, size if count is None else min(count, size), subsample))
 
 
 class AutoAmortizedFlow(Deferred):
@@ -333,19 +242,9 @@ class AutoAmortizedFlow(Deferred):
     # -- the plate -----------------------------------------------------------------------------------------------------
 
     def _ask(self, args: Any, kwargs: Any) -> Plate:
-        """The plate of the data as the model makes it for these arguments; the model is run as far as there."""
+        """The plate of the data as the model makes it for these arguments."""
         _, raw = self._model if self._model is not None else (None, self.model)
-        try:
-            with structure.isolated(), _StopAtPlate(self._plate):
-                raw(*args, **kwargs)
-        except _Found as found:
-            return found.plate
-        with structure.isolated():
-            nodes = poutine.trace(raw).get_trace(*args, **kwargs).nodes
-        plates = [name for name, site in nodes.items() if site["type"] == "sample" and site_is_subsample(site)]
-        raise ValueError(
-            f"{type(self).__name__}: the model has no plate {self._plate!r} with a size. Its plates: {plates}."
-        )
+        return plate_of(type(self).__name__, raw, self._plate, args, kwargs)
 
     def _open(self, asked: Plate) -> dict[str, pyro.plate]:
         """All plates around latent sites, that of the data as asked for."""
@@ -461,7 +360,7 @@ class AutoAmortizedFlow(Deferred):
         posterior = conditional(self._context(features, latent - location))
         if isinstance(posterior, PathDistribution):
             context = self._context(features.detach(), latent - location.detach())
-            posterior.on_path = partial(_log_prob_on_path, conditional, context)
+            posterior.on_path = partial(log_prob_on_path, conditional, context)
         return posterior
 
     def _context(self, features: Tensor, *deviation: Tensor) -> Tensor:
