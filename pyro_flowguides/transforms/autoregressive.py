@@ -28,8 +28,8 @@ __all__ = [
 
 #: Largest absolute log-scale of one affine step.
 LOG_SCALE_BOUND = 2.0
-#: Up to this dimension the path gradient takes the dense Jacobian of a step; beyond, an iteration of vector products.
-DENSE_DIM = 32
+#: Up to this dimension the dense Jacobian of a step makes its path gradient cheaper than an iteration of vector products.
+DENSE_DIM = 20
 #: Bias of the gate: it opens to at most 1 / sigmoid(2) = 1.135 times the input.
 GATE_BIAS = LOG_SCALE_BOUND
 
