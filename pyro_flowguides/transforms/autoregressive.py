@@ -28,7 +28,7 @@ __all__ = [
 
 #: Largest absolute log-scale of one affine step.
 LOG_SCALE_BOUND = 2.0
-#: Up to this dimension the dense Jacobian of a step makes its path gradient cheaper than an iteration of vector products.
+#: Up to this dimension the path gradient of a step is cheaper by its dense Jacobian than by iterated vector products.
 DENSE_DIM = 20
 #: Bias of the gate: it opens to at most 1 / sigmoid(2) = 1.135 times the input.
 GATE_BIAS = LOG_SCALE_BOUND
