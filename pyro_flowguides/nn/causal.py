@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["Everywhere", "MaskedConv2d", "PaddedConv2d", "Window", "shift_down", "spread"]
+from pyro_flowguides.nn.weight_norm import _WeightNorm
+
+__all__ = [
+    "Everywhere",
+    "MaskedConv2d",
+    "PaddedConv2d",
+    "WeightNormMaskedConv2d",
+    "WeightNormPaddedConv2d",
+    "Window",
+    "shift_down",
+    "spread",
+]
 
 
 def spread(reach: int, depth: int) -> list[int]:
@@ -54,9 +66,13 @@ class PaddedConv2d(nn.Conv2d):
         """The weight, ready for use."""
         return self.weight
 
-    def forward(self, x: Tensor) -> Tensor:
+    def apply_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The layer for the given weight and bias."""
         padded = F.pad(x, (self.left, self.right, self.above, 0))
-        return F.conv2d(padded, self.folded(), self.bias, self.stride)
+        return F.conv2d(padded, weight, bias, self.stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.apply_weight(x, self.folded(), self.bias)
 
 
 class MaskedConv2d(PaddedConv2d):
@@ -112,6 +128,36 @@ class MaskedConv2d(PaddedConv2d):
 
     def folded(self) -> Tensor:
         return self.weight * self.mask
+
+
+class _Normalised(_WeightNorm):
+    """Weight normalisation of the filters that a causal convolution applies, after its mask.
+
+    Args:
+        *args, **options: those of the convolution.
+        init_scale: standard deviation of the outputs after the data-dependent initialisation.
+    """
+
+    def __init__(self, *args: Any, init_scale: float = 1.0, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._add_gain(init_scale)
+
+    def _direction(self) -> Tensor:
+        return super().folded()  # type: ignore[misc]  # that of the convolution
+
+    def folded(self) -> Tensor:
+        return self.normalised_weight()
+
+    def _over_all_but_channels(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        return y.mean((0, 2, 3)), y.std((0, 2, 3))
+
+
+class WeightNormPaddedConv2d(_Normalised, PaddedConv2d):
+    """:class:`PaddedConv2d` with weight normalisation."""
+
+
+class WeightNormMaskedConv2d(_Normalised, MaskedConv2d):
+    """:class:`MaskedConv2d` with weight normalisation."""
 
 
 class Everywhere:

@@ -10,27 +10,36 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pyro_flowguides.nn.autoregressive import AutoregressiveNetwork, Canvas, ContextProjection, Draw
-from pyro_flowguides.nn.causal import Everywhere, MaskedConv2d, PaddedConv2d, Window, shift_down
+from pyro_flowguides.nn.causal import (
+    Everywhere,
+    PaddedConv2d,
+    WeightNormMaskedConv2d,
+    WeightNormPaddedConv2d,
+    Window,
+    shift_down,
+)
 
 __all__ = ["PixelCNNPlusPlus"]
 
 #: The features of the vertical stack after every block, by resolution, pass and number.
 Seen: TypeAlias = dict[tuple[int, str, int], Tensor]
 Convolution: TypeAlias = Callable[..., PaddedConv2d]
+#: Deviation of what a block adds, after the data-dependent initialisation.
+RESIDUAL_SCALE = 0.1
 
 
 def _both_signs(h: Tensor) -> Tensor:
     return F.elu(torch.cat([h, -h], 1))
 
 
-def _rows_above(in_channels: int, out_channels: int, stride: int = 1) -> PaddedConv2d:
+def _rows_above(in_channels: int, out_channels: int, stride: int = 1, *, init_scale: float = 1.0) -> PaddedConv2d:
     """The convolution of the vertical stack, whose features see only rows strictly above theirs."""
-    return PaddedConv2d(in_channels, out_channels, 1, 1, 1, stride)
+    return WeightNormPaddedConv2d(in_channels, out_channels, 1, 1, 1, stride, init_scale=init_scale)
 
 
-def _above_and_left(in_channels: int, out_channels: int, stride: int = 1) -> PaddedConv2d:
+def _above_and_left(in_channels: int, out_channels: int, stride: int = 1, *, init_scale: float = 1.0) -> PaddedConv2d:
     """The convolution of the horizontal stack, whose features see only earlier pixels."""
-    return PaddedConv2d(in_channels, out_channels, 1, 1, 0, stride)
+    return WeightNormPaddedConv2d(in_channels, out_channels, 1, 1, 0, stride, init_scale=init_scale)
 
 
 class _Block(nn.Module):
@@ -41,15 +50,15 @@ class _Block(nn.Module):
     ) -> None:
         super().__init__()
         self.first = conv(2 * filters, filters)
-        self.second = conv(2 * filters, 2 * filters)
-        self.side = nn.Conv2d(2 * sides, filters, 1) if sides else None
+        self.second = conv(2 * filters, 2 * filters, init_scale=RESIDUAL_SCALE)
+        self.side = WeightNormPaddedConv2d(2 * sides, filters) if sides else None
         self.given = given(2 * filters)
         self.dropout = nn.Dropout2d(dropout)
 
     def forward(self, h: Tensor, sides: Sequence[Tensor], place: Everywhere | Window) -> Tensor:
         inner = place.conv(self.first, _both_signs(h))
         if self.side is not None:
-            inner = inner + self.side(_both_signs(torch.cat(list(sides), 1)))
+            inner = inner + place.conv(self.side, _both_signs(torch.cat(list(sides), 1)))
         inner = place.conv(self.second, self.dropout(_both_signs(inner))) + place.context(self.given)
         signal, gate = inner.chunk(2, 1)
         return h + signal * gate.sigmoid()
@@ -80,7 +89,7 @@ class _Level(nn.Module):
         if levels > 1:
             self.shrink = conv(filters, filters, 2)
             self.inner = _Level(conv, filters, blocks, levels - 1, seen, given, dropout, depth + 1)
-            self.grow = nn.Conv2d(filters, 4 * filters, 1)
+            self.grow = WeightNormPaddedConv2d(filters, 4 * filters)
 
     def forward(self, h: Tensor, read: Mapping[tuple[int, str, int], Tensor], place: Everywhere | Window) -> Seen:
         """All features by name; the last ones are named ``(depth, "up", blocks - 1)``. ``read``: the other stack's."""
@@ -104,8 +113,9 @@ class _Level(nn.Module):
         assert self.inner is not None
         fine, low = None, place.shrink(self.shrink, h)
         if low is not None:
-            seen.update(self.inner(low, read, place.coarse))
-            fine = F.pixel_shuffle(self.grow(seen[self.inner.name_of_last()]), 2)
+            coarse = place.coarse
+            seen.update(self.inner(low, read, coarse))
+            fine = F.pixel_shuffle(coarse.conv(self.grow, seen[self.inner.name_of_last()]), 2)
         return place.grown(self.grow, fine)
 
     def name_of_last(self) -> tuple[int, str, int]:
@@ -123,8 +133,9 @@ class PixelCNNPlusPlus(AutoregressiveNetwork):
     four high ones by a linear map, added to what was there before.
 
     All channels of a pixel come from the same numbers (whole-pixel conditioning):
-    :class:`~pyro_flowguides.vae.PixelLogisticMixture` is the likelihood that goes with it. Not taken from the paper:
-    weight normalisation and its data-dependent initialisation.
+    :class:`~pyro_flowguides.vae.PixelLogisticMixture` is the likelihood that goes with it. Convolutions are weight
+    normalised: within :func:`data_dependent_initialisation` a pass over data starts their outputs at mean 0 and
+    deviation 1, or 0.1 for what a block adds.
 
     With one level a pixel sees the rows from i − 3 − 4 ``blocks`` to i; every further level adds more at half the
     resolution.
@@ -151,6 +162,7 @@ class PixelCNNPlusPlus(AutoregressiveNetwork):
 
     References:
         T. Salimans, A. Karpathy, X. Chen, D. Kingma (2017). PixelCNN++. arXiv:1701.05517.
+        T. Salimans, D. Kingma (2016). Weight normalization. arXiv:1602.07868.
         P. Ramachandran et al. (2017). Fast generation for convolutional autoregressive models. arXiv:1704.06001.
 
     Example:
@@ -180,15 +192,15 @@ class PixelCNNPlusPlus(AutoregressiveNetwork):
                 f"got {blocks} blocks, {levels} levels for an image of {tuple(shape[1:])}"
             )
         sizes, given = (filters, blocks, levels), (features, maps)
-        self.first_above = PaddedConv2d(shape[0], filters, 1, 1, 1)
-        self.first_left = MaskedConv2d(shape[0], filters, 1, 1, 1, strict=True)
+        self.first_above = WeightNormPaddedConv2d(shape[0], filters, 1, 1, 1)
+        self.first_left = WeightNormMaskedConv2d(shape[0], filters, 1, 1, 1, strict=True)
         self.vertical = _Level(_rows_above, *sizes, 0, given, dropout)
         self.horizontal = _Level(_above_and_left, *sizes, filters, given, dropout)
-        self.last = nn.Conv2d(filters, outputs, 1)
+        self.last = WeightNormPaddedConv2d(filters, outputs)
 
     def _across(self, x: Tensor, seen: Seen, place: Everywhere | Window) -> Tensor:
         features = self.horizontal(place.read(self.first_left, x), seen, place)
-        return self.last(F.elu(features[self.horizontal.name_of_last()]))
+        return place.conv(self.last, F.elu(features[self.horizontal.name_of_last()]))
 
     def _above(self, x: Tensor, place: Everywhere | Window) -> Seen:
         return self.vertical(place.read(self.first_above, shift_down(x)), {}, place)

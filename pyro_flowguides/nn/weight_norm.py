@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,6 +20,10 @@ class _WeightNorm(nn.Module):
     bias: Any
     gain: nn.Parameter
     init_scale: float
+    #: From input, weight and bias to the output of the layer.
+    apply_weight: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+    #: Mean and standard deviation of each output of a batch.
+    _over_all_but_channels: Callable[[Tensor], tuple[Tensor, Tensor]]
 
     def _add_gain(self, init_scale: float) -> None:
         self.init_scale = init_scale
@@ -34,14 +38,6 @@ class _WeightNorm(nn.Module):
         v = self._direction()
         factor = self.gain / v.flatten(1).norm(dim=1).clamp(min=torch.finfo(v.dtype).tiny)
         return v * factor.view(-1, *[1] * (v.dim() - 1))
-
-    def apply_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The layer for the given weight and bias."""
-        raise NotImplementedError
-
-    def _over_all_but_channels(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of each output of :meth:`apply_weight`."""
-        raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
         return self.apply_weight(x, self.normalised_weight(), self.bias)

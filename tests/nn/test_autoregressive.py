@@ -16,8 +16,9 @@ from pyro_flowguides.nn import (
     PixelRNN,
     RowLSTM,
     WaveNet,
+    data_dependent_initialisation,
 )
-from pyro_flowguides.nn.causal import spread
+from pyro_flowguides.nn.causal import WeightNormMaskedConv2d, WeightNormPaddedConv2d, spread
 from pyro_flowguides.nn.pixelrnn import _skew, _unskew
 
 CONTEXT = {"features": 3, "maps": 2}
@@ -343,6 +344,43 @@ def test_every_parameter_gets_a_gradient():
         network(x, **given).square().sum().backward()
         for key, parameter in network.named_parameters():
             assert parameter.grad is not None, (name, key)
+
+
+def test_weight_norm_is_of_the_masked_filters():
+    """Norms as the gain says, whatever stands under the mask; what is under it stays unread."""
+    layer = WeightNormMaskedConv2d(2, 3, 1, 1, 1, strict=True).double()
+    with torch.no_grad():
+        layer.weight.masked_fill_(~layer.mask, 1e3)
+        layer.gain.copy_(torch.tensor([0.5, 1.0, 2.0]))
+    folded = layer.folded()
+    torch.testing.assert_close(folded.flatten(1).norm(dim=1), layer.gain)
+    assert (folded[~layer.mask] == 0).all()
+    x = torch.randn(4, 2, 3, 3, dtype=torch.float64)
+    torch.testing.assert_close(layer(x), layer.apply_weight(x, folded, layer.bias))
+
+
+def test_every_convolution_of_pixelcnnpp_starts_from_data():
+    """After the initialisation all outputs have mean 0, and deviation 1, or 0.1 for what a block adds."""
+    network = PixelCNNPlusPlus((3, 8, 8), 10, filters=6, blocks=2, levels=2, dropout=0.0, **CONTEXT).double()
+    x, given = torch.randn(20, 3, 8, 8, dtype=torch.float64), context(network, 20)
+    outputs = {}
+    layers = {name: layer for name, layer in network.named_modules() if hasattr(layer, "gain")}
+    hooks = [
+        layer.register_forward_hook(lambda _, inputs, output, name=name: outputs.update({name: output}))
+        for name, layer in layers.items()
+    ]
+    with data_dependent_initialisation(network):
+        network(x, **given)
+    for hook in hooks:
+        hook.remove()
+    plain = {name for name, part in network.named_modules() if type(part) is torch.nn.Conv2d}
+    assert all(name.endswith("given.maps") for name in plain)
+    assert outputs.keys() == layers.keys()
+    for name, output in outputs.items():
+        assert isinstance(layers[name], (WeightNormPaddedConv2d, WeightNormMaskedConv2d))
+        torch.testing.assert_close(output.mean((0, 2, 3)), torch.zeros(output.shape[1]).double(), rtol=0, atol=1e-9)
+        expected = 0.1 if name.endswith("second") else 1.0
+        torch.testing.assert_close(output.std((0, 2, 3)), torch.full((output.shape[1],), expected).double())
 
 
 # -- errors ------------------------------------------------------------------------------------------------------------
