@@ -2,6 +2,7 @@
 
     python benchmarks/posteriordb.py --posteriordb PATH                      # every flow, fg.fit as it comes
     python benchmarks/posteriordb.py --posteriordb PATH --peers --nuts       # and what there is to compare with
+    python benchmarks/posteriordb.py --posteriordb PATH --numpyro            # also in NumPyro, if it is installed
     python benchmarks/posteriordb.py --report docs                           # table and plot from all results
 
 PATH is a copy of https://github.com/stan-dev/posteriordb. Every posterior and guide is one job in a process of its own:
@@ -16,6 +17,7 @@ import contextlib
 import csv
 import datetime
 import importlib.metadata
+import importlib.util
 import math
 import multiprocessing
 import os
@@ -41,11 +43,13 @@ from torch.distributions import biject_to
 from tqdm import tqdm
 
 import pyro_flowguides as fg
-from pyro_flowguides.diagnostics import Diagnosis, judge, log_weights, resample
+from pyro_flowguides.diagnostics import Diagnosis, WeightedDraws, judge, log_weights, resample
 from pyro_flowguides.flows import FLOWS
 
 #: Draws of a fitted guide that are compared with the reference draws.
 DRAWS = 20_000
+#: Draws that the verdict is given on, as in ``fg.diagnose``.
+VERDICT_DRAWS = 4000
 #: Budget of the peers: that of ``fg.fit`` at its most, and the learning rate of Pyro's tutorials.
 PEER_STEPS, PEER_PARTICLES, PEER_RATE = 2000, 32, 1e-2
 #: What NUTS has to reach, in posterior standard deviations and in log standard deviations.
@@ -64,6 +68,12 @@ PEERS: dict[str, Callable[..., Any]] = {
     "Pyro AutoMultivariateNormal": AutoMultivariateNormal,
     "Pyro AutoIAFNormal": AutoIAFNormal,
     "Pyro AutoIAFNormal x3": partial(AutoIAFNormal, num_transforms=3),
+}
+#: NumPyro's guides: class and options. JAX is imported by the jobs that fit them, and by nothing else.
+NUMPYRO_PEERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "NumPyro AutoIAFNormal": ("AutoIAFNormal", {}),  # three flows
+    "NumPyro AutoIAFNormal x1": ("AutoIAFNormal", {"num_flows": 1}),
+    "NumPyro AutoBNAFNormal": ("AutoBNAFNormal", {}),
 }
 
 
@@ -164,28 +174,41 @@ def run_job(job: Job) -> Row:
         found = run(posterior, job)
     except Exception as error:  # whatever a guide raises: the other jobs are to be run all the same
         found = {"verdict": "failed", "note": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
-    date = datetime.date.today().isoformat()
-    return Row(*job.key[:2], job.seed, job.limit, date=date, hardware=processor(), versions=versions(), **found)
+    found |= {"date": datetime.date.today().isoformat(), "hardware": processor(), "versions": versions(job.guide)}
+    return Row(*job.key[:2], job.seed, job.limit, **found)
+
+
+#: What a fit gives: weighted draws of the guide, as many as asked for; the verdict; seconds and steps of the fit.
+Fit = tuple[Callable[[int], WeightedDraws], Diagnosis, float, int]
 
 
 def run_guide(posterior: Posterior, job: Job) -> dict[str, Any]:
-    fit = fit_peer if job.guide in PEERS else fit_flow
+    fit = fitter(job.guide)
     cpu = time.process_time()
-    guide, diagnosis, seconds, steps = fit(posterior, job)
+    weigh, diagnosis, seconds, steps = fit(posterior, job)
     found = {"seconds": seconds, "cpu_seconds": time.process_time() - cpu, "steps": steps, "verdict": diagnosis.verdict}
-    return found | score(posterior, guide)
+    return found | score(posterior, weigh)
 
 
-def fit_flow(posterior: Posterior, job: Job) -> tuple[Any, Diagnosis, float, int]:
+def fitter(guide: str) -> Callable[[Posterior, Job], Fit]:
+    """How a guide is fitted. What that takes is imported here, before any clock runs."""
+    if guide in NUMPYRO_PEERS:
+        import posteriordb_numpyro
+
+        return partial(fit_numpyro, posteriordb_numpyro.fit)
+    return fit_peer if guide in PEERS else fit_flow
+
+
+def fit_flow(posterior: Posterior, job: Job) -> Fit:
     guide = fg.AutoFlow(posterior.model, job.guide)
     options: dict[str, Any] = {} if job.steps is None else {"steps": job.steps}
     result = fg.fit(posterior.model, guide, seed=job.seed, progress=False, **options, **posterior.data)
     if result.diagnosis is None:
         raise ValueError(result.unjudged)
-    return guide, result.diagnosis, result.seconds, result.steps
+    return partial(weigh_guide, posterior, guide), result.diagnosis, result.seconds, result.steps
 
 
-def fit_peer(posterior: Posterior, job: Job) -> tuple[Any, Diagnosis, float, int]:
+def fit_peer(posterior: Posterior, job: Job) -> Fit:
     """Plain SVI, all particles at once, the way Pyro's documentation does it."""
     steps = job.steps or PEER_STEPS
     begin = time.perf_counter()
@@ -195,13 +218,28 @@ def fit_peer(posterior: Posterior, job: Job) -> tuple[Any, Diagnosis, float, int
     for _ in range(steps):
         svi.step(**posterior.data)
     seconds = time.perf_counter() - begin
-    return guide, fg.diagnose(posterior.model, guide, **posterior.data), seconds, steps
+    diagnosis = fg.diagnose(posterior.model, guide, num_samples=VERDICT_DRAWS, **posterior.data)
+    return partial(weigh_guide, posterior, guide), diagnosis, seconds, steps
 
 
-def score(posterior: Posterior, guide: Any) -> dict[str, Any]:
+def fit_numpyro(fit: Callable[..., Callable[[int], WeightedDraws]], posterior: Posterior, job: Job) -> Fit:
+    """The same in NumPyro, compilation included. The verdict has no wider look, which needs a Pyro guide."""
+    steps = job.steps or PEER_STEPS
+    name, options = NUMPYRO_PEERS[job.guide]
+    begin = time.perf_counter()
+    weigh = fit(posterior, name, options, seed=job.seed, steps=steps, particles=PEER_PARTICLES, rate=PEER_RATE)
+    seconds = time.perf_counter() - begin
+    return weigh, judge(weigh(VERDICT_DRAWS)), seconds, steps
+
+
+def weigh_guide(posterior: Posterior, guide: Any, num_samples: int) -> WeightedDraws:
+    return log_weights(posterior.model, guide, num_samples=num_samples, **posterior.data)
+
+
+def score(posterior: Posterior, weigh: Callable[[int], WeightedDraws]) -> dict[str, Any]:
     """What draws of a fitted guide are worth, from a number of them that leaves little noise."""
     pyro.set_rng_seed(0)
-    weighted = log_weights(posterior.model, guide, num_samples=DRAWS, **posterior.data)
+    weighted = weigh(DRAWS)
     whole = judge(weighted)
     raw = errors(posterior, weighted.draws)
     found = {
@@ -283,8 +321,10 @@ def run_nuts(posterior: Posterior, job: Job) -> dict[str, Any]:
 
 
 @cache
-def versions() -> str:
+def versions(guide: str) -> str:
     found = [f"Python {platform.python_version()}", f"torch {torch.__version__}", f"Pyro {pyro.__version__}"]
+    if guide in NUMPYRO_PEERS:
+        found += [f"NumPyro {importlib.metadata.version('numpyro')}", f"JAX {importlib.metadata.version('jax')}"]
     return ", ".join([*found, f"pyro_flowguides {importlib.metadata.version('pyro-flowguides')}{_commit()}"])
 
 
@@ -300,7 +340,7 @@ def _commit() -> str:
 
 def run_all(jobs: Iterable[Job], processes: int) -> Iterator[Row]:
     """A fresh process for every job; where the system can fork, from one that has imported everything already."""
-    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ |= {"OMP_NUM_THREADS": "1", "NPROC": "1"}  # NPROC: threads of XLA
     method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     context = multiprocessing.get_context(method)
     context.set_forkserver_preload(["pyro_flowguides", "arviz", "pandas"])
@@ -343,10 +383,10 @@ def plan(arguments: argparse.Namespace) -> list[Job]:
     """The jobs that were asked for, guide after guide."""
     root = arguments.posteriordb
     root = root / "posterior_database" if (root / "posterior_database").is_dir() else root
-    guides = list(arguments.guides) + list(PEERS if arguments.peers else ()) + [NUTS_LABEL] * arguments.nuts
+    guides = [*arguments.guides, *(PEERS if arguments.peers else ()), *(NUMPYRO_PEERS if arguments.numpyro else ())]
     return [
         Job(root, posterior, guide, arguments.seed, arguments.steps, arguments.nuts_seconds)
-        for guide in guides
+        for guide in [*guides, *[NUTS_LABEL] * arguments.nuts]
         for posterior in arguments.posteriors or names(root)
     ]
 
@@ -360,6 +400,7 @@ def main(argv: list[str] | None = None) -> None:
         "--guides", type=listed, default=list(FLOWS), help="comma-separated names of flows or of peers; all flows"
     )
     parser.add_argument("--peers", action="store_true", help="also Pyro's own guides, by plain SVI on the same budget")
+    parser.add_argument("--numpyro", action="store_true", help="also NumPyro's flow guides on the same budget")
     parser.add_argument("--nuts", action="store_true", help="also the time that Pyro's NUTS takes for such errors")
     parser.add_argument("--nuts-seconds", type=float, default=120.0, help="processor time at which to give NUTS up")
     parser.add_argument("--steps", type=int, help="fewer steps, to try the program; results are kept apart")
@@ -368,8 +409,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/posteriordb.csv"))
     parser.add_argument("--report", type=Path, metavar="FOLDER", help="write table and plot of all results there")
     arguments = parser.parse_args(argv)
-    if unknown := set(arguments.guides) - {*FLOWS, *PEERS}:
-        parser.error(f"unknown guides {', '.join(sorted(unknown))}; known are {', '.join([*FLOWS, *PEERS])}")
+    known = [*FLOWS, *PEERS, *NUMPYRO_PEERS]
+    if unknown := set(arguments.guides) - set(known):
+        parser.error(f"unknown guides {', '.join(sorted(unknown))}; known are {', '.join(known)}")
+    needs_numpyro = arguments.numpyro or not NUMPYRO_PEERS.keys().isdisjoint(arguments.guides)
+    if needs_numpyro and importlib.util.find_spec("numpyro") is None:
+        parser.error("NumPyro's guides need numpyro and jax: pip install 'pyro-flowguides[benchmarks]'")
     if arguments.posteriordb is None and arguments.report is None:
         parser.error("give --posteriordb to run, --report to write a report, or both")
     if arguments.posteriordb is not None:
