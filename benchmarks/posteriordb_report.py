@@ -180,7 +180,7 @@ def document(table: pd.DataFrame) -> str:
     return "\n\n".join(
         [
             "# Results on posteriordb",
-            "`python benchmarks/posteriordb.py --posteriordb PATH --peers --nuts --report docs`",
+            "`python benchmarks/posteriordb.py --posteriordb PATH --peers --numpyro --nuts --report docs`",
             about,
             "## How many posteriors each guide manages",
             counts(table),
