@@ -2,9 +2,11 @@
 
 import functools
 import itertools
+import math
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from pyro_flowguides.nn import (
     AgnosticMADE,
@@ -256,6 +258,22 @@ def test_caches_change_nothing(name):
         mine = of_step(network, step)
         torch.testing.assert_close(one[:, mine], other[:, mine], rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_generation_costs_the_arithmetic_of_one_pass(name):
+    """Of one pass for every step at a pixel: a single one, unless channels are drawn one after the other."""
+    network = build(name)
+    given = context(network, 2)
+
+    def operations(job):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            job()
+        return counter.get_total_flops()
+
+    one_pass = operations(lambda: network(torch.zeros(2, *network.shape, dtype=torch.float64), **given))
+    visits = len(list(network.steps())) // math.prod(network.shape[1:])
+    assert 0 < operations(lambda: network.generate(Draws(network), 2, **given)) <= visits * one_pass
 
 
 @pytest.mark.parametrize("name", CASES)
