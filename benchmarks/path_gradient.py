@@ -19,17 +19,19 @@ from machine import processor
 from torch import Tensor
 
 from pyro_flowguides.flows import FLOWS
-from pyro_flowguides.transforms import Flow
+from pyro_flowguides.transforms import Flow, on_path
 
 
 def step(flow: Flow, noise: Tensor, path: bool) -> None:
     """The gradient of a draw's log q − log p; the entropy of the base has none."""
     flow.zero_grad()
+    log_base = -0.5 * noise.square().sum(-1)
     if path:
-        z, noise, ladj = flow.forward_and_path(noise)
+        z, ladj, score = flow.forward_and_score(noise, -noise)
+        log_q = on_path(log_base - ladj, z, score)
     else:
         z, ladj = flow.forward_and_ladj(noise)
-    log_q = -0.5 * noise.square().sum(-1) - ladj
+        log_q = log_base - ladj
     log_p = -0.5 * (z / 2 - 1).square().sum(-1)
     (log_q - log_p).mean().backward()
 

@@ -343,7 +343,7 @@ def run_all(jobs: Iterable[Job], processes: int) -> Iterator[Row]:
     os.environ |= {"OMP_NUM_THREADS": "1", "NPROC": "1"}  # NPROC: threads of XLA
     method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     context = multiprocessing.get_context(method)
-    context.set_forkserver_preload(["pyro_flowguides", "arviz", "pandas"])
+    context.set_forkserver_preload(["pyro_flowguides", "arviz", "pandas", "torch._dynamo"])  # the last by optimisers
     with context.Pool(processes, maxtasksperchild=1) as pool:
         yield from pool.imap_unordered(run_job, jobs, chunksize=1)
 

@@ -17,7 +17,7 @@ from pyro_flowguides.flows import Builder, get_flow
 from pyro_flowguides.guides.distribution import PathDistribution
 from pyro_flowguides.guides.normal import draw_normal, normal_log_prob
 from pyro_flowguides.guides.parameters import Token, bind, drop_references, registered_name
-from pyro_flowguides.transforms import ConditionalFlow
+from pyro_flowguides.transforms import ConditionalFlow, on_path
 
 __all__ = ["FlowPosterior"]
 
@@ -113,9 +113,8 @@ class FlowPosterior(nn.Module):
         z, noise = draw_normal(loc, scale, sample_shape)
         flow = self.flow.condition(context)
         if self._distribution is PathDistribution and torch.is_grad_enabled():
-            z, start, ladj = flow.forward_and_path(z)
-            loc, scale = loc.detach(), scale.detach()
-            return z, normal_log_prob((start - loc) / scale, scale) - ladj
+            z, ladj, score = flow.forward_and_score(z, -noise / scale)
+            return z, on_path(normal_log_prob(noise, scale) - ladj, z, score)
         z, ladj = flow.forward_and_ladj(z)
         return z, normal_log_prob(noise, scale) - ladj
 

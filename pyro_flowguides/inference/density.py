@@ -108,13 +108,14 @@ class LogDensity:
 
     def __call__(self, z: Tensor) -> Tensor:
         try:
-            return self._together(z)
+            return self.together(z)
         except torch.linalg.LinAlgError:  # one particle's matrix takes the whole batch down
             if z.shape[0] == 1:
                 return z.new_full((1,), math.nan)
             return torch.cat([self(half) for half in z.chunk(2)])
 
-    def _together(self, z: Tensor) -> Tensor:
+    def together(self, z: Tensor) -> Tensor:
+        """All particles at once, whatever happens to one of them."""
         values, ladj = self.constrain(z)
         score = _Score(values, z.shape[0])
         with pyro.validation_enabled(False), score, pyro.plate(PARTICLES, z.shape[0], dim=-1 - self.nesting):

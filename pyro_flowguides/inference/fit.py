@@ -122,7 +122,7 @@ def fit(
         model, guide: as for ``pyro.infer.SVI``.
         args, kwargs: the model's arguments.
         steps: most steps to take; easy posteriors stop early.
-        particles: draws per step, four times as many at the end.
+        particles: draws per step, twice as many at the end.
         learning_rate: Adam's step size while exploring.
         tolerance: gain of the ELBO, in nats, over a quarter of the steps so far that is not worth going on for.
         warm_start: search for a Gaussian start (flow guides only).
@@ -227,8 +227,11 @@ class _Run:
         self.parameters = list(self.objective.parameters.values())
         if not self.parameters:
             raise ValueError(f"fit: {type(guide).__name__} and its model have no parameters to train")
+        of_guide = {id(parameter) for parameter in guide.parameters()} if isinstance(guide, torch.nn.Module) else set()
+        #: Near the evidence there is nothing left to gain, unless the evidence itself can be raised.
+        self.gap_tells = self.importance == 1 and all(id(parameter) in of_guide for parameter in self.parameters)
         rate = self.schedule.learning_rate
-        self.optimiser = torch.optim.Adam(self.parameters, lr=rate, betas=(0.9, 0.99), foreach=True)
+        self.optimiser = torch.optim.Adam(self.parameters, lr=rate, betas=(0.9, 0.99), fused=True)
         self.generator = torch.Generator().manual_seed(self.seed)
         self.history: list[float] = []
         self.dropped = self.barren = self.averaged = 0
@@ -246,7 +249,7 @@ class _Run:
         """Find a start, and see how far it is from the posterior."""
         if warm_start:
             self.warm_start()
-        if isinstance(self.objective, DensityObjective) and self.temper is None and self.importance == 1:
+        if isinstance(self.objective, DensityObjective) and self.temper is None and self.gap_tells:
             self.schedule.begin(self._evaluate().gap)
 
     def warm_start(self) -> None:
@@ -295,7 +298,7 @@ class _Run:
         batch = self._whole_groups(schedule.batch)
         path = self.path_gradient and (schedule.refining_since is not None or self.importance > 1)
         step = self.objective(Request(batch, path, self.power, self.importance), self.generator)
-        followed = math.isfinite(step.elbo) and self._descend(step.loss)
+        followed = math.isfinite(step.elbo) and self._descend(step)
         self.dropped += step.dropped if followed else batch
         self.barren = 0 if followed else self.barren + 1
         if self.barren >= PATIENCE:
@@ -303,13 +306,13 @@ class _Run:
         self.history.append(step.elbo)
         # A rising target is no standstill and no gain: the schedule sees only what is measured on the full one.
         full = self.power == 1
-        schedule.advance(step.elbo if full else math.nan, step.gap if full else math.nan)
+        schedule.advance(step.elbo if full else math.nan, step.gap if full and self.gap_tells else math.nan)
         if schedule.progress > 0.5:
             self._average()
 
-    def _descend(self, loss: Tensor) -> bool:
+    def _descend(self, step: Step) -> bool:
         """Take one step down; stay, and say so, where the gradient is not finite."""
-        loss.backward()
+        step.backward(self.parameters)
         used = [parameter for parameter in self.parameters if parameter.grad is not None]
         finite = bool(torch.nn.utils.clip_grad_norm_(used, GRADIENT_NORM).isfinite())
         if finite:

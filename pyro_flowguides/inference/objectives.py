@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -18,6 +18,8 @@ from torch import Tensor
 
 from pyro_flowguides.diagnostics import log_weights
 from pyro_flowguides.inference.density import LogDensity, NotVectorisedError
+from pyro_flowguides.inference.record import NotRecordedError, record
+from pyro_flowguides.transforms import on_path
 
 __all__ = ["DensityObjective", "Objective", "Request", "Step", "TraceObjective", "make_objective"]
 
@@ -26,14 +28,24 @@ MAX_SEQUENTIAL = 4
 
 
 class Step(NamedTuple):
-    """One evaluation: the loss to differentiate, the bound's estimate, how many particles were not finite; and half the
-    variance of the log weights, which for a guide that is nearly exact is the gap between the bound and the evidence.
+    """One evaluation: the loss, the bound's estimate, how many particles were not finite; half the variance of the log
+    weights, which for a guide that is nearly exact is the gap between the bound and the evidence; and the gradients of
+    the loss where they came with it.
     """
 
     loss: Tensor
     elbo: float
     dropped: int
     gap: float = math.nan
+    gradients: Sequence[Tensor | None] | None = None
+
+    def backward(self, parameters: Sequence[Tensor]) -> None:
+        """Give the parameters the gradients of the loss."""
+        if self.gradients is None:
+            self.loss.backward()
+            return
+        for parameter, gradient in zip(parameters, self.gradients, strict=True):
+            parameter.grad = gradient
 
 
 @dataclass(frozen=True)
@@ -57,7 +69,9 @@ class Objective(Protocol):
     """Something to minimise by stochastic gradients."""
 
     parameters: dict[str, Tensor]
-    route: str
+
+    @property
+    def route(self) -> str: ...
 
     def __call__(self, request: Request, generator: torch.Generator) -> Step: ...
 
@@ -116,10 +130,10 @@ class DensityObjective:
         G. Tucker, D. Lawson, S. Gu, C. Maddison (2019). Doubly reparameterized gradient estimators. arXiv:1810.04152.
     """
 
-    route = "batched densities"
-
     def __init__(self, model: Callable[..., Any], guide: AutoContinuous, args: Any, kwargs: Any) -> None:
         self.guide: Any = guide
+        self.why_not_recorded = ""
+        self._recordings: dict[tuple[int, bool], Callable[..., Any]] = {}
         self.density = LogDensity(model, guide, args, kwargs)
         self.parameters = _inspect(model, guide, args, kwargs).parameters
         with torch.no_grad():
@@ -133,19 +147,29 @@ class DensityObjective:
     def draw(self, noise: Tensor, path: bool = False) -> tuple[Tensor, Tensor]:
         """Draws ``(S, D)`` and their log q ``(S,)``, with the path gradient or the total one."""
         transform = self.guide.get_transform()
-        if path:
-            z, noise, ladj = transform.forward_and_path(noise)
-        else:
-            z, ladj = transform.forward_and_ladj(noise)
         log_base = -0.5 * noise.square().sum(-1) - 0.5 * noise.shape[-1] * math.log(2 * math.pi)
+        if path:
+            z, ladj, score = transform.forward_and_score(noise, -noise)
+            return z, on_path(log_base - ladj, z, score)
+        z, ladj = transform.forward_and_ladj(noise)
         return z, log_base - ladj
 
     def _weigh(self, noise: Tensor, request: Request) -> tuple[Tensor, Tensor]:
         z, log_q = self.draw(noise, request.path)
         return z, request.power * self.density(z) - log_q
 
+    @property
+    def route(self) -> str:
+        if self.why_not_recorded:
+            return f"batched densities, run anew at every step because {self.why_not_recorded}"
+        return "batched densities, recorded" if self._recordings else "batched densities"
+
     def __call__(self, request: Request, generator: torch.Generator) -> Step:
         noise = self.noise(request.particles, generator)
+        if torch.is_grad_enabled() and request.importance == 1 and not self.why_not_recorded:
+            step = self._replay(noise, request)
+            if step is not None:
+                return step
         z, log_w = self._weigh(noise, request)
         finite = log_w.detach().isfinite()
         dropped = request.particles - int(finite.sum())
@@ -158,8 +182,42 @@ class DensityObjective:
             return _importance_step(z, log_w, finite, request, dropped)
         log_w = log_w[finite]
         mean = log_w.mean()
-        gap = 0.5 * float(log_w.detach().var()) if len(log_w) > 1 else math.nan
-        return Step(-mean, float(mean.detach()), dropped, gap)
+        return Step(-mean, float(mean.detach()), dropped, _gap(log_w.detach()))
+
+    def _replay(self, noise: Tensor, request: Request) -> Step | None:
+        """The step by the recorded operations; ``None`` where that cannot be or a particle is not finite."""
+        power = noise.new_tensor(request.power)
+        key = len(noise), request.path
+        try:
+            if key not in self._recordings:
+                self._recordings[key] = self._record(noise, request)
+            with torch.no_grad():
+                log_w, *gradients = self._recordings[key](noise, power)
+        except NotRecordedError as error:
+            self.why_not_recorded = str(error)
+            return None
+        except torch.linalg.LinAlgError:  # a matrix of one particle
+            return None
+        mean = float(log_w.mean())
+        if not math.isfinite(mean) or not bool(log_w.isfinite().all()):
+            return None
+        return Step(log_w.new_tensor(-mean), mean, 0, _gap(log_w), gradients)
+
+    def _record(self, noise: Tensor, request: Request) -> Callable[..., Any]:
+        parameters = list(self.parameters.values())
+
+        def step(noise: Tensor, power: Tensor) -> tuple[Tensor | None, ...]:
+            z, log_q = self.draw(noise, request.path)
+            log_w = power * self.density.together(z) - log_q
+            return log_w.detach(), *torch.autograd.grad(-log_w.mean(), parameters, allow_unused=True)
+
+        power = noise.new_tensor(request.power)
+        fresh = self.noise(len(noise), torch.Generator().manual_seed(1))
+        return record(step, noise, power, check=(fresh, power))
+
+
+def _gap(log_w: Tensor) -> float:
+    return 0.5 * float(log_w.var()) if len(log_w) > 1 else math.nan
 
 
 def _importance_step(z: Tensor, log_w: Tensor, finite: Tensor, request: Request, dropped: int) -> Step:

@@ -62,7 +62,7 @@ class MLP(nn.Module):
         self.biases = nn.ParameterList(torch.empty(m) for m in widths[1:])
         self.masked = bool(masks)
         for layer, mask in enumerate(masks):
-            self.register_buffer(f"mask{layer}", mask)
+            self.register_buffer(f"mask{layer}", mask.to(self.weights[layer].dtype))
         self.reset_parameters()
 
     @property
@@ -94,31 +94,37 @@ class MLP(nn.Module):
 
     def run(self, x: Tensor, folded: Mapping[str, Tensor]) -> Tensor:
         """Evaluate the network for the given layers; biases may carry batch dimensions."""
+        return self.run_and_keep(x, folded)[0]
+
+    def run_and_keep(self, x: Tensor, folded: Mapping[str, Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """:meth:`run`, and what enters the activations of the hidden layers."""
+        hidden = []
         for layer in range(self.depth):
-            x = x @ folded[f"weight{layer}"].mT + folded[f"bias{layer}"]
+            x = _linear(x, folded[f"weight{layer}"], folded[f"bias{layer}"])
             if layer < self.depth - 1:
+                hidden.append(x)
                 x = self.activation(x)
-        return x
+        return x, hidden
 
     @torch.no_grad()
-    def run_with_jacobian(self, x: Tensor, folded: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """The output and its derivative by the input, ``(..., out_features)`` and ``(in_features, ..., out_features)``.
+    def pull_back(self, rows: Tensor, hidden: Sequence[Tensor], folded: Mapping[str, Tensor]) -> Tensor:
+        """Derivatives of K numbers by what enters the last layer, ``(..., K, H)``, carried on to the network's input.
 
-        All directions go through a layer in one product, without a recorded graph: for a few dozen inputs that is
-        cheaper than a backward pass for each output.
+        All go through a layer in one product, without a recorded graph: for a few dozen numbers that is cheaper than a
+        backward pass for each.
+
+        Args:
+            rows: the derivatives to carry on.
+            hidden: what :meth:`run_and_keep` kept at the point in question.
+            folded: the layers.
+
+        Returns:
+            ``(..., K, in_features)``.
         """
-        jacobian: Tensor | None = None
-        for layer in range(self.depth):
-            weight = folded[f"weight{layer}"].mT
-            x = x @ weight + folded[f"bias{layer}"]
-            jacobian = (
-                weight.reshape(-1, *(1,) * (x.dim() - 1), weight.shape[-1]) if jacobian is None else jacobian @ weight
-            )
-            if layer < self.depth - 1:
-                x, slope = _value_and_slope(self.activation, x)
-                jacobian = jacobian * slope
-        assert jacobian is not None
-        return x, jacobian.expand(-1, *x.shape).detach()
+        rows = rows.detach()
+        for layer in reversed(range(self.depth - 1)):
+            rows = (rows * _slope(self.activation, hidden[layer])[..., None, :]) @ folded[f"weight{layer}"]
+        return rows
 
     def forward(self, x: Tensor) -> Tensor:
         return self.run(x, self.fold())
@@ -127,9 +133,14 @@ class MLP(nn.Module):
         return f"{self.in_features} -> {list(self.hidden_dims)} -> {self.out_features}"
 
 
-def _value_and_slope(elementwise: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return nn.functional.linear(x, weight, bias) if bias.dim() == 1 else x @ weight.mT + bias
+
+
+def _slope(elementwise: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """The derivative of an elementwise function."""
     with torch.enable_grad():
         leaf = x.detach().requires_grad_()
         value = elementwise(leaf)
-        (slope,) = torch.autograd.grad(value.sum(), leaf)
-    return value.detach(), slope
+        (slope,) = torch.autograd.grad(value, leaf, torch.ones_like(value))
+    return slope

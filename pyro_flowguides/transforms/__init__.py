@@ -17,6 +17,7 @@ from pyro_flowguides.transforms.base import (
     ConditionalFlow,
     ContextFlow,
     Flow,
+    on_path,
 )
 from pyro_flowguides.transforms.coupling import (
     AdditiveCoupling,
@@ -170,6 +171,7 @@ __all__ = [
     "lower_triangular_affine",
     "lu_linear",
     "masked_autoregressive",
+    "on_path",
     "orthogonal_sylvester",
     "permute",
     "planar",

@@ -100,20 +100,35 @@ class _Autoregressive(ConditionerFlow):
 
     def _attach(self, w: Tensor, z: Tensor, theta: Theta) -> tuple[Tensor, Tensor]:
         """The known root and its log-determinant as functions of w only, to first order, by the dense Jacobian."""
-        output, by_input = self.conditioner.run_with_jacobian(z, theta)
+        output, hidden = self.conditioner.run_and_keep(z, theta)
+        jacobian, by_ladj, ladj = self._derivatives(z, output, hidden, theta)
+        step = self._solve(jacobian, w - w.detach())
+        return z + step, ladj + (by_ladj * step).sum(-1)
+
+    def _derivatives(
+        self, z: Tensor, output: Tensor, hidden: list[Tensor], theta: Theta
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """By z: that of the map ``(..., D, D)``, that of the log-determinant ``(..., D)``; and the log-determinant."""
         with torch.enable_grad():
             output = output.detach().requires_grad_()
             log_scale, shift = UPDATES[self.update](*output.chunk(2, -1))
             ladj = log_scale.sum(-1)
-            (by_image,) = torch.autograd.grad((z * log_scale.exp() + shift).sum(), output, retain_graph=True)
+            (by_image,) = torch.autograd.grad((z.detach() * log_scale.exp() + shift).sum(), output, retain_graph=True)
             (by_ladj,) = torch.autograd.grad(ladj.sum(), output)
-        log_scale = log_scale.detach()
-        columns = (by_input * by_image).unflatten(-1, (2, -1)).sum(-2)
-        jacobian = columns.movedim(0, -1) + log_scale.exp().diag_embed()
+        with torch.no_grad():
+            weight = theta[f"weight{self.conditioner.depth - 1}"]
+            raw, shift = (part[..., None] for part in by_image.chunk(2, -1))
+            image_rows = raw * weight[: self.input_dim] + shift * weight[self.input_dim :]
+            rows = torch.cat([image_rows, (by_ladj @ weight)[..., None, :]], -2)
+            rows = self.conditioner.pull_back(rows, hidden, theta)
+            return rows[..., :-1, :] + log_scale.exp().diag_embed(), rows[..., -1, :], ladj.detach()
+
+    def _solve(self, jacobian: Tensor, v: Tensor, *, transpose: bool = False) -> Tensor:
+        """Solve for the derivative of the map, which is lower triangular in the order, or its transpose."""
         order = self.conditioner.get_buffer("order")
-        step = solve_triangle(jacobian[..., order, :][..., order], (w - w.detach())[..., order], upper=False)
-        step = step[..., order.argsort()]
-        return z + step, ladj.detach() + ((by_input * by_ladj).sum(-1).movedim(0, -1) * step).sum(-1)
+        triangle = jacobian[..., order[:, None], order]
+        solved = solve_triangle(triangle.mT if transpose else triangle, v[..., order], upper=transpose)
+        return solved[..., order.argsort()]
 
     def extra_repr(self) -> str:
         return f"{self.input_dim}, update={self.update!r}"
@@ -171,6 +186,15 @@ class InverseAutoregressive(_Autoregressive):
 
     def _pull(self, y: Tensor, theta: Theta, known: Known = None) -> tuple[Tensor, Tensor]:
         return self._sequential(y, theta, known)
+
+    def _push_score(self, x: Tensor, score: Tensor, theta: Theta) -> tuple[Tensor, Tensor, Tensor]:
+        if self.input_dim > DENSE_DIM:
+            return super()._push_score(x, score, theta)
+        output, hidden = self.conditioner.run_and_keep(x, theta)
+        log_scale, shift = UPDATES[self.update](*output.chunk(2, -1))
+        jacobian, by_ladj, ladj = self._derivatives(x, output, hidden, theta)
+        score = self._solve(jacobian, score - by_ladj, transpose=True)
+        return x * log_scale.exp() + shift, ladj, score
 
 
 class MaskedAutoregressive(_Autoregressive):

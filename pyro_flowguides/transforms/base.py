@@ -16,7 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from pyro_flowguides.nn import MLP, HyperNetwork
 from pyro_flowguides.transforms.solve import tracing
 
-__all__ = ["AmortisedFlow", "Compose", "ConditionalCompose", "ConditionalFlow", "ContextFlow", "Flow"]
+__all__ = ["AmortisedFlow", "Compose", "ConditionalCompose", "ConditionalFlow", "ContextFlow", "Flow", "on_path"]
 
 #: What a formula reads besides its input: tensors by name, or a list of such for a composition.
 Theta: TypeAlias = Any
@@ -55,6 +55,21 @@ def _detached(theta: Theta) -> Theta:
 
 def _version(tensor: Tensor) -> tuple[int, int, int]:
     return id(tensor), tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
+
+
+def push_score(flow: Any, x: Tensor, score: Tensor, theta: Theta) -> tuple[Tensor, Tensor, Tensor]:
+    """:meth:`Flow.forward_and_score` of any formula, from the derivatives of its inverse."""
+    y, ladj, known = flow._push_known(x, theta)
+    with torch.enable_grad():
+        image = y.detach().requires_grad_()
+        origin, pulled = flow._pull(image, _detached(theta), known)
+        (score,) = torch.autograd.grad((origin * score).sum() - pulled.sum(), image)
+    return y, ladj.detach(), score
+
+
+def on_path(log_prob: Tensor, y: Tensor, score: Tensor) -> Tensor:
+    """A known log density ``(...)`` at draws y ``(..., D)``, with the path gradient: that of ``score`` along y."""
+    return log_prob.detach() + (score * (y - y.detach())).sum(-1)
 
 
 class Flow(TransformModule):
@@ -110,6 +125,10 @@ class Flow(TransformModule):
         """:meth:`_push`, and what :meth:`_pull` needs to know."""
         return *self._push(x, theta), x.detach()
 
+    def _push_score(self, x: Tensor, score: Tensor, theta: Theta) -> tuple[Tensor, Tensor, Tensor]:
+        """y, ladj without derivatives, and the score at y."""
+        return push_score(self, x, score, theta)
+
     # -- value and log-determinant -------------------------------------------------------------------------------------
 
     def forward_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -129,31 +148,37 @@ class Flow(TransformModule):
         x, ladj = self._pull(y, self.theta())
         return x, ladj.expand(x.shape[:-1])
 
-    def forward_and_path(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        r"""What the path gradient of a density needs: y, and x and ladj as functions *of y only*.
+    def forward_and_score(self, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        r"""What the path gradient of a density needs: y, ladj, and the score of the density that x becomes.
 
-        A draw :math:`y = f_\phi(x)` of a density :math:`\log q_\phi(y) = \log p(f_\phi^{-1}(y)) - \log|\det J|`
-        depends on the parameters twice, through the draw and through the density. The returned x and ladj carry
-        derivatives with respect to y, none with respect to the parameters: the density made from them has the path
-        gradient alone, which is unbiased and vanishes where q is the target.
+        .. math::
+            \log q(y) = \log p(f^{-1}(y)) - \log|\det J|, \qquad
+            \nabla_y \log q = J^{-\top} \big(\nabla_x \log p - \nabla_x \log|\det J|\big)
+
+        A draw :math:`y = f_\phi(x)` depends on the parameters twice in :math:`\log q_\phi(y)`, through the draw and
+        through the density. The score gives the first part alone, the path gradient
+        :math:`\nabla_y \log q \cdot \partial y / \partial \phi`, which is unbiased and vanishes where q is the target
+        (:func:`on_path` makes it the derivative of a number).
 
         Cost: one forward pass and the derivatives of one inverse pass; nothing is solved, since x is known.
 
+        Args:
+            x: draws ``(..., D)``.
+            score: :math:`\nabla_x \log p` at them, the same shape, a constant.
+
         Returns:
-            y ``(..., D)``, x ``(..., D)``, ladj ``(...)``.
+            y ``(..., D)`` with derivatives; ladj ``(...)`` and score ``(..., D)`` without.
 
         References:
             G. Roeder, Y. Wu, D. Duvenaud (2017). Sticking the landing. arXiv:1703.09194.
             L. Vaitl, K. Nicoli, S. Nakajima, P. Kessel (2022). Gradients should stay on path. arXiv:2207.08219.
         """
         self._check(x)
-        theta = self.theta()
-        y, _, known = self._push_known(x, theta)
-        x, ladj = self._pull(y, _detached(theta), known)
-        return y, x, ladj.expand(y.shape[:-1])
+        y, ladj, score = self._push_score(x, score.detach(), self.theta())
+        return y, ladj.expand(y.shape[:-1]), score
 
     def inverse_on_path(self, y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x and ladj of a known pair as functions of y only, as in :meth:`forward_and_path`."""
+        """x and ladj of a known pair as functions of y only: the density made from them has the path gradient."""
         return self._inverse_known(y, x, _detached(self.theta()))
 
     def inverse_at(self, y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -282,6 +307,9 @@ class ConditionalFlow(ConditionalTransformModule):
     def _push_known(self, x: Tensor, theta: Theta) -> tuple[Tensor, Tensor, Known]:
         return *self._push(x, theta), x.detach()
 
+    def _push_score(self, x: Tensor, score: Tensor, theta: Theta) -> tuple[Tensor, Tensor, Tensor]:
+        return push_score(self, x, score, theta)
+
     @property
     def fast(self) -> str:
         raise NotImplementedError
@@ -326,6 +354,9 @@ class _Conditioned(Flow):
     def _push_known(self, x: Tensor, theta: Theta) -> tuple[Tensor, Tensor, Known]:
         return self.source._push_known(x, theta)
 
+    def _push_score(self, x: Tensor, score: Tensor, theta: Theta) -> tuple[Tensor, Tensor, Tensor]:
+        return self.source._push_score(x, score, theta)
+
     def forward_shape(self, shape: torch.Size) -> torch.Size:
         return torch.broadcast_shapes(shape, (*self.context.shape[:-1], self.input_dim))
 
@@ -356,6 +387,9 @@ class _FamilyFlow(ConditionalFlow):
 
     def _pull(self, y: Tensor, theta: Theta, known: Known = None) -> tuple[Tensor, Tensor]:
         return self.flow._pull(y, theta, known)
+
+    def _push_score(self, x: Tensor, score: Tensor, theta: Theta) -> tuple[Tensor, Tensor, Tensor]:
+        return self.flow._push_score(x, score, theta)
 
     @property
     def fast(self) -> str:
@@ -427,6 +461,13 @@ class _Chain:
     def _push(self, x: Tensor, theta: Theta) -> tuple[Tensor, Tensor]:
         y, ladj, _ = self._push_known(x, theta)
         return y, ladj
+
+    def _push_score(self, x: Tensor, score: Tensor, theta: Theta) -> tuple[Tensor, Tensor, Tensor]:
+        total = x.new_zeros(())
+        for part, part_theta in zip(self._flows(), theta, strict=True):
+            x, ladj, score = part._push_score(x, score, part_theta)
+            total = total + ladj
+        return x, total, score
 
     def _pull(self, y: Tensor, theta: Theta, known: Known = None) -> tuple[Tensor, Tensor]:
         flows = self._flows()

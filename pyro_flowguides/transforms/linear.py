@@ -74,6 +74,13 @@ class LowerTriangularAffine(Flow):
         lower = _unit_lower(theta["lower"], self.input_dim)
         return solve_triangle(lower, mixed, upper=False, unitriangular=True), theta["log_scale"].sum(-1)
 
+    def _push_score(self, x: Tensor, score: Tensor, theta: Theta) -> tuple[Tensor, Tensor, Tensor]:
+        y, ladj = self._push(x, theta)
+        with torch.no_grad():
+            upper = _unit_lower(theta["lower"], self.input_dim).mT
+            unmixed = solve_triangle(upper, score, upper=True, unitriangular=True)
+            return y, ladj.detach(), unmixed * (-theta["log_scale"]).exp()
+
 
 class LULinear(Flow):
     r"""A linear map by its PLU factors.

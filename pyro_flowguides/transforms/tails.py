@@ -75,6 +75,14 @@ class HeavyTail(Flow):
         u = self._weight(theta) * x.square()
         return x * (1 + u).sqrt(), _log_slope(u)
 
+    def _push_score(self, x: Tensor, score: Tensor, theta: Theta) -> tuple[Tensor, Tensor, Tensor]:
+        y, ladj = self._push(x, theta)
+        with torch.no_grad():
+            slope = self._weight(theta) * x
+            u = slope * x
+            score = (score - 4 * slope / (1 + 2 * u) + slope / (1 + u)) * (1 + u).sqrt() / (1 + 2 * u)
+        return y, ladj.detach(), score
+
     def _pull(self, y: Tensor, theta: Theta, known: Known = None) -> tuple[Tensor, Tensor]:
         weight = self._weight(theta)
         root = torch.hypot(2 * weight.sqrt() * y, torch.ones_like(y))  # sqrt(1 + 4 weight y²), for any y

@@ -66,7 +66,7 @@ def test_a_guide_that_becomes_nearly_exact_is_refined_shortly():
         schedule.advance(0.01 * schedule.step, gap(schedule.step))
     assert 700 + schedule.WINDOW <= schedule.refining_since <= 700 + 2 * schedule.WINDOW
     assert schedule.step == 2 * schedule.refining_since
-    assert "came within 0.1 nats" in schedule.reason
+    assert "came within 0.3 nats" in schedule.reason
 
 
 @pytest.mark.parametrize("gap", [0.0, 0.2, 0.4, 1e9, math.nan])
@@ -92,11 +92,12 @@ def test_step_size_warms_up_stays_and_falls_along_a_cosine():
     assert 0.01 * 0.01 <= rates[-1] < 0.01 * 0.0102
 
 
-def test_particles_grow_fourfold_at_the_end_only():
+def test_particles_double_at_the_end_only():
     batches = [batch for _, batch in run(Schedule(1000, 0.01, 32, 0.01), noisy(lambda step: float(step)))]
     assert set(batches[:501]) == {32}
     assert batches[500:] == sorted(batches[500:])
-    assert batches[-1] == pytest.approx(128, abs=1)
+    assert batches[-1] == 64
+    assert len(set(batches)) == Schedule.STAIRS  # each is recorded once
 
 
 def test_steps_without_a_bound_are_neither_gain_nor_standstill():

@@ -1,11 +1,9 @@
 """The path gradient's view of a flow: the pair of a draw as a function of y alone, without solving anything."""
 
-import copy
-
 import pytest
 import torch
 
-from pyro_flowguides.transforms import Compose, Planar, autoregressive, solve, sylvester
+from pyro_flowguides.transforms import Compose, Planar, autoregressive, on_path, solve, sylvester
 from tests.transforms.families import CASES, CONDITIONAL, name, randomise
 
 DIM = 3
@@ -30,31 +28,39 @@ def flows(case):
     return [flow, Compose([flow, randomise(Planar(DIM), 0.5), flow])]
 
 
+def base(x):
+    """The log density of a draw's origin, and its score."""
+    weights = torch.arange(1.0, x.shape[-1] + 1)
+    return (x.sin() * weights).sum(-1), x.cos() * weights
+
+
 @pytest.mark.parametrize("case", CASES, ids=name)
-def test_forward_and_path(case, monkeypatch):
-    """Values are those of the pair; the gradient is that of the inverse with its parameters held, at y."""
+def test_forward_and_score(case, monkeypatch):
+    """Values are those of the pair; the score is the derivative of the density at y, its parameters held."""
     for flow in flows(case):
-        parameters = [p for p in flow.parameters() if p.numel()]
         x = torch.randn(4, DIM)
         expected_y, expected_ladj = flow.forward_and_ladj(x)
         leaf = expected_y.detach().clone().requires_grad_()
-        held = copy.deepcopy(flow).requires_grad_(False)
-        (by_y,) = torch.autograd.grad(density(*held.inverse_and_ladj(leaf)), leaf)
-        through_y = torch.autograd.grad(expected_y, parameters, by_y, allow_unused=True) if parameters else ()
-
+        origin, pulled = flow.inverse_and_ladj(leaf)
+        (expected,) = torch.autograd.grad((base(origin)[0] - pulled).sum(), leaf)
         with monkeypatch.context() as patch:
             if flow.fast != "inverse":  # MAF draws by solving; its path is then free
                 no_solving(patch)
-            y, path_x, ladj = flow.forward_and_path(x)
-        for one, other in ((y, expected_y), (path_x, x), (ladj, expected_ladj)):
+            y, ladj, score = flow.forward_and_score(x, base(x)[1])
+        for one, other in ((y, expected_y), (ladj, expected_ladj)):
             torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-8)
-        if parameters:
-            value = density(path_x, ladj)
-            (gradient,) = torch.autograd.grad(value, y, retain_graph=True)
-            torch.testing.assert_close(gradient, by_y, rtol=1e-7, atol=1e-8)
-            for one, other in zip(torch.autograd.grad(value, parameters, allow_unused=True), through_y, strict=True):
-                if other is not None:
-                    torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-8)
+        torch.testing.assert_close(score, expected, rtol=1e-7, atol=1e-8)
+        assert not ladj.requires_grad
+        assert not score.requires_grad
+        assert y.requires_grad == expected_y.requires_grad
+
+
+def test_on_path_has_the_derivative_of_the_score_alone():
+    y = torch.randn(4, DIM, requires_grad=True)
+    value, score = y.square().sum(-1), torch.randn(4, DIM)
+    found = on_path(value, y, score)
+    torch.testing.assert_close(found, value)
+    torch.testing.assert_close(torch.autograd.grad(found.sum(), y)[0], score)
 
 
 @pytest.mark.parametrize("case", CASES, ids=name)
@@ -98,14 +104,17 @@ def test_inverse_at_has_all_derivatives_of_the_inverse(case, monkeypatch):
 
 @pytest.mark.parametrize("case", CONDITIONAL, ids=name)
 def test_context_is_held_too(case):
-    """The encoder behind a context is a parameter like any other."""
+    """The encoder behind a context is a parameter like any other: it is reached through the draw alone."""
     module = case.build(DIM, 0.5)
     context = torch.randn(4, module.context_dim, requires_grad=True)
-    y, path_x, ladj = module.condition(context).forward_and_path(torch.randn(4, DIM))
-    value = density(path_x, ladj)
-    (by_y,) = torch.autograd.grad(value, y, retain_graph=True)
-    (total,) = torch.autograd.grad(value, context, retain_graph=True)
-    (through_y,) = torch.autograd.grad(y, context, by_y)
+    x = torch.randn(4, DIM)
+    y, ladj, score = module.condition(context).forward_and_score(x, base(x)[1])
+    leaf = y.detach().requires_grad_()
+    origin, pulled = module.condition(context.detach()).inverse_and_ladj(leaf)
+    (expected,) = torch.autograd.grad((base(origin)[0] - pulled).sum(), leaf)
+    torch.testing.assert_close(score, expected, rtol=1e-7, atol=1e-8)
+    (total,) = torch.autograd.grad(on_path(base(x)[0] - ladj, y, score).sum(), context, retain_graph=True)
+    (through_y,) = torch.autograd.grad(y, context, expected)
     torch.testing.assert_close(total, through_y)
 
 
@@ -118,10 +127,12 @@ def test_many_dimensions_go_another_way_to_the_same_derivatives(case, monkeypatc
     found = []
     for limit in (dim, dim - 1):
         monkeypatch.setattr(autoregressive, "DENSE_DIM", limit)
-        y, path_x, ladj = flow.forward_and_path(x)
-        weights = torch.arange(1.0, dim + 1)
-        value = (path_x.sin() * weights).sum() + ladj.square().sum()
-        found.append((path_x, ladj, torch.autograd.grad(value, y)[0]))
+        y, ladj, score = flow.forward_and_score(x, base(x)[1])
+        leaf = y.detach().requires_grad_()
+        origin, pulled = flow.inverse_on_path(leaf, x)
+        (gradient,) = torch.autograd.grad((base(origin)[0] - pulled).sum(), leaf)
+        found.append((origin, ladj, pulled, score, gradient))
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
-    assert found[0][2].abs().max() > 0.1
+    torch.testing.assert_close(found[0][3], found[0][4], rtol=1e-9, atol=1e-9)
+    assert found[0][3].abs().max() > 0.1

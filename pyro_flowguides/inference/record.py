@@ -1,0 +1,135 @@
+"""Running a function once and replaying the tensor operations it consisted of."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+__all__ = ["NotRecordedError", "record"]
+
+
+class NotRecordedError(ValueError):
+    """The function does something that a list of tensor operations cannot repeat."""
+
+
+def record(function: Callable[..., Any], *inputs: Tensor, check: Sequence[Tensor]) -> fx.GraphModule:
+    """The tensor operations of a function, derivatives taken inside it among them, without the Python around them.
+
+    What depends neither on the inputs nor on a tensor that requires gradients is computed once, now. Tensors that
+    require gradients, the parameters of a guide or a model, are read anew by every replay.
+
+    Cost: one run of the function, and some 50 microseconds per operation.
+
+    Args:
+        function: from tensors to a sequence of tensors and ``None``.
+        inputs: tensors of the shapes and dtypes of later calls.
+        check: other inputs, at which the recording has to give what the function gives.
+
+    Returns:
+        a module to be called like the function, without gradients.
+
+    Raises:
+        NotRecordedError: if the function's course depends on values, if it draws random numbers, or if its recording
+            gives other numbers than it does.
+    """
+    tape = _Tape(inputs)
+    with tape:
+        outputs = function(*inputs)
+    module = tape.finish(outputs)
+    _compare(function, module, check)
+    return module
+
+
+class _Tape(TorchDispatchMode):
+    """Writes operations down as nodes of a graph while they are carried out: those whose results vary."""
+
+    def __init__(self, inputs: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.graph, self.attributes = fx.Graph(), nn.Module()
+        #: The node of every varying tensor, by its identity; the tensor is kept so that its identity stays its own.
+        self.seen: dict[int, tuple[Tensor, fx.Node]] = {}
+        self.memory: set[int] = set()
+        self.in_place = False
+        for place, value in enumerate(inputs):
+            self._note(value, self.graph.placeholder(f"input{place}"))
+
+    def _note(self, value: Tensor, node: fx.Node) -> None:
+        self.seen[id(value)] = value, node
+        self.memory.add(value.untyped_storage().data_ptr())
+
+    def node(self, value: Tensor) -> fx.Node:
+        """The node of a tensor; what does not come from the inputs becomes an attribute."""
+        if id(value) not in self.seen:
+            name = f"tensor{len(self.seen)}"
+            self.attributes.register_buffer(name, value, persistent=False)
+            self.seen[id(value)] = value, self.graph.get_attr(name)
+        return self.seen[id(value)][1]
+
+    def _varies(self, value: Any) -> bool:
+        if not isinstance(value, Tensor):
+            return False
+        return value.requires_grad or (id(value) in self.seen and self.seen[id(value)][1].op != "get_attr")
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            raise NotRecordedError(f"it draws random numbers ({func})")
+        if not any(self._varies(value) for value in tree_leaves((args, kwargs))):
+            return func(*args, **kwargs)
+        if func._schema.is_mutable:
+            self.in_place = True
+            if args[0].untyped_storage().data_ptr() not in self.memory:
+                raise NotRecordedError(f"it changes a constant in place ({func})")
+        inputs = tree_map(lambda value: self.node(value) if isinstance(value, Tensor) else value, (args, kwargs))
+        node = self.graph.call_function(func, *inputs)
+        result = func(*args, **kwargs)
+        if isinstance(result, Tensor):
+            self._note(result, node)
+        elif isinstance(result, (tuple, list)):
+            for place, value in enumerate(result):
+                self._note(value, self.graph.call_function(operator.getitem, (node, place)))
+        elif result is not None:
+            raise NotRecordedError(f"its course depends on values ({func})")
+        return result
+
+    def finish(self, outputs: Sequence[Tensor | None]) -> fx.GraphModule:
+        """The recording, without what is computed twice, not used, or of interest to autograd only."""
+        self.graph.output(tuple(None if output is None else self.node(output) for output in outputs))
+        if not self.in_place:  # what is changed in place may be seen through other names
+            _merge(self.graph)
+            self.graph.eliminate_dead_code()
+        module = fx.GraphModule(self.attributes, self.graph)
+        module.graph.lint()
+        return module
+
+
+def _merge(graph: fx.Graph) -> None:
+    first: dict[tuple[Any, ...], fx.Node] = {}
+    for node in graph.nodes:
+        if node.target is torch.ops.aten.detach.default:
+            node.replace_all_uses_with(node.args[0])
+        elif node.op in ("call_function", "get_attr"):
+            earlier = first.setdefault((node.target, repr(node.args), repr(node.kwargs)), node)
+            if earlier is not node:
+                node.replace_all_uses_with(earlier)
+
+
+def _compare(function: Callable[..., Any], replay: Callable[..., Any], check: Sequence[Tensor]) -> None:
+    expected = function(*check)
+    with torch.no_grad():
+        found = replay(*check)
+    for one, other in zip(found, expected, strict=True):
+        if one is None or other is None or not other.numel():
+            continue
+        tolerance = torch.finfo(other.dtype).eps ** 0.5
+        size = float(other.detach().nan_to_num(posinf=0.0, neginf=0.0).abs().max())
+        if not torch.allclose(one, other, rtol=tolerance, atol=tolerance * size, equal_nan=True):
+            raise NotRecordedError(f"its recording differs by {float((one - other).detach().abs().max()):.3g}")
