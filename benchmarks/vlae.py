@@ -7,11 +7,12 @@ Four studies, each of them written to --output under its name and the date, a ta
 compare   a VAE, one with an IAF posterior, one with an autoregressive prior, a PixelCNN alone and a VLAE, with the same
           encoder and the same number of steps, on statically binarised images: negative log-likelihood of test images
           by importance sampling, its standard error over images, and the difference from the plain VAE, paired
-window    a VLAE for several windows, without free bits: divergence, likelihood, reconstructions and decompressions
+window    a VLAE for several windows, without free bits and with them: divergence, likelihood, what the latent vector of
+          another image costs, reconstructions and decompressions
 frey      bits per dimension of grey images with discretised logistic pixels
 speed     images per second of training and of sampling, for every decoder, and against a full pass per pixel
 
-The defaults are a small configuration for a few minutes on one core. That of the paper, for a GPU:
+The defaults are a small configuration for a quarter of an hour on one core. That of the paper, for a GPU:
 
     python benchmarks/vlae.py --data mnist10k.npz --studies compare --steps 100000 --latent-dim 64 --network resnet \
         --reach 6 --depth 10 --filters 12 --prior-hidden 640 640 640 --learning-rate 0.002 --ema 0.998 --device cuda
@@ -28,18 +29,20 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import numpy as np
 import pyro
 import torch
+from matplotlib.axes import Axes
 from torch import Tensor, nn
 
 from pyro_flowguides.nn import AutoregressiveNetwork
-from pyro_flowguides.vae import EMA, MODELS, VAE, Autoregressive, Objective, Terms
+from pyro_flowguides.vae import EMA, MODELS, VAE, VLAE, Autoregressive, Objective, Terms
 from pyro_flowguides.vae.data import load_images
 from pyro_flowguides.vae.vlae import make_decoder
 
@@ -102,16 +105,26 @@ def builders(options: argparse.Namespace, shape: tuple[int, ...], likelihood: st
 # -- training and evaluation -------------------------------------------------------------------------------------------
 
 
-def fit(model: Model, train: Tensor, options: argparse.Namespace, steps: int, free_bits: float) -> tuple[Model, float]:
-    """The averaged model after training, and the milliseconds of processor time per step."""
+class Fit(NamedTuple):
+    #: With averaged weights.
+    model: Model
+    #: Milliseconds of processor time per step.
+    used: float
+    #: The divergence of every training batch.
+    kl: list[float]
+
+
+def fit(model: Model, train: Tensor, options: argparse.Namespace, steps: int, free_bits: float, warmup: int = 0) -> Fit:
+    """Train, the weight of the divergence rising over the steps of the warm-up."""
     model = model.to(options.device)
     model.initialise(train[:BATCH_SIZE].to(options.device))
     optimiser = torch.optim.Adamax(model.parameters(), lr=options.learning_rate)
-    ema, objective = EMA(model, options.ema), Objective(free_bits=free_bits)
+    ema, objective, kl = EMA(model, options.ema), Objective(warmup, free_bits), []
     begin = time.process_time()
     for step in range(steps):
         x = train[torch.randint(len(train), (BATCH_SIZE,))].to(options.device)
-        loss, _ = objective(model.terms(x), step)
+        loss, metrics = objective(model.terms(x), step)
+        kl.append(metrics["kl"].detach())
         optimiser.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), CLIP)
@@ -121,7 +134,7 @@ def fit(model: Model, train: Tensor, options: argparse.Namespace, steps: int, fr
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(ema.averages[name])
-    return model.eval(), used
+    return Fit(model.eval(), used, torch.stack(kl).tolist())
 
 
 @torch.no_grad()
@@ -151,7 +164,7 @@ def compare(images: tuple[Tensor, Tensor], likelihood: str, options: argparse.Na
     plain: Tensor | None = None
     for name, build in builders(options, shape, likelihood).items():
         pyro.set_rng_seed(options.seed)
-        model, used = fit(build(), train, options, steps, FREE_BITS * values)
+        model, used, _ = fit(build(), train, options, steps, FREE_BITS * values)
         result = evaluate(model, test, options.samples)
         nll = -result["log_likelihood"]
         plain = nll if name == PLAIN else plain
@@ -164,45 +177,95 @@ def compare(images: tuple[Tensor, Tensor], likelihood: str, options: argparse.Na
         )
 
 
+class Windowed(NamedTuple):
+    """What one window gave, for the figure."""
+
+    reach: int
+    free_bits: float
+    history: list[float]
+    kl: float
+    #: Data, a reconstruction and decompressions, ``(rows, images, channels, height, width)``.
+    pictures: Tensor
+
+    @property
+    def name(self) -> str:
+        return f"reach {self.reach}" + (", free bits" if self.free_bits else "")
+
+
 def window_study(images: tuple[Tensor, Tensor], options: argparse.Namespace, path: Path) -> Iterator[str]:
-    """A table by reach, and a figure of data, reconstructions and decompressions."""
+    """A table by reach, and a figure of divergences, data, reconstructions and decompressions."""
     train, test = images
-    shape, test = tuple(train.shape[1:]), test[: options.test_images].to(options.device)
-    prior = {"depth": 4, "hidden_dims": options.prior_hidden, "update": "shift"}
-    yield "| reach | −log p(x) | KL | reconstruction | CPU ms per step |"
-    yield "|---|---|---|---|---|"
-    kls, pictures = [], []
-    for reach in options.reaches:
+    test = test[: options.test_images].to(options.device)
+    yield "| reach | free bits | −log p(x) | KL | −log p(x given z) | more with the z of another | CPU ms per step |"
+    yield "|---|---|---|---|---|---|---|"
+    cases = [(reach, 0.0) for reach in options.reaches]
+    cases += [(reach, FREE_BITS * train[0].numel()) for reach in options.free_reaches]
+    found = []
+    for reach, free_bits in cases:
         pyro.set_rng_seed(options.seed)
-        common = {"latent_dim": options.latent_dim, "network": options.network, "prior_options": prior}
-        vlae = MODELS["vlae"](shape, **common, decoder_options=window(options, reach))
-        model, used = fit(vlae, train, options, options.window_steps, 0.0)
-        result = evaluate(model, test, options.samples)
-        kls.append(result["kl"].mean().item())
-        shown = test[:8]
-        pictures.append(torch.cat([shown[None], model.reconstruct(shown)[None], model.decompress(shown, 3)]).cpu())
+        steps, warmup = options.window_steps, options.window_warmup
+        model, used, history = fit(windowed(options, reach, train), train, options, steps, free_bits, warmup)
+        result, pictures = evaluate(model, test, options.samples), show(model, test[:8])
+        found.append(Windowed(reach, free_bits, history, result["kl"].mean().item(), pictures))
         yield (
-            f"| {reach} | {mean_and_error(-result['log_likelihood'])} | {kls[-1]:.2f} "
-            f"| {-(result['elbo'] + result['kl']).mean():.2f} | {used:.0f} |"
+            f"| {reach} | {free_bits:.2f} | {mean_and_error(-result['log_likelihood'])} | {found[-1].kl:.2f} "
+            f"| {-(result['elbo'] + result['kl']).mean():.2f} | {mean_and_error(loss_by_exchange(model, test))} "
+            f"| {used:.0f} |"
         )
-    draw_windows(path, options.reaches, kls, pictures)
+        draw_windows(path, found)
 
 
-def draw_windows(path: Path, reaches: list[int], kls: list[float], pictures: list[Tensor]) -> None:
-    figure, axes = plt.subplots(1, len(reaches) + 1, figsize=(3.2 * (len(reaches) + 1), 3), layout="constrained")
-    axes[0].plot(reaches, kls, "o-")
-    axes[0].set_xlabel("reach of the window (pixels)")
-    axes[0].set_ylabel("KL(q‖p) (nats)")
-    axes[0].set_ylim(bottom=0)
-    for reach, rows, ax in zip(reaches, pictures, axes[1:], strict=True):
-        ax.imshow(torch.cat([torch.cat(list(row[:, 0]), 1) for row in rows]), cmap="gray_r", vmin=0, vmax=1)
-        height = rows.shape[-2]
-        names = ["data", "mean", "one z:", "draw 2", "draw 3"]
-        ax.set_yticks([height * (row + 0.5) for row in range(len(rows))], names)
+def windowed(options: argparse.Namespace, reach: int, train: Tensor) -> VLAE:
+    return MODELS["vlae"](
+        tuple(train.shape[1:]),
+        latent_dim=options.latent_dim,
+        network=options.network,
+        prior_options={"depth": 4, "hidden_dims": options.prior_hidden, "update": "shift"},
+        decoder=options.window_decoder,
+        decoder_options={"filters": options.window_filters, "reach": reach, "depth": options.depth},
+    )
+
+
+@torch.no_grad()
+def loss_by_exchange(model: VLAE, x: Tensor) -> Tensor:
+    """By image: how much less likely it is given the latent vector of another one; zero if z is not used."""
+    z = model.sample_posterior(x)[0]
+    return (model.conditional_log_prob(z, x) - model.conditional_log_prob(z.roll(1, 0), x)).double().cpu()
+
+
+def show(model: VLAE, x: Tensor) -> Tensor:
+    return torch.cat([x[None], model.reconstruct(x)[None], model.decompress(x, 3)]).cpu()
+
+
+def draw_windows(path: Path, found: list[Windowed]) -> None:
+    figure, axes = plt.subplots(1, len(found) + 2, figsize=(3.1 * (len(found) + 2), 3), layout="constrained")
+    plot_divergence(axes[0], axes[1], found)
+    names = ["data", "mean", "one z:", "again", "again"]
+    for each, ax in zip(found, axes[2:], strict=True):
+        rows, height = each.pictures[:, :, 0].numpy(), each.pictures.shape[-2]
+        ax.imshow(np.concatenate([np.concatenate(row, 1) for row in rows]), cmap="gray_r", vmin=0, vmax=1)
+        ax.set_yticks([height * (row + 0.5) for row in range(len(names))], names)
         ax.set_xticks([])
-        ax.set_title(f"reach {reach}")
+        ax.set_title(f"{each.name}: KL {each.kl:.1f}")
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def plot_divergence(final: Axes, training: Axes, found: list[Windowed]) -> None:
+    free, paid = [each for each in found if each.free_bits], [each for each in found if not each.free_bits]
+    final.plot([each.reach for each in paid], [each.kl for each in paid], "o-", label="no free bits")
+    if free:
+        final.plot([each.reach for each in free], [each.kl for each in free], "s", label="free bits")
+    final.set_xlabel("reach of the window (pixels)")
+    final.set_ylabel("KL(q‖p) of test images (nats)")
+    for each in found:
+        training.plot(each.history, label=each.name, linewidth=1, linestyle="--" if each.free_bits else "-")
+    training.set_xlabel("training step")
+    training.set_ylabel("KL(q‖p) of the batch (nats)")
+    training.set_ylim(top=1.1 * max(max(each.history[len(each.history) // 4 :]) for each in found))
+    for ax in (final, training):
+        ax.set_ylim(bottom=0)
+        ax.legend(fontsize="small")
 
 
 # -- speed -------------------------------------------------------------------------------------------------------------
@@ -279,14 +342,18 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--faces", help="grey images of 28×20 for the study frey")
     parser.add_argument("--studies", nargs="+", default=list(STUDIES), choices=STUDIES)
     parser.add_argument("--steps", type=int, default=500, help="training steps on --data")
-    parser.add_argument("--window-steps", type=int, default=200)
-    parser.add_argument("--face-steps", type=int, default=200)
+    parser.add_argument("--window-steps", type=int, default=300)
+    parser.add_argument("--face-steps", type=int, default=1500)
     parser.add_argument("--network", default="mlp", help="encoder and decoder")
     parser.add_argument("--latent-dim", type=int, default=32)
     parser.add_argument("--reach", type=int, default=3)
     parser.add_argument("--depth", type=int, default=3)
     parser.add_argument("--filters", type=int, default=8)
-    parser.add_argument("--reaches", type=int, nargs="+", default=[1, 2, 4, 8])
+    parser.add_argument("--reaches", type=int, nargs="+", default=[1, 3, 8], help="windows without free bits")
+    parser.add_argument("--free-reaches", type=int, nargs="*", default=[], help="windows with free bits")
+    parser.add_argument("--window-warmup", type=int, default=150, help="steps until the divergence has its weight")
+    parser.add_argument("--window-decoder", default="pixelcnn", choices=["pixelcnn", "gated_pixelcnn"])
+    parser.add_argument("--window-filters", type=int, default=12)
     parser.add_argument("--prior-hidden", type=int, nargs="+", default=[128, 128])
     parser.add_argument("--learning-rate", type=float, default=5e-3)
     parser.add_argument("--ema", type=float, default=0.99)
@@ -321,7 +388,8 @@ def main() -> None:
     where = torch.cuda.get_device_name() if options.device == "cuda" else f"{platform.machine()} CPU"
     with pyro.validation_enabled(False):
         for study in options.studies:
-            begin, path = time.perf_counter(), options.output / f"vlae_{study}_{today}.md"
+            name = f"window_{options.window_decoder}" if study == "window" else study
+            begin, path = time.process_time(), options.output / f"vlae_{name}_{today}.md"
             rows = []
             for row in lines(study, options, path.with_suffix(".png")):
                 print(row, flush=True)
@@ -329,7 +397,7 @@ def main() -> None:
             arguments = " ".join(Path(word).name if "/" in word else word for word in sys.argv[1:])
             note = (
                 f"`python benchmarks/vlae.py {arguments}`, {today}, torch {torch.__version__}, "
-                f"{torch.get_num_threads()} thread(s), {where}; {time.perf_counter() - begin:.0f} s."
+                f"{torch.get_num_threads()} thread(s), {where}; {time.process_time() - begin:.0f} s of processor time."
             )
             path.write_text("\n".join([note, "", *rows]) + "\n")
 
