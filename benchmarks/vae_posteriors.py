@@ -70,8 +70,10 @@ class PyroPosterior(nn.Module):
         return z, posterior.log_prob(z)
 
 
-def ours(flow: str, depth: int = 4, **options: Any) -> Callable[[int], nn.Module]:
-    return lambda context_dim: fg.FlowPosterior(LATENT_DIM, context_dim, flow, depth=depth, **options)
+def ours(flow: str, depth: int = 4, *, path_gradient: bool = True, **options: Any) -> Callable[[int], nn.Module]:
+    return lambda context_dim: fg.FlowPosterior(
+        LATENT_DIM, context_dim, flow, depth=depth, path_gradient=path_gradient, **options
+    )
 
 
 def theirs(make: Callable[..., Any], depth: int = 4) -> Callable[[int], nn.Module]:
@@ -97,10 +99,16 @@ FAMILIES: dict[str, Family] = {
     "Sylvester, orthogonal x4": Family(ours("sylvester", variant="orthogonal"), "1.9"),
     "Sylvester, triangular x4": Family(ours("sylvester", variant="triangular"), "2.0"),
     "IAF, affine x4": Family(ours("iaf"), "2.1"),
-    "IAF, affine x4, path gradient": Family(ours("iaf", path_gradient=True), "2.1"),
     "IAF, gated x4": Family(ours("iaf", update="gated"), "2.1"),
     "Pyro conditional IAF x4": Family(theirs(pyro_transforms.conditional_affine_autoregressive), "1.0 to 1.4"),
     "RealNVP x6": Family(ours("realnvp", 6)),
+    "planar x4, total gradient": Family(ours("planar", path_gradient=False), "0.8"),
+    "Sylvester, triangular x4, total gradient": Family(
+        ours("sylvester", variant="triangular", path_gradient=False), "2.0"
+    ),
+    "IAF, affine x4, total gradient": Family(ours("iaf", path_gradient=False), "2.1"),
+    "IAF, gated x4, total gradient": Family(ours("iaf", update="gated", path_gradient=False), "2.1"),
+    "RealNVP x6, total gradient": Family(ours("realnvp", 6, path_gradient=False)),
 }
 
 

@@ -16,16 +16,21 @@ __all__ = ["HyperNetwork"]
 class HyperNetwork(nn.Module):
     r"""Amortised parameters: one network from a context to several named tensors.
 
-    .. math:: (\theta_1, \dots, \theta_k) = W\, h(c) + b
+    .. math:: (\theta_1, \dots, \theta_k) = s\, (W\, h(c) + b)
 
     With ``hidden_dims=()`` the amortisation is linear, as in van den Berg et al. (2018). The tensors named in ``zero``
-    start at zero for every context; the others start small and random.
+    start at zero for every context; the others start random, of size ``scale``.
+
+    A step of Adam moves every weight by about the learning rate, hence an output by the learning rate times the sum of
+    the n features it reads. A ``scale`` :math:`s = 1/\sqrt n` (as in Jacot et al. 2018) makes that step grow with
+    :math:`\sqrt n` instead of n, so that parameters amortised from a wide context bear the learning rate of an encoder.
 
     Args:
         context_dim: width of the context.
         hidden_dims: widths of the hidden layers, ``()`` for a linear map.
         shapes: name -> shape of each output.
         zero: names that start at zero (all by default).
+        scale: factor s of all outputs.
 
     Shapes:
         context ``(..., context_dim)``; each output ``(..., *shape)``.
@@ -33,6 +38,7 @@ class HyperNetwork(nn.Module):
     References:
         R. van den Berg, L. Hasenclever, J. Tomczak, M. Welling (2018). Sylvester normalizing flows for variational
         inference. arXiv:1803.05649. D. Ha, A. Dai, Q. Le (2017). HyperNetworks. arXiv:1609.09106.
+        A. Jacot, F. Gabriel, C. Hongler (2018). Neural tangent kernel. arXiv:1806.07572.
 
     Example:
         >>> import torch
@@ -48,11 +54,12 @@ class HyperNetwork(nn.Module):
         hidden_dims: Sequence[int],
         shapes: Mapping[str, Sequence[int]],
         zero: Collection[str] | None = None,
+        scale: float = 1.0,
     ) -> None:
         super().__init__()
         if context_dim < 1:
             raise ValueError(f"HyperNetwork: context_dim must be at least 1, got {context_dim}")
-        self.context_dim = context_dim
+        self.context_dim, self.scale = context_dim, scale
         self.shapes = {name: tuple(shape) for name, shape in shapes.items()}
         self.sizes = [math.prod(shape) for shape in self.shapes.values()]
         self.network = MLP(context_dim, hidden_dims, sum(self.sizes))
@@ -67,7 +74,7 @@ class HyperNetwork(nn.Module):
                 rows.uniform_(-1, 1).div_(math.sqrt(weight.shape[1]))
 
     def forward(self, context: Tensor) -> dict[str, Tensor]:
-        flat = self.network(context)
+        flat = self.network(context) * self.scale
         return {
             name: part.reshape((*flat.shape[:-1], *shape))
             for (name, shape), part in zip(self.shapes.items(), flat.split(self.sizes, -1), strict=True)

@@ -370,11 +370,11 @@ class _FamilyFlow(ConditionalFlow):
     flow: Flow
     hyper: HyperNetwork
 
-    def _assemble(self, flow: Flow, context_dim: int, hidden_dims: Sequence[int]) -> None:
+    def _assemble(self, flow: Flow, context_dim: int, hidden_dims: Sequence[int], scale: float = 1.0) -> None:
         self.input_dim, self.context_dim = flow.input_dim, context_dim
         self.flow = flow
         shapes, zero = flow.amortised()
-        self.hyper = HyperNetwork(context_dim, hidden_dims, shapes, zero)
+        self.hyper = HyperNetwork(context_dim, hidden_dims, shapes, zero, scale)
 
     def theta(self, context: Tensor) -> Theta:
         theta = dict(self.flow.theta())
@@ -399,6 +399,9 @@ class _FamilyFlow(ConditionalFlow):
 class AmortisedFlow(_FamilyFlow):
     """The first way in which context enters: all parameters of a family are a function of it.
 
+    The hypernetwork's outputs are divided by the root of the number of features behind them, see
+    :class:`~pyro_flowguides.nn.HyperNetwork`.
+
     Args:
         input_dim: D.
         context_dim: width of the context.
@@ -408,7 +411,9 @@ class AmortisedFlow(_FamilyFlow):
 
     def __init__(self, input_dim: int, context_dim: int, hidden_dims: Sequence[int] = (), **options: Any) -> None:
         super().__init__()
-        self._assemble(self.family(input_dim, **options), context_dim, hidden_dims)
+        features = hidden_dims[-1] if hidden_dims else context_dim
+        # The hypernetwork refuses a width below 1, with its message.
+        self._assemble(self.family(input_dim, **options), context_dim, hidden_dims, max(features, 1) ** -0.5)
 
 
 class ContextFlow(_FamilyFlow):

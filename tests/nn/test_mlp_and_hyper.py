@@ -122,6 +122,16 @@ def test_linear_amortisation_is_linear():
     torch.testing.assert_close(hyper(x + y)["u"] - origin, hyper(x)["u"] + hyper(y)["u"] - 2 * origin)
 
 
+@pytest.mark.parametrize("hidden_dims", [(), (8,)], ids=str)
+def test_the_scale_is_a_factor_of_every_output(hidden_dims):
+    hyper = randomise(HyperNetwork(4, hidden_dims, SHAPES))
+    context = torch.randn(7, 4, dtype=torch.float64)
+    plain = hyper(context)
+    hyper.scale = 0.25
+    for name, value in hyper(context).items():
+        torch.testing.assert_close(value, 0.25 * plain[name])
+
+
 def test_hypernetwork_errors():
     with pytest.raises(ValueError, match="HyperNetwork: context_dim must be at least 1, got 0"):
         HyperNetwork(0, (), SHAPES)

@@ -57,6 +57,24 @@ def test_the_context_matters_after_a_few_steps_and_not_before(case):
     assert spread() > 1e-6
 
 
+@pytest.mark.parametrize("hidden_dims", [(), (1,)], ids=str)
+def test_a_step_of_adam_moves_amortised_parameters_by_the_root_of_the_number_of_features(hidden_dims):
+    """Constant features: n weights move by the learning rate each, and 1/sqrt(n) of their sum reaches the output."""
+    moved = []
+    for width in (16, 1600):
+        hidden = [width for _ in hidden_dims]
+        flow = T.ConditionalPlanar(3, context_dim=width, hidden_dims=hidden)
+        for weight, bias in list(zip(flow.hyper.network.weights, flow.hyper.network.biases, strict=True))[:-1]:
+            torch.nn.init.zeros_(weight)
+            torch.nn.init.ones_(bias)
+        optimiser = torch.optim.Adam([flow.hyper.network.weights[-1]], lr=1e-3)
+        context = torch.ones(width)
+        flow.hyper(context)["u"].sum().backward()
+        optimiser.step()
+        moved.append(flow.hyper(context)["u"].abs().mean().item())
+    assert moved[1] == pytest.approx(10 * moved[0], rel=1e-3)
+
+
 def snake_case(name):
     return re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
 
