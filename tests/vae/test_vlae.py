@@ -171,6 +171,41 @@ def test_errors():
         vae.decode(torch.zeros(4))
 
 
+@pytest.mark.parametrize("network", ["resnet", "gated"])
+def test_every_convolutional_encoder_and_decoder(network):
+    vae = MODELS["vlae"]((1, 28, 28), latent_dim=4, network=network, **PRIOR)
+    x = bits(3, 1, 28, 28)
+    vae.initialise(x)
+    vae.terms(x).elbo.sum().backward()
+    assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in vae.parameters())
+
+
+def test_the_training_program(tmp_path):
+    """One command trains it, goes on from where it was, and what it kept is the model, with its pictures."""
+    pytest.importorskip("lightning_fabric")
+    pytest.importorskip("sklearn")
+    from pyro_flowguides.vae.settings import Settings
+    from pyro_flowguides.vae.train import load_model, train
+
+    def run(folder, epochs):
+        network = {"hidden": [16], "decoder_options": {"filters": 4, "reach": 1, "depth": 2}}
+        model = {"model": "vlae", "latent_dim": 4, "posterior": "normal", "prior": "maf", "model_options": network}
+        fit = {"epochs": epochs, "batch_size": 200, "optimiser": "adamax", "free_bits": 0.64, "warmup": 0}
+        machine = {"accelerator": "cpu", "progress": False, "tensorboard": False, "iw_images": 5, "iw_samples": 10}
+        prior = {"prior_options": {"hidden_dims": [16]}}
+        return train(Settings(**model, **prior, **fit, **machine, output=str(tmp_path / folder)))
+
+    run("stopped", 1)
+    stopped, whole = run("stopped", 2), run("whole", 2)
+    assert stopped["epochs"] == whole["epochs"] == 2
+    assert stopped["test"] == whole["test"]
+    vae, _ = load_model(tmp_path / "whole" / "best.pt")
+    assert isinstance(vae, VLAE)
+    assert vae.network.reach == 1
+    for picture in ("samples.png", "reconstructions.png"):
+        assert (tmp_path / "whole" / picture).stat().st_size > 100
+
+
 @pytest.mark.parametrize("decoder", ["pixelcnn++"])
 def test_a_training_step_compiles_to_one_graph(decoder):
     vae, x = vlae(decoder=decoder, decoder_options={"filters": 4}), bits(3, 1, 4, 4)
