@@ -1,0 +1,175 @@
+"""Flow posteriors and flow priors in joint training: encoder, decoder, posterior and prior together.
+
+    python benchmarks/vae_joint.py --data mnist10k.npz
+    python benchmarks/vae_joint.py --data freyfaces.npz --shape 28 20
+
+Gated convolutional networks; Bernoulli pixels (dynamically binarised) for MNIST, discretised logistic pixels for grey
+images. Every variant has the same networks, batches and number of epochs. Every data set, variant and seed is one row
+of ``vae_joint.csv``; a program that was interrupted continues where it stopped. Rows of other epochs or sizes do not
+mix: give another ``--output``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import platform
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pyro
+import torch
+from torch import Tensor
+
+from pyro_flowguides.vae import MODELS, VAE, Objective
+from pyro_flowguides.vae.data import Feed, Images, derive_seed, load_images
+
+BATCH_SIZE = 100
+CLIP = 10.0
+DIAGONAL = "diagonal Gaussian"
+FLOW: dict[str, Any] = {"path_gradient": True}
+VARIANTS: dict[str, dict[str, Any]] = {
+    DIAGONAL: {"posterior": "normal"},
+    "IAF posterior": {"posterior": "iaf", "posterior_options": FLOW},
+    "planar posterior": {"posterior": "planar", "posterior_options": FLOW},
+    "Sylvester posterior": {"posterior": "sylvester", "posterior_options": FLOW},
+    "MAF prior": {"posterior": "normal", "prior": "maf"},
+    "IAF posterior, MAF prior": {"posterior": "iaf", "posterior_options": FLOW, "prior": "maf"},
+}
+
+
+def train(vae: VAE, feed: Feed, options: argparse.Namespace) -> float:
+    """Milliseconds per step."""
+    steps = options.epochs * feed.steps_per_epoch
+    optimiser = torch.optim.Adamax(vae.parameters(), lr=options.learning_rate)
+    objective = Objective(warmup_steps=steps // 4)
+    begin = time.perf_counter()
+    for step in range(steps):
+        pyro.set_rng_seed(derive_seed(feed.seed, "noise", step) % 2**32)
+        loss, _ = objective(vae.terms(feed.shard(step, 0).float()), step)
+        optimiser.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), CLIP)
+        optimiser.step()
+    return 1000 * (time.perf_counter() - begin) / steps
+
+
+@torch.no_grad()
+def evaluate(vae: VAE, pixels: Tensor, samples: int) -> dict[str, float]:
+    """Means over images, in nats."""
+    vae.eval()
+    pyro.set_rng_seed(0)
+    batches = [x.float() for x in pixels.split(20)]
+    elbo = torch.cat([vae.terms(x, samples).elbo.mean(0) for x in batches])
+    log_likelihood = torch.cat([vae.log_likelihood(x, samples) for x in batches])
+    return {"elbo": elbo.mean().item(), "log_likelihood": log_likelihood.mean().item()}
+
+
+def run(variant: str, images: Images, seed: int, options: argparse.Namespace) -> dict[str, Any]:
+    binary = options.likelihood == "bernoulli"
+    feed = Feed(images, batch_size=BATCH_SIZE, dynamic=binary, seed=seed)
+    pyro.set_rng_seed(seed)
+    vae = MODELS["vae"](
+        images.shape,
+        likelihood=options.likelihood,
+        latent_dim=options.latent_dim,
+        network="gated",
+        hidden=options.hidden,
+        **VARIANTS[variant],
+    )
+    spent = train(vae, feed, options)
+    test = (images.binarised() if binary else images).test[: options.test_images]
+    return {
+        "data": Path(options.data).stem,
+        "variant": variant,
+        "seed": seed,
+        **evaluate(vae, test, options.samples),
+        "ms_per_step": spent,
+    }
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    if not path.exists():
+        return []
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def append(path: Path, row: dict[str, Any]) -> None:
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, row)
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def spread(values: list[float]) -> str:
+    """Mean and standard deviation over seeds."""
+    mean = f"{statistics.mean(values):.2f}"
+    return f"{mean} ± {statistics.stdev(values):.2f}" if len(values) > 1 else mean
+
+
+def table(rows: list[dict[str, str]], note: str) -> str:
+    lines = [
+        note,
+        "",
+        "| data | variant | seeds | ELBO | IW log-likelihood | ms per step |",
+        "|---|---|---|---|---|---|",
+    ]
+    for data in dict.fromkeys(row["data"] for row in rows):
+        for variant in VARIANTS:
+            own = [row for row in rows if (row["data"], row["variant"]) == (data, variant)]
+            if own:
+                columns = [[float(row[key]) for row in own] for key in ("elbo", "log_likelihood", "ms_per_step")]
+                elbo, log_likelihood, spent = columns
+                lines.append(
+                    f"| {data} | {variant} | {len(own)} | {spread(elbo)} | {spread(log_likelihood)} "
+                    f"| {statistics.mean(spent):.0f} |"
+                )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="the images: an .npz file or a folder of IDX files")
+    parser.add_argument("--shape", type=int, nargs="+", default=(), help="of an image, where the file has flat rows")
+    parser.add_argument("--likelihood", default=None, help="by default by the name of the data")
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS), metavar="NAME")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--epochs", type=int, default=100)
+    parser.add_argument("--learning-rate", type=float, default=5e-4)
+    parser.add_argument("--latent-dim", type=int, default=32)
+    parser.add_argument("--hidden", type=int, default=256)
+    parser.add_argument("--test-images", type=int, default=500)
+    parser.add_argument("--samples", type=int, default=500, help="draws of each image in the evaluation")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
+    options = parser.parse_args()
+    if options.likelihood is None:
+        options.likelihood = "bernoulli" if "mnist" in Path(options.data).stem.lower() else "logistic"
+    options.output.mkdir(parents=True, exist_ok=True)
+    path = options.output / "vae_joint.csv"
+    with pyro.validation_enabled(False):
+        images = load_images(options.data, shape=options.shape)
+        for seed in options.seeds:
+            for variant in options.variants:
+                key = {"data": Path(options.data).stem, "variant": variant, "seed": str(seed)}
+                if not any(key.items() <= row.items() for row in read(path)):
+                    append(path, run(variant, images, seed, options))
+    note = (
+        f"`benchmarks/vae_joint.py`, last run on {Path(options.data).name}, "
+        f"{datetime.date.today():%Y-%m-%d}, torch {torch.__version__}, "
+        f"{torch.get_num_threads()} thread of one {platform.machine()} CPU. {options.epochs} epochs, "
+        f"{options.test_images} test images, {options.samples} draws; ± is the deviation over seeds."
+    )
+    text = table(read(path), note)
+    (options.output / "vae_joint.md").write_text(text)
+    sys.stdout.write(text)
+
+
+if __name__ == "__main__":
+    main()
