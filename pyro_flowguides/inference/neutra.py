@@ -26,6 +26,8 @@ from pyro_flowguides.diagnostics._program import Program, inspect_program
 from pyro_flowguides.diagnostics._running import score_model
 from pyro_flowguides.diagnostics._traces import evaluation
 from pyro_flowguides.diagnostics.export import _groups, _Names, _provenance
+from pyro_flowguides.inference.density import LogDensity
+from pyro_flowguides.inference.record import record
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -36,6 +38,8 @@ __all__ = ["neutra_mcmc"]
 NOISE = "_flowguides_noise"
 #: What NUTS is given unless asked otherwise. Smaller steps than usual, for where the flow ends and a funnel goes on.
 NUTS_OPTIONS: dict[str, Any] = {"init_strategy": init_to_sample, "target_accept_prob": 0.95}
+#: Options of NUTS that concern a model and not a potential energy.
+MODEL_OPTIONS = {"jit_compile", "init_strategy", "transforms", "max_plate_nesting"}
 
 
 def neutra_mcmc(
@@ -111,9 +115,12 @@ def neutra_mcmc(
         options = NUTS_OPTIONS | dict(nuts_options or {})
         chains: list[_Chain] = []
         with _frozen(guide):
+            asked = MODEL_OPTIONS & set(nuts_options or {})
+            potential = None if asked else _recorded_potential(model, guide, args, kwargs)
             for _ in range(num_chains):
-                kernel = NUTS(_Transport(guide).reparam(model), **options)
-                chains.append(_Chain(num_samples).run(kernel, warmup, progress, args, kwargs))
+                kernel = NUTS(_Transport(guide).reparam(model) if potential is None else None, potential, **options)
+                start = None if potential is None else {NOISE: guide.get_base_dist().sample()}
+                chains.append(_Chain(num_samples).run(kernel, start, warmup, progress, args, kwargs))
         return _export(program, guide, chains)
 
 
@@ -149,6 +156,43 @@ def _frozen(module: nn.Module) -> Iterator[None]:
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)
+
+
+def _recorded_potential(
+    model: Callable[..., Any], guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Callable[[dict[str, Tensor]], Tensor] | None:
+    """The negative log density of the noise with its gradient, recorded; ``None`` where that cannot be."""
+    density, base = LogDensity(model, guide, args, kwargs), guide.get_base_dist()
+
+    def value_and_gradient(noise: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            noise = noise.detach().requires_grad_()
+            transform = guide.get_transform()
+            z = transform(noise)
+            value = -(density.together(z[None])[0] + transform.log_abs_det_jacobian(noise, z))
+            (gradient,) = torch.autograd.grad(value, noise)
+        return value.detach(), gradient
+
+    try:
+        replay = record(value_and_gradient, base.sample(), check=[base.sample()])
+    except Exception:  # a program may fail in any way where it was not written for a leading dimension
+        return None
+    return lambda sites: _Potential.apply(sites[NOISE], replay)
+
+
+class _Potential(torch.autograd.Function):
+    """A value that comes with its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, noise: Tensor, replay: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Tensor:
+        value, gradient = replay(noise)
+        ctx.save_for_backward(gradient)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, by_value: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = ctx.saved_tensors
+        return by_value * gradient, None
 
 
 class _Transport(NeuTraReparam):
@@ -195,9 +239,22 @@ class _Chain:
     step_size: list[float] = field(default_factory=list)
     divergences: set[int] = field(default_factory=set)
 
-    def run(self, kernel: NUTS, warmup: int, progress: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Chain:
+    def run(
+        self,
+        kernel: NUTS,
+        start: dict[str, Tensor] | None,
+        warmup: int,
+        progress: bool,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> _Chain:
         mcmc = MCMC(
-            kernel, num_samples=self.num_samples, warmup_steps=warmup, disable_progbar=not progress, hook_fn=self._note
+            kernel,
+            num_samples=self.num_samples,
+            warmup_steps=warmup,
+            initial_params=start,
+            disable_progbar=not progress,
+            hook_fn=self._note,
         )
         mcmc.run(*args, **kwargs)
         self.noise = mcmc.get_samples()[NOISE]

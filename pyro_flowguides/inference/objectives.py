@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
 import pyro
 import torch
@@ -18,10 +18,12 @@ from torch import Tensor
 
 from pyro_flowguides.diagnostics import log_weights
 from pyro_flowguides.inference.density import LogDensity, NotVectorisedError
-from pyro_flowguides.inference.record import NotRecordedError, record
+from pyro_flowguides.inference.record import NotRecordedError, Replay, record
 from pyro_flowguides.transforms import on_path
 
 __all__ = ["DensityObjective", "Objective", "Request", "Step", "TraceObjective", "make_objective"]
+
+Compiling: TypeAlias = bool | Literal["auto"]
 
 #: Most particles of a step where they must run one after the other.
 MAX_SEQUENTIAL = 4
@@ -57,12 +59,14 @@ class Request:
         path: follow the path gradient where the guide offers it.
         power: exponent of the target density, below 1 to temper it.
         importance: 1 for the ELBO; K for the importance-weighted bound of groups of K particles.
+        remaining: how many more steps of this kind are to be expected.
     """
 
     particles: int
     path: bool = True
     power: float = 1.0
     importance: int = 1
+    remaining: int = 0
 
 
 class Objective(Protocol):
@@ -124,16 +128,20 @@ class DensityObjective:
 
     Args:
         model, guide, args, kwargs: as for ``SVI``; the guide set up.
+        compiling: whether to compile the recorded steps, see :class:`~pyro_flowguides.inference.record.Replay`.
 
     References:
         Y. Burda, R. Grosse, R. Salakhutdinov (2016). Importance weighted autoencoders. arXiv:1509.00519.
         G. Tucker, D. Lawson, S. Gu, C. Maddison (2019). Doubly reparameterized gradient estimators. arXiv:1810.04152.
     """
 
-    def __init__(self, model: Callable[..., Any], guide: AutoContinuous, args: Any, kwargs: Any) -> None:
+    def __init__(
+        self, model: Callable[..., Any], guide: AutoContinuous, args: Any, kwargs: Any, compiling: Compiling = False
+    ) -> None:
         self.guide: Any = guide
+        self.compiling = compiling
         self.why_not_recorded = ""
-        self._recordings: dict[tuple[int, bool], Callable[..., Any]] = {}
+        self._recordings: dict[tuple[int, bool], Replay] = {}
         self.density = LogDensity(model, guide, args, kwargs)
         self.parameters = _inspect(model, guide, args, kwargs).parameters
         with torch.no_grad():
@@ -162,7 +170,11 @@ class DensityObjective:
     def route(self) -> str:
         if self.why_not_recorded:
             return f"batched densities, run anew at every step because {self.why_not_recorded}"
-        return "batched densities, recorded" if self._recordings else "batched densities"
+        replays = self._recordings.values()
+        failures = sorted({replay.failure for replay in replays if replay.failure})
+        kind = "compiled" if any(replay.compiled for replay in replays) else "recorded" if replays else ""
+        route = "batched densities" + (f", {kind}" if kind else "")
+        return route + (f" (not compiled: {failures[0]})" if failures else "")
 
     def __call__(self, request: Request, generator: torch.Generator) -> Step:
         noise = self.noise(request.particles, generator)
@@ -190,9 +202,8 @@ class DensityObjective:
         key = len(noise), request.path
         try:
             if key not in self._recordings:
-                self._recordings[key] = self._record(noise, request)
-            with torch.no_grad():
-                log_w, *gradients = self._recordings[key](noise, power)
+                self._recordings[key] = Replay(self._record(noise, request), self.compiling)
+            log_w, *gradients = self._recordings[key](noise, power, remaining=request.remaining)
         except NotRecordedError as error:
             self.why_not_recorded = str(error)
             return None
@@ -203,7 +214,7 @@ class DensityObjective:
             return None
         return Step(log_w.new_tensor(-mean), mean, 0, _gap(log_w), gradients)
 
-    def _record(self, noise: Tensor, request: Request) -> Callable[..., Any]:
+    def _record(self, noise: Tensor, request: Request) -> Any:
         parameters = list(self.parameters.values())
 
         def step(noise: Tensor, power: Tensor) -> tuple[Tensor | None, ...]:
@@ -289,7 +300,9 @@ class TraceObjective:
         return Step(loss, value, 0)
 
 
-def make_objective(model: Callable[..., Any], guide: Callable[..., Any], args: Any, kwargs: Any) -> Objective:
+def make_objective(
+    model: Callable[..., Any], guide: Callable[..., Any], args: Any, kwargs: Any, compiling: Compiling = False
+) -> Objective:
     """The cheapest objective that is right for this model and guide; its ``route`` says which and why.
 
     Raises:
@@ -300,7 +313,7 @@ def make_objective(model: Callable[..., Any], guide: Callable[..., Any], args: A
     if _inspect(model, guide, args, kwargs).enumerated:
         return TraceObjective(model, guide, args, kwargs, "sites are summed out")
     try:
-        return DensityObjective(model, guide, args, kwargs)  # type: ignore[arg-type]
+        return DensityObjective(model, guide, args, kwargs, compiling)  # type: ignore[arg-type]
     except NotVectorisedError as error:
         return TraceObjective(model, guide, args, kwargs, str(error), vectorise=False)
 

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import operator
+import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-__all__ = ["NotRecordedError", "record"]
+__all__ = ["NotRecordedError", "Replay", "record"]
+
+#: What compiling costs, in seconds per operation, and the share of a replay that it saves: on one core, with inductor.
+COMPILE_SECONDS, COMPILE_SAVES = 0.03, 0.6
+#: Replays that are timed before it is known what compiling would save.
+TIMED = 20
 
 
 class NotRecordedError(ValueError):
@@ -44,6 +50,57 @@ def record(function: Callable[..., Any], *inputs: Tensor, check: Sequence[Tensor
     module = tape.finish(outputs)
     _compare(function, module, check)
     return module
+
+
+class Replay:
+    """A recording, compiled into one kernel where that is asked for or repays.
+
+    Args:
+        recording: what :func:`record` returned.
+        compiling: ``True``, ``False``, or ``"auto"``: compile where the remaining calls will repay it, judged by the
+            time of the first ones.
+
+    Attributes:
+        compiled: whether it is.
+        failure: why it is not, where that was tried.
+    """
+
+    def __init__(self, recording: fx.GraphModule, compiling: bool | Literal["auto"]) -> None:
+        self.recording, self.compiling = recording, compiling
+        self.run: Callable[..., Any] = recording
+        self.compiled, self.failure = False, ""
+        self.timed, self.seconds = 0, 0.0
+
+    @torch.no_grad()
+    def __call__(self, *inputs: Tensor, remaining: int) -> Any:
+        """Replay; ``remaining`` is how many more calls are to be expected."""
+        if self.compiling is True or (self.compiling == "auto" and self._repays(remaining)):
+            self.compiling = False
+            return self._compile(*inputs)
+        begin = time.perf_counter()
+        outputs = self.run(*inputs)
+        if self.compiling == "auto" and self.timed < TIMED:
+            self.timed, self.seconds = self.timed + 1, self.seconds + time.perf_counter() - begin
+        return outputs
+
+    def _repays(self, remaining: int) -> bool:
+        if self.timed < TIMED:
+            return False
+        saved = COMPILE_SAVES * remaining * self.seconds / self.timed
+        return saved > COMPILE_SECONDS * len(self.recording.graph.nodes)
+
+    def _compile(self, *inputs: Tensor) -> Any:
+        """Compile, and see that it gives the same; go on without where either fails."""
+        expected = self.recording(*inputs)
+        try:
+            run = torch.compile(self.recording, fullgraph=True, dynamic=False)
+            outputs = run(*inputs)
+            _assert_same(outputs, expected)
+        except Exception as error:  # whatever a compiler or its tools may raise
+            self.failure = (str(error).splitlines() or [type(error).__name__])[0][:120]
+            return expected
+        self.run, self.compiled = run, True
+        return outputs
 
 
 class _Tape(TorchDispatchMode):
@@ -123,9 +180,12 @@ def _merge(graph: fx.Graph) -> None:
 
 
 def _compare(function: Callable[..., Any], replay: Callable[..., Any], check: Sequence[Tensor]) -> None:
-    expected = function(*check)
     with torch.no_grad():
         found = replay(*check)
+    _assert_same(found, function(*check))
+
+
+def _assert_same(found: Sequence[Tensor | None], expected: Sequence[Tensor | None]) -> None:
     for one, other in zip(found, expected, strict=True):
         if one is None or other is None or not other.numel():
             continue

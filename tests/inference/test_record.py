@@ -9,8 +9,9 @@ import torch
 from torch.testing import assert_close
 
 import pyro_flowguides as fg
+from pyro_flowguides.inference import record as recording
 from pyro_flowguides.inference.objectives import DensityObjective, Request
-from pyro_flowguides.inference.record import NotRecordedError, record
+from pyro_flowguides.inference.record import NotRecordedError, Replay, record
 
 
 def inputs(size=5):
@@ -159,3 +160,48 @@ def test_parameters_of_the_model_follow_the_recorded_gradient():
     result = fg.fit(model, fg.AutoIAF(model), steps=1500, progress=False)
     assert result.route == "batched densities, recorded"
     assert pyro.param("loc").item() == pytest.approx(2.0, abs=0.1)
+
+
+# -- compiling ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_compiled_step_is_the_recorded_one():
+    torch.set_default_dtype(torch.float64)
+    guide = fg.AutoPlanar(schools, depth=1)
+    guide(*DATA)
+    found = []
+    for compiling in (False, True):
+        objective = DensityObjective(schools, guide, DATA, {}, compiling)
+        found.append([gradients(objective, Request(4, path=True))[1] for _ in range(2)])
+        assert objective.route == f"batched densities, {'compiled' if compiling else 'recorded'}"
+    for one, other in zip(*([gradient for step in steps for gradient in step] for steps in found), strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
+def test_a_compiler_that_fails_is_reported_and_the_fit_goes_on(monkeypatch):
+    def fails(*_, **__):
+        raise RuntimeError("no compiler here")
+
+    monkeypatch.setattr(torch, "compile", fails)
+    result = fg.fit(schools, fg.AutoPlanar(schools), *DATA, steps=20, compile=True, progress=False)
+    assert result.route == "batched densities, recorded (not compiled: no compiler here)"
+    assert result.steps == 20
+
+
+def test_auto_compiles_only_what_repays(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda module, **_: module)
+    clock = iter(range(10**6))
+    monkeypatch.setattr(recording.time, "perf_counter", lambda: next(clock))  # a replay takes one second
+    for remaining, repays in ((0, False), (10, True)):
+        replay = Replay(recorded(lambda x: (x + 1,)), "auto")
+        for _ in range(recording.TIMED + 1):
+            assert not replay.compiled
+            replay(inputs(), remaining=remaining)
+        assert replay.compiled is repays
+
+
+def test_compile_is_checked():
+    with pytest.raises(ValueError, match="compile must be"):
+        fg.fit(schools, fg.AutoPlanar(schools), *DATA, compile="always")
