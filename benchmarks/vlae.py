@@ -258,6 +258,7 @@ def plot_divergence(final: Axes, training: Axes, found: list[Windowed]) -> None:
         final.plot([each.reach for each in free], [each.kl for each in free], "s", label="free bits")
     final.set_xlabel("reach of the window (pixels)")
     final.set_ylabel("KL(q‖p) of test images (nats)")
+    final.set_ylim(top=1.2 * max(each.kl for each in found))
     for each in found:
         training.plot(each.history, label=each.name, linewidth=1, linestyle="--" if each.free_bits else "-")
     training.set_xlabel("training step")
