@@ -1,8 +1,9 @@
 """A VAE for time series whose decoder is a WaveNet: what a latent vector holds of a neuron's membrane potential.
 
 The recording (12,000 values, from matplotlib's sample data) is cut into pieces of 96 values, and quantised to 256
-levels. The WaveNet predicts each value from the last 16; the latent vector has to say what such a window cannot:
-whether and when the neuron fires.
+levels. The WaveNet predicts each value from the last 16; the latent vector can say what such a window cannot: the level
+and the speed at which it rises. It is constant over a piece, and a causal convolution that reads constant features does
+not know what time it is, so that it cannot say when the neuron fires.
 
 python examples/wavenet_vae.py --output wavenet_vae.png
 """
@@ -54,7 +55,7 @@ def build(features: int) -> VLAE:
 def train(vae: VLAE, data: Tensor, steps: int) -> None:
     """Plain SVI on the Pyro programs of the model."""
     pyro.clear_param_store()
-    svi = SVI(vae.model, vae.guide, pyro.optim.ClippedAdam({"lr": 4e-3, "lrd": 0.1 ** (1 / steps)}), Trace_ELBO())
+    svi = SVI(vae.model, vae.guide, pyro.optim.ClippedAdam({"lr": 1.5e-3, "lrd": 0.1 ** (1 / steps)}), Trace_ELBO())
     for step in range(steps):
         loss = svi.step(data[torch.randint(len(data), (64,))]) / 64
         if step % 100 == 0:
@@ -76,7 +77,7 @@ def draw(path: Path, vae: VLAE, test: Tensor) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--output", type=Path, default=Path("wavenet_vae.png"))
     arguments = parser.parse_args()
     data, test = recording()
