@@ -46,8 +46,8 @@ class FlowPosterior(nn.Module):
         context_dim: width C of the context, at least 1.
         flow: a name in :data:`~pyro_flowguides.flows.FLOWS`, or a builder ``(input_dim, context_dim, **options)``.
         path_gradient: follow the path gradient (:class:`~pyro_flowguides.guides.distribution.PathDistribution`).
-            Recommended where the objective is the ELBO: in the package's benchmark of VAE posteriors it helps every
-            family tried. It is off by default because importance-weighted objectives (IWAE, Rényi) need the total
+            Recommended where the objective is the ELBO: in short trials with a frozen decoder it helped every family
+            that was tried. It is off by default because importance-weighted objectives (IWAE, Rényi) need the total
             gradient: under their weights, what the path gradient leaves out does not average to zero.
         **flow_options: passed to the builder, for example ``depth`` or ``hidden_dims``.
 
