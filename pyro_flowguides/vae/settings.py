@@ -17,6 +17,20 @@ __all__ = ["Settings", "parse"]
 
 PRECISIONS = ("32-true", "64-true", "bf16-mixed", "16-mixed")
 
+#: What some models were published with: their defaults on the command line.
+PUBLISHED: dict[str, dict[str, Any]] = {
+    model: {
+        "network": "resnet",
+        "latent_dim": 64,
+        "posterior": "normal",
+        "prior": "maf",
+        "optimiser": "adamax",
+        "learning_rate": 2e-3,
+        "ema": 0.998,
+    }
+    for model in ("vlae", "spatial_vlae")
+}
+
 DESCRIPTION = """\
 Train a variational autoencoder with a flow posterior.
 
@@ -26,9 +40,10 @@ to --output. The same command continues a run that was interrupted, exactly, fro
 EXAMPLES = """\
 examples:
   python -m pyro_flowguides.vae
-  python -m pyro_flowguides.vae --data mnist.npz --network gated_conv --posterior sylvester --latent-dim 64 --epochs 200
+  python -m pyro_flowguides.vae --data mnist.npz --network gated --posterior sylvester --latent-dim 64 --epochs 200
   python -m pyro_flowguides.vae --data faces.npz --shape 28x20 --likelihood logistic_mixture --prior maf
   python -m pyro_flowguides.vae --data MNIST/raw --accelerator cuda --devices 4 --precision bf16-mixed --compile
+  python -m pyro_flowguides.vae --data mnist.npz --model vlae --binarise static --free-bits 7.84
   python -m pyro_flowguides.vae --posterior-options '{"depth": 8, "hidden_dims": [320, 320]}'"""
 
 
@@ -80,7 +95,9 @@ class Settings:
         choices=("auto", "dynamic", "static", "none"),
     )
 
-    model: str = _option("vae", "the model", choices=tuple(MODELS), group="model")
+    model: str = _option(
+        "vae", "the model; those called vlae bring published settings with them", choices=tuple(MODELS), group="model"
+    )
     network: str = _option("mlp", "encoder and decoder", choices=tuple(NETWORKS))
     likelihood: str = _option("bernoulli", "distribution of a pixel", choices=tuple(LIKELIHOODS))
     latent_dim: int = _option(16, "width of the latent vector")
@@ -200,7 +217,7 @@ def _add(add: Callable[..., Any], setting: dataclasses.Field[Any]) -> None:
 
 
 def parse(arguments: Sequence[str] | None = None) -> Settings:
-    """Settings from a command line; a bad one ends the program with a message.
+    """Settings from a command line, those a model was published with being its defaults; a bad one ends the program.
 
     Example:
         >>> from pyro_flowguides.vae.settings import parse
@@ -208,6 +225,8 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
         {'depth': 4}
     """
     parser = _parser()
+    model = parser.parse_known_args(arguments)[0].model
+    parser.set_defaults(**PUBLISHED.get(model, {}))
     values = vars(parser.parse_args(arguments))
     try:
         return Settings(**values)

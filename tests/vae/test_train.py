@@ -110,6 +110,15 @@ def test_no_arguments_are_the_defaults_and_every_setting_can_be_given():
     assert parse(command(given)[3:]) == given
 
 
+@pytest.mark.parametrize("model", ["vlae", "spatial_vlae"])
+def test_a_model_brings_its_published_settings_with_it(model):
+    settings = parse(["--model", model])
+    assert (settings.posterior, settings.prior, settings.network) == ("normal", "maf", "resnet")
+    assert (settings.latent_dim, settings.optimiser, settings.ema) == (64, "adamax", 0.998)
+    asked = parse(["--prior", "normal", "--model", model, "--latent-dim", "8"])
+    assert (asked.prior, asked.latent_dim, asked.optimiser) == ("normal", 8, "adamax")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
