@@ -42,9 +42,10 @@ def _gated(raw: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
     """The gate, divided by its value at the bias, so that a step starts at the identity and not as a contraction.
 
     Its logit stays within twice the bias of it, so that its logarithm stays above minus the bias: the gate never shuts.
+    What it leaves open to the shift is not divided, and so not zero at the start: the shift is learned from there.
     """
-    log_gate = logsigmoid(soft_bound(raw, 2 * GATE_BIAS) + GATE_BIAS) - logsigmoid(raw.new_tensor(GATE_BIAS))
-    return log_gate, -log_gate.expm1() * shift
+    logit = soft_bound(raw, 2 * GATE_BIAS) + GATE_BIAS
+    return logsigmoid(logit) - logsigmoid(raw.new_tensor(GATE_BIAS)), (-logit).sigmoid() * shift
 
 
 def _shift(raw: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
@@ -141,9 +142,9 @@ class InverseAutoregressive(_Autoregressive):
 
     .. math::
         \text{affine:}\quad y_i = e^{a_i} x_i + m_i, \quad a_i = 2 \tanh(s_i / 2); \qquad
-        \text{gated:}\quad y_i = \sigma_i x_i + (1 - \sigma_i) m_i, \quad
-        \sigma_i = \frac{\operatorname{sigmoid}(4 \tanh(s_i / 4) + 2)}{\operatorname{sigmoid}(2)}; \qquad
-        \log|\det J| = \sum_i a_i \ \text{or}\ \sum_i \log \sigma_i
+        \text{gated:}\quad y_i = \frac{\sigma_i}{\operatorname{sigmoid}(2)} x_i + (1 - \sigma_i) m_i, \quad
+        \sigma_i = \operatorname{sigmoid}(4 \tanh(s_i / 4) + 2); \qquad
+        \log|\det J| = \sum_i a_i \ \text{or}\ \sum_i \log \frac{\sigma_i}{\operatorname{sigmoid}(2)}
 
     The gate is the paper's with bias 2, normalised so that the flow starts at the identity (the plain gate shrinks its
     input by sigmoid(2) = 0.88 per step), and bounded like the affine scale: both stay above :math:`e^{-2}`, so that the

@@ -241,12 +241,22 @@ def test_gated_update_matches_its_formula_and_never_shuts():
     flow = randomise(T.InverseAutoregressive(2, [8], update="gated"), 0.7)
     x = torch.randn(6, 2)
     raw, shift = flow.conditioner(x).chunk(2, -1)
-    gate = torch.sigmoid(4 * torch.tanh(raw / 4) + 2) / torch.sigmoid(torch.tensor(2.0))
+    gate, start = torch.sigmoid(4 * torch.tanh(raw / 4) + 2), torch.sigmoid(torch.tensor(2.0))
     y, ladj = flow.forward_and_ladj(x)
-    torch.testing.assert_close(y, gate * x + (1 - gate) * shift)
-    torch.testing.assert_close(ladj, gate.log().sum(-1))
+    torch.testing.assert_close(y, gate / start * x + (1 - gate) * shift)
+    torch.testing.assert_close(ladj, (gate / start).log().sum(-1))
     flow.conditioner.biases[-1].data[:2] = -1e6
     assert (flow.forward_and_ladj(x)[1] >= 2 * -2 - 1e-9).all()
+
+
+@pytest.mark.parametrize("update", ["affine", "gated", "shift"])
+def test_at_the_identity_the_shift_is_already_learned(update):
+    flow = T.InverseAutoregressive(3, [8], update=update).double()
+    x = torch.randn(6, 3, dtype=torch.float64)
+    y, _ = flow.forward_and_ladj(x)
+    torch.testing.assert_close(y, x)
+    y.sum().backward()
+    assert (flow.conditioner.biases[-1].grad[3:].abs() > 0.1 * len(x)).all()
 
 
 def test_maf_is_the_inverse_of_iaf_with_the_same_weights():
