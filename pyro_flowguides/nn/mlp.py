@@ -62,7 +62,7 @@ class MLP(nn.Module):
         self.biases = nn.ParameterList(torch.empty(m) for m in widths[1:])
         self.masked = bool(masks)
         for layer, mask in enumerate(masks):
-            self.register_buffer(f"mask{layer}", mask.to(self.weights[layer].dtype))
+            self.register_buffer(f"mask{layer}", mask)
         self.reset_parameters()
 
     @property

@@ -151,9 +151,10 @@ def schools_moments():
 
 @pytest.mark.slow
 def test_eight_schools_without_divergences():
+    torch.set_default_dtype(torch.float64)
     guide = fg.AutoIAF(schools)
     fg.fit(schools, guide, Y, progress=False)
-    data = neutra_mcmc(schools, guide, Y, num_samples=500, warmup=200, progress=False)
+    data = neutra_mcmc(schools, guide, Y, num_samples=500, progress=False)
     assert int(data["sample_stats"]["diverging"].sum()) == 0
     mu, mu_sd, log, log_sd = schools_moments()
     posterior = data["posterior"]
