@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import datetime
 import importlib.metadata
 import importlib.util
@@ -26,7 +25,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -38,6 +37,7 @@ from posteriordb_models import Posterior, load, names
 from pyro.infer import MCMC, NUTS, SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoIAFNormal, AutoMultivariateNormal, AutoNormal
 from pyro.infer.autoguide.initialization import InitMessenger
+from row_files import append_row, read_rows
 from torch import Tensor
 from torch.distributions import biject_to
 from tqdm import tqdm
@@ -350,20 +350,7 @@ def run_all(jobs: Iterable[Job], processes: int) -> Iterator[Row]:
 
 def finished(path: Path) -> set[tuple[str, ...]]:
     """The keys of the jobs whose rows ``path`` holds."""
-    if not path.is_file():
-        return set()
-    with path.open(newline="", encoding="utf-8") as file:
-        return {(row["posterior"], row["guide"], row["seed"], row["limit"]) for row in csv.DictReader(file)}
-
-
-def append(path: Path, row: Row) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    is_new = not path.is_file()
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Row)])
-        if is_new:
-            writer.writeheader()
-        writer.writerow(asdict(row))
+    return {(row["posterior"], row["guide"], row["seed"], row["limit"]) for row in read_rows(path)}
 
 
 def describe(row: Row) -> str:
@@ -421,7 +408,7 @@ def main(argv: list[str] | None = None) -> None:
         done = finished(arguments.output)
         todo = [job for job in plan(arguments) if job.key not in done]
         for row in tqdm(run_all(todo, arguments.jobs), total=len(todo), disable=None):
-            append(arguments.output, row)
+            append_row(arguments.output, asdict(row))
             tqdm.write(describe(row), file=sys.stdout)
             sys.stdout.flush()
     if arguments.output.is_file():

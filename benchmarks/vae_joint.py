@@ -12,7 +12,6 @@ mix: give another ``--output``.
 from __future__ import annotations
 
 import argparse
-import csv
 import datetime
 import platform
 import statistics
@@ -23,6 +22,7 @@ from typing import Any
 
 import pyro
 import torch
+from row_files import append_row, read_rows
 from torch import Tensor
 
 from pyro_flowguides.vae import MODELS, VAE, Objective
@@ -92,22 +92,6 @@ def run(variant: str, images: Images, seed: int, options: argparse.Namespace) ->
     }
 
 
-def read(path: Path) -> list[dict[str, str]]:
-    if not path.exists():
-        return []
-    with path.open() as file:
-        return list(csv.DictReader(file))
-
-
-def append(path: Path, row: dict[str, Any]) -> None:
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, row)
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
-
-
 def spread(values: list[float]) -> str:
     """Mean and standard deviation over seeds."""
     mean = f"{statistics.mean(values):.2f}"
@@ -158,15 +142,15 @@ def main() -> None:
         for seed in options.seeds:
             for variant in options.variants:
                 key = {"data": Path(options.data).stem, "variant": variant, "seed": str(seed)}
-                if not any(key.items() <= row.items() for row in read(path)):
-                    append(path, run(variant, images, seed, options))
+                if not any(key.items() <= row.items() for row in read_rows(path)):
+                    append_row(path, run(variant, images, seed, options))
     note = (
         f"`benchmarks/vae_joint.py`, last run on {Path(options.data).name}, "
         f"{datetime.date.today():%Y-%m-%d}, torch {torch.__version__}, "
         f"{torch.get_num_threads()} thread of one {platform.machine()} CPU. {options.epochs} epochs, "
         f"{options.test_images} test images, {options.samples} draws; ± is the deviation over seeds."
     )
-    text = table(read(path), note)
+    text = table(read_rows(path), note)
     (options.output / "vae_joint.md").write_text(text)
     sys.stdout.write(text)
 

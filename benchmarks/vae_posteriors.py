@@ -14,7 +14,6 @@ The table (``.md``) and the figure (``.png``) are made from all rows.
 from __future__ import annotations
 
 import argparse
-import csv
 import datetime
 import platform
 import statistics
@@ -34,6 +33,7 @@ import pyro
 import pyro.distributions as dist
 import pyro.distributions.transforms as pyro_transforms
 import torch
+from row_files import append_row, read_rows
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -183,23 +183,11 @@ def run(family: str, decoder: dict[str, Tensor], feed: Feed, fixed: Images, epoc
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    with path.open() as file:
-        rows: list[dict[str, Any]] = list(csv.DictReader(file))
+    rows = read_rows(path)
     for row in rows:
         row |= {key: float(row[key]) for key in row.keys() - {"family"}}
         row["seed"] = int(row["seed"])
     return rows
-
-
-def append(path: Path, row: dict[str, Any]) -> None:
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, row)
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
 
 
 def run_missing(
@@ -214,7 +202,7 @@ def run_missing(
         feed = Feed(images, batch_size=BATCH_SIZE, dynamic=True, seed=seed)
         decoder = train_decoder(feed, images.shape, seed, decoder_epochs)
         for family in tqdm(missing, desc=f"seed {seed}"):
-            append(path, run(family, decoder, feed, fixed, epochs))
+            append_row(path, run(family, decoder, feed, fixed, epochs))
 
 
 # -- results -----------------------------------------------------------------------------------------------------------

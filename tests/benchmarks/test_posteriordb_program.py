@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import importlib
 import math
 import os
@@ -18,6 +19,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 program = importlib.import_module("posteriordb")
 report = importlib.import_module("posteriordb_report")
+append_row = importlib.import_module("row_files").append_row
 
 needs_data = pytest.mark.skipif("FLOWGUIDES_DATA" not in os.environ, reason="FLOWGUIDES_DATA is not set")
 NAME = "eight_schools-eight_schools_noncentered"
@@ -152,7 +154,7 @@ def table(tmp_path):
         row("nice", "c-d", limit="20 steps"),
     ]
     for one in rows:
-        program.append(tmp_path / "out.csv", one)
+        append_row(tmp_path / "out.csv", dataclasses.asdict(one))
     return report.read(tmp_path / "out.csv")
 
 
