@@ -26,8 +26,8 @@ from pyro_flowguides.diagnostics._program import Program, inspect_program
 from pyro_flowguides.diagnostics._running import score_model
 from pyro_flowguides.diagnostics._traces import evaluation
 from pyro_flowguides.diagnostics.export import _groups, _Names, _provenance
-from pyro_flowguides.inference.density import LogDensity
-from pyro_flowguides.inference.record import record
+from pyro_flowguides.inference.density import LogDensity, NotVectorisedError
+from pyro_flowguides.inference.record import NotRecordedError, record
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -174,8 +174,10 @@ def _recorded_potential(
         return value.detach(), gradient
 
     try:
+        # A density that is right for a leading dimension of one only by chance is found out by three.
+        density.check(torch.stack([guide.get_transform()(base.sample()) for _ in range(3)]))
         replay = record(value_and_gradient, base.sample(), check=[base.sample()])
-    except Exception:  # a program may fail in any way where it was not written for a leading dimension
+    except (NotVectorisedError, NotRecordedError, torch.linalg.LinAlgError):
         return None
     return lambda sites: _Potential.apply(sites[NOISE], replay)
 

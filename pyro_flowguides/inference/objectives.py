@@ -47,7 +47,8 @@ class Step(NamedTuple):
             self.loss.backward()
             return
         for parameter, gradient in zip(parameters, self.gradients, strict=True):
-            parameter.grad = gradient
+            # Copies, because gradients are scaled in place, and replayed ones may share memory or be constants.
+            parameter.grad = None if gradient is None else gradient.clone(memory_format=torch.contiguous_format)
 
 
 @dataclass(frozen=True)

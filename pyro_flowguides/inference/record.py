@@ -41,12 +41,19 @@ def record(function: Callable[..., Any], *inputs: Tensor, check: Sequence[Tensor
         a module to be called like the function, without gradients.
 
     Raises:
-        NotRecordedError: if the function's course depends on values, if it draws random numbers, or if its recording
-            gives other numbers than it does.
+        NotRecordedError: if the function's course depends on values, if it draws random numbers, if it fails while it
+            is recorded, or if its recording gives other numbers than it does.
+        torch.linalg.LinAlgError: if a matrix cannot be factorised at these inputs.
     """
     tape = _Tape(inputs)
-    with tape:
-        outputs = function(*inputs)
+    try:
+        with tape:
+            outputs = function(*inputs)
+    except (NotRecordedError, torch.linalg.LinAlgError):
+        raise
+    except Exception as error:  # a program may fail in any way where its operations are watched
+        first = (str(error).splitlines() or [""])[0]
+        raise NotRecordedError(f"it fails where it is watched ({type(error).__name__}: {first[:120]})") from error
     module = tape.finish(outputs)
     _compare(function, module, check)
     return module

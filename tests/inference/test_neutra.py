@@ -149,6 +149,22 @@ def schools_moments():
     return mu.item(), mu_sd.item(), log.item(), log_sd.item()
 
 
+def test_a_model_that_indexes_from_the_left_keeps_its_density():
+    """With a leading dimension of particles such a model means something else: its recording must not be used."""
+    torch.set_default_dtype(torch.float64)
+
+    def model():
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        pyro.sample("y", dist.Normal(z[0], 0.1), obs=torch.tensor(2.0))
+
+    guide = AutoMultivariateNormal(model)
+    data = neutra_mcmc(model, guide, num_samples=300, warmup=100, progress=False)
+    z = data["posterior"]["z"].values[0]
+    assert z[:, 0].mean() == pytest.approx(2 / 1.01, abs=0.05)
+    assert z[:, 1].mean() == pytest.approx(0.0, abs=0.25)
+    assert z[:, 1].std() == pytest.approx(1.0, abs=0.2)
+
+
 @pytest.mark.slow
 def test_eight_schools_without_divergences():
     torch.set_default_dtype(torch.float64)

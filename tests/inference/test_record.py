@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -149,6 +150,44 @@ def test_a_model_that_cannot_be_recorded_is_run_anew_and_the_result_says_so():
     result = fg.fit(model, fg.AutoIAF(model), steps=300, progress=False)
     assert "run anew at every step because its course depends on values" in result.route
     assert result.diagnosis.elbo == pytest.approx(float(dist.Normal(0.0, 2**0.5).log_prob(torch.tensor(1.0))), abs=0.05)
+
+
+def test_gradients_are_nobody_elses():
+    """Equal, constant and expanded gradients are replayed from one place: scaling one must not change another."""
+
+    def model():
+        a, b = (pyro.param(name, torch.zeros(3)) for name in "ab")
+        pyro.sample("x", dist.Normal(0.0, 1.0))
+        pyro.factor("linear", 100 * (a.sum() + b.sum()))
+
+    guide = fg.AutoPlanar(model, depth=1)
+    guide()
+    objective = DensityObjective(model, guide, (), {})
+    for _ in range(3):
+        objective(Request(4), torch.Generator().manual_seed(0)).backward(list(objective.parameters.values()))
+        assert objective.route == "batched densities, recorded"
+        found = [objective.parameters[name] for name in "ab"]
+        torch.nn.utils.clip_grad_norm_(found, 1.0)
+        for parameter in found:
+            assert_close(parameter.grad, torch.full((3,), -1 / 6**0.5))
+
+
+@pytest.mark.parametrize("watched", ["numpy", "subsample"])
+def test_what_a_recording_would_miss_is_noticed(watched):
+    def model():
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        if watched == "numpy":
+            pyro.factor("outside", torch.as_tensor(np.sin(x.detach().numpy())))
+        else:
+            with pyro.plate("rows", 10, subsample_size=5) as rows:
+                pyro.sample("y", dist.Normal(x, 1.0), obs=torch.arange(10.0)[rows])
+
+    guide = fg.AutoPlanar(model, depth=1)
+    guide()
+    objective = DensityObjective(model, guide, (), {})
+    step = objective(Request(4), torch.Generator().manual_seed(0))
+    assert "run anew at every step" in objective.route
+    assert math.isfinite(step.elbo)
 
 
 def test_parameters_of_the_model_follow_the_recorded_gradient():
