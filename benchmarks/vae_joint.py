@@ -163,8 +163,8 @@ def main() -> None:
     note = (
         f"`benchmarks/vae_joint.py`, {datetime.date.today()}, torch {torch.__version__}, {torch.get_num_threads()} "
         f"thread of {processor()}. Step size {options.learning_rate:g}, {precision}; {options.test_images} test "
-        f"images, {options.samples} draws for the likelihood. Gains are over the diagonal Gaussian of the same seed; ± is the "
-        f"deviation over seeds. Nats per image."
+        f"images, {options.samples} draws for the likelihood. Gains are over the diagonal Gaussian of the same seed; "
+        f"± is the deviation over seeds. Nats per image."
     )
     text = f"{note}\n\n{table(read_rows(path))}"
     (options.output / "vae_joint.md").write_text(text, "utf-8")
