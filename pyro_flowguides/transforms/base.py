@@ -14,6 +14,7 @@ from torch.distributions import constraints
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from pyro_flowguides.nn import MLP, HyperNetwork
+from pyro_flowguides.nn.precision import in_own_precision, unshortened
 from pyro_flowguides.transforms.solve import tracing
 
 __all__ = ["AmortisedFlow", "Compose", "ConditionalCompose", "ConditionalFlow", "ContextFlow", "Flow", "on_path"]
@@ -84,6 +85,8 @@ class Flow(TransformModule):
     ``flow.inv(y)`` of a draw ``y = flow(x)`` is then ``x`` itself, as elsewhere in Pyro; :meth:`inverse_and_ladj`
     always computes.
 
+    Under autocast a flow computes in the precision of its parameters all the same.
+
     Args:
         input_dim: D, at least 1.
         cache_size: 1, or 0 for no cache.
@@ -131,12 +134,14 @@ class Flow(TransformModule):
 
     # -- value and log-determinant -------------------------------------------------------------------------------------
 
+    @in_own_precision
     def forward_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """``x (..., D) -> y (..., D), log|det dy/dx| (...)``."""
         self._check(x)
         y, ladj = self._push(x, self.theta())
         return y, ladj.expand(y.shape[:-1])
 
+    @in_own_precision
     def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
         r"""``y (..., D) -> x (..., D), log|det dy/dx| at x (...)``, for any y.
 
@@ -148,6 +153,7 @@ class Flow(TransformModule):
         x, ladj = self._pull(y, self.theta())
         return x, ladj.expand(x.shape[:-1])
 
+    @in_own_precision
     def forward_and_score(self, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         r"""What the path gradient of a density needs: y, ladj, and the score of the density that x becomes.
 
@@ -177,10 +183,12 @@ class Flow(TransformModule):
         y, ladj, score = self._push_score(x, score.detach(), self.theta())
         return y, ladj.expand(y.shape[:-1]), score
 
+    @in_own_precision
     def inverse_on_path(self, y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """x and ladj of a known pair as functions of y only: the density made from them has the path gradient."""
         return self._inverse_known(y, x, _detached(self.theta()))
 
+    @in_own_precision
     def inverse_at(self, y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """:meth:`inverse_and_ladj` of a known pair: the same derivatives, nothing being solved."""
         return self._inverse_known(y, x, self.theta())
@@ -325,7 +333,7 @@ class ConditionalFlow(ConditionalTransformModule):
                 f"{type(self).__name__}: expected a context of shape (..., {self.context_dim}), "
                 f"got {tuple(context.shape)}"
             )
-        return _Conditioned(self, context)
+        return _Conditioned(self, unshortened(context))
 
     def extra_repr(self) -> str:
         return f"{self.input_dim}, context_dim={self.context_dim}"

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pyro_flowguides.nn import AutoregressiveNetwork
+from pyro_flowguides.nn.precision import at_least_single
 from pyro_flowguides.vae.likelihoods import (
     DiscretisedLogistic,
     DiscretisedLogisticMixture,
@@ -20,7 +21,6 @@ from pyro_flowguides.vae.likelihoods import (
     _logistic_pixel,
     get_likelihood,
 )
-from pyro_flowguides.vae.precision import at_least_single
 
 __all__ = ["Autoregressive", "IndependentChannels", "PixelLikelihood", "PixelLogisticMixture", "get_pixel_likelihood"]
 

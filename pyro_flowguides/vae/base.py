@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from pyro_flowguides.guides import FlowPosterior
 from pyro_flowguides.nn import data_dependent_initialisation
+from pyro_flowguides.nn.precision import at_least_single
 from pyro_flowguides.vae.likelihoods import Likelihood
-from pyro_flowguides.vae.precision import at_least_single
 from pyro_flowguides.vae.registration import Registration
 
 __all__ = ["IAFVAE", "VAE", "Terms"]
