@@ -19,6 +19,7 @@ from tqdm import tqdm
 from pyro_flowguides.diagnostics import Diagnosis, diagnose, to_inference_data
 from pyro_flowguides.guides.autoflow import FULL_RANK_LIMIT
 from pyro_flowguides.inference import checkpoint as checkpoints
+from pyro_flowguides.inference.descent import Descent
 from pyro_flowguides.inference.objectives import Compiling, DensityObjective, Objective, Request, Step, make_objective
 from pyro_flowguides.inference.schedule import Schedule
 from pyro_flowguides.inference.warmstart import Gaussian, LowRankStart, low_rank_warm_start
@@ -28,8 +29,6 @@ __all__ = ["FitDivergedError", "FitResult", "fit"]
 
 #: Consecutive steps without a finite bound and gradient after which a fit is given up.
 PATIENCE = 50
-#: Largest norm of a gradient that is followed as it is.
-GRADIENT_NORM = 10.0
 #: Tail weight of a flow guide after the warm start: at most this, and at most so much over all dimensions. It keeps
 #: importance weights bounded where the posterior's tails are heavier than normal ones, and costs a normal posterior
 #: some hundredths of a nat until it is unlearned.
@@ -131,10 +130,10 @@ def fit(
         importance: 1 for the ELBO, K for the importance-weighted bound with its doubly reparametrised gradient.
         temper: exponent of the target at the first step, in (0, 1); it rises to 1 over three quarters of the
             exploration, so that a multimodal target is met while it is still flat.
-        compile: ``True`` to compile the steps of flow guides (loss and gradients as one kernel, by ``torch.compile``),
-            which takes a minute or so on two cores and then saves more than half of each step; ``"auto"`` to do so only
-            where the remaining steps will repay it. Where compiling fails the fit goes on without; ``route`` in the
-            result says what was done.
+        compile: ``True`` to compile the steps of flow guides (loss, gradients and optimiser as one function of
+            torch's inductor), which takes a minute or so on two cores, less where an earlier run has left its results
+            on the disk, and then saves more than half of each step; ``"auto"`` to do so only where the remaining steps
+            will repay it. Where compiling fails the fit goes on without; ``route`` in the result says what was done.
         seed: of everything random in the fit; the global generator is restored afterwards.
         checkpoint: file to save to and, if it exists, to resume from, exactly.
         checkpoint_every: steps between saves.
@@ -181,9 +180,12 @@ def fit(
             "seed": seed,
         }
         run = _Run(model, guide, args, kwargs, settings, compile)
-        if not run.resume(checkpoint):
-            run.begin(warm_start)
-        run.train(checkpoint, checkpoint_every, progress)
+        try:
+            if not run.resume(checkpoint):
+                run.begin(warm_start)
+            run.train(checkpoint, checkpoint_every, progress)
+        finally:
+            run.descent.release()
         seconds = run.seconds
         diagnosis, unjudged = _judge(model, guide, args, kwargs)
     return FitResult(
@@ -232,14 +234,13 @@ class _Run:
         self.schedule = Schedule(**{key: settings[key] for key in ("steps", "learning_rate", "particles", "tolerance")})
         guide(*args, **kwargs)  # creates the parameters, if there are none yet
         self.objective: Objective = make_objective(model, guide, args, kwargs, compiling)
-        self.parameters = list(self.objective.parameters.values())
-        if not self.parameters:
+        parameters = list(self.objective.parameters.values())
+        if not parameters:
             raise ValueError(f"fit: {type(guide).__name__} and its model have no parameters to train")
         of_guide = {id(parameter) for parameter in guide.parameters()} if isinstance(guide, torch.nn.Module) else set()
         #: Near the evidence there is nothing left to gain, unless the evidence itself can be raised.
-        self.gap_tells = self.importance == 1 and all(id(parameter) in of_guide for parameter in self.parameters)
-        rate = self.schedule.learning_rate
-        self.optimiser = torch.optim.Adam(self.parameters, lr=rate, betas=(0.9, 0.99), fused=True)
+        self.gap_tells = self.importance == 1 and all(id(parameter) in of_guide for parameter in parameters)
+        self.descent = Descent(parameters)
         self.generator = torch.Generator().manual_seed(self.seed)
         self.history: list[float] = []
         self.dropped = self.barren = self.averaged = 0
@@ -300,13 +301,10 @@ class _Run:
 
     def step(self) -> None:
         schedule = self.schedule
-        for group in self.optimiser.param_groups:
-            group["lr"] = schedule.rate
-        self.optimiser.zero_grad()
         batch = self._whole_groups(schedule.batch)
         path = self.path_gradient and (schedule.refining_since is not None or self.importance > 1)
-        step = self.objective(Request(batch, path, self.power, self.importance, schedule.remaining), self.generator)
-        followed = math.isfinite(step.elbo) and self._descend(step)
+        request = Request(batch, path, self.power, self.importance, schedule.remaining)
+        step, followed = self.objective.descend(request, self.generator, self.descent, schedule.rate)
         self.dropped += step.dropped if followed else batch
         self.barren = 0 if followed else self.barren + 1
         if self.barren >= PATIENCE:
@@ -317,15 +315,6 @@ class _Run:
         schedule.advance(step.elbo if full else math.nan, step.gap if full and self.gap_tells else math.nan)
         if schedule.progress > 0.5:
             self._average()
-
-    def _descend(self, step: Step) -> bool:
-        """Take one step down; stay, and say so, where the gradient is not finite."""
-        step.backward(self.parameters)
-        used = [parameter for parameter in self.parameters if parameter.grad is not None]
-        finite = bool(torch.nn.utils.clip_grad_norm_(used, GRADIENT_NORM).isfinite())
-        if finite:
-            self.optimiser.step()
-        return finite
 
     def _whole_groups(self, particles: int) -> int:
         """The number of particles, in whole groups of the importance-weighted bound."""
@@ -347,25 +336,20 @@ class _Run:
     def _average(self) -> None:
         self.averaged += 1
         if not self.mean:
-            self.mean = [parameter.detach().clone() for parameter in self.parameters]
-        for mean, parameter in zip(self.mean, self.parameters, strict=True):
-            mean.lerp_(parameter.detach(), 1 / self.averaged)
+            self.mean = self.descent.values()
+        for mean, vector in zip(self.mean, self.descent.vectors, strict=True):
+            mean.lerp_(vector, 1 / self.averaged)
 
-    @torch.no_grad()
     def settle(self) -> None:
         """Keep the average of the last iterates if its bound is better than that of the last one."""
         if not self.mean:
             return
-        last = [parameter.detach().clone() for parameter in self.parameters]
+        last = self.descent.values()
         before = self._bound()
-        self._assign(self.mean)
+        self.descent.assign(self.mean)
         if self._bound() <= before:
-            self._assign(last)
+            self.descent.assign(last)
         self.mean = []
-
-    def _assign(self, values: list[Tensor]) -> None:
-        for parameter, value in zip(self.parameters, values, strict=True):
-            parameter.copy_(value)
 
     def _bound(self) -> float:
         """The bound of the guide as it is, -inf where it is not finite."""
@@ -409,7 +393,7 @@ class _Run:
                 "settings": self.settings,
                 # Detached, because Pyro hangs references on its parameters that cannot be written.
                 "parameters": {name: value.detach() for name, value in self.objective.parameters.items()},
-                "optimiser": self.optimiser.state_dict(),
+                "optimiser": self.descent.optimiser.state_dict(),
                 "schedule": self.schedule.state(),
                 "generator": self.generator.get_state(),
                 "global_generator": torch.get_rng_state(),
@@ -435,8 +419,9 @@ class _Run:
         if changed:
             raise ValueError(f"fit: {path} is a checkpoint of a fit with other settings ({', '.join(changed)})")
         with torch.no_grad():
-            self._assign([saved[name].to(parameter) for name, parameter in own.items()])
-        self.optimiser.load_state_dict(state["optimiser"])
+            for name, parameter in own.items():
+                parameter.copy_(saved[name])
+        self.descent.optimiser.load_state_dict(state["optimiser"])
         self.schedule = Schedule(**state["schedule"])
         self.generator.set_state(state["generator"])
         torch.set_rng_state(state["global_generator"])

@@ -27,7 +27,7 @@ from pyro_flowguides.diagnostics._running import score_model
 from pyro_flowguides.diagnostics._traces import evaluation
 from pyro_flowguides.diagnostics.export import _groups, _Names, _provenance
 from pyro_flowguides.inference.density import LogDensity, NotVectorisedError
-from pyro_flowguides.inference.record import NotRecordedError, record
+from pyro_flowguides.inference.record import NotRecordedError, Replay, record
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -176,7 +176,7 @@ def _recorded_potential(
     try:
         # A density that is right for a leading dimension of one only by chance is found out by three.
         density.check(torch.stack([guide.get_transform()(base.sample()) for _ in range(3)]))
-        replay = record(value_and_gradient, base.sample(), check=[base.sample()])
+        replay = Replay(record(value_and_gradient, base.sample(), check=[base.sample()]))
     except (NotVectorisedError, NotRecordedError, torch.linalg.LinAlgError):
         return None
     return lambda sites: _Potential.apply(sites[NOISE], replay)

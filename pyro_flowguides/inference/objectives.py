@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pyro_flowguides.diagnostics import log_weights
 from pyro_flowguides.inference.density import LogDensity, NotVectorisedError
+from pyro_flowguides.inference.descent import CompiledStep, Descent, flatten, grouped
 from pyro_flowguides.inference.record import NotRecordedError, Replay, record
 from pyro_flowguides.transforms import on_path
 
@@ -30,25 +31,20 @@ MAX_SEQUENTIAL = 4
 
 
 class Step(NamedTuple):
-    """One evaluation: the loss, the bound's estimate, how many particles were not finite; half the variance of the log
-    weights, which for a guide that is nearly exact is the gap between the bound and the evidence; and the gradients of
-    the loss where they came with it.
+    """One evaluation.
+
+    Attributes:
+        loss: what is to be differentiated, or its gradients by the parameters, flat, where they came with it.
+        elbo: the bound's estimate.
+        dropped: how many particles were not finite.
+        gap: half the variance of the log weights, which for a guide that is nearly exact is the gap between the bound
+            and the evidence.
     """
 
-    loss: Tensor
+    loss: Tensor | Sequence[Tensor]
     elbo: float
     dropped: int
     gap: float = math.nan
-    gradients: Sequence[Tensor | None] | None = None
-
-    def backward(self, parameters: Sequence[Tensor]) -> None:
-        """Give the parameters the gradients of the loss."""
-        if self.gradients is None:
-            self.loss.backward()
-            return
-        for parameter, gradient in zip(parameters, self.gradients, strict=True):
-            # Copies, because gradients are scaled in place, and replayed ones may share memory or be constants.
-            parameter.grad = None if gradient is None else gradient.clone(memory_format=torch.contiguous_format)
 
 
 @dataclass(frozen=True)
@@ -69,6 +65,11 @@ class Request:
     importance: int = 1
     remaining: int = 0
 
+    @property
+    def key(self) -> tuple[int, bool]:
+        """What decides which operations are recorded."""
+        return self.particles, self.path
+
 
 class Objective(Protocol):
     """Something to minimise by stochastic gradients."""
@@ -79,6 +80,10 @@ class Objective(Protocol):
     def route(self) -> str: ...
 
     def __call__(self, request: Request, generator: torch.Generator) -> Step: ...
+
+    def descend(
+        self, request: Request, generator: torch.Generator, descent: Descent, rate: float
+    ) -> tuple[Step, bool]: ...
 
 
 class _Structure(NamedTuple):
@@ -129,7 +134,8 @@ class DensityObjective:
 
     Args:
         model, guide, args, kwargs: as for ``SVI``; the guide set up.
-        compiling: whether to compile the recorded steps, see :class:`~pyro_flowguides.inference.record.Replay`.
+        compiling: whether to compile the steps of :meth:`descend`: ``True``, ``False``, or ``"auto"`` for where the
+            remaining ones repay it.
 
     References:
         Y. Burda, R. Grosse, R. Salakhutdinov (2016). Importance weighted autoencoders. arXiv:1509.00519.
@@ -142,16 +148,20 @@ class DensityObjective:
         self.guide: Any = guide
         self.compiling = compiling
         self.why_not_recorded = ""
+        self.why_not_compiled = ""
         self._recordings: dict[tuple[int, bool], Replay] = {}
+        self._compiled: dict[tuple[int, bool], CompiledStep] = {}
         self.density = LogDensity(model, guide, args, kwargs)
         self.parameters = _inspect(model, guide, args, kwargs).parameters
+        like = next(self.guide.get_transform().parameters())
+        self.dtype, self.device = like.dtype, like.device
         with torch.no_grad():
             self.density.check(self.draw(self.noise(3, torch.Generator().manual_seed(0)))[0])
 
     def noise(self, particles: int, generator: torch.Generator) -> Tensor:
         """Draws of the base ``(S, D)``."""
-        like = next(self.guide.get_transform().parameters())
-        return torch.randn(particles, self.guide.latent_dim, generator=generator, dtype=like.dtype).to(like.device)
+        noise = torch.randn(particles, self.guide.latent_dim, generator=generator, dtype=self.dtype)
+        return noise.to(self.device)
 
     def draw(self, noise: Tensor, path: bool = False) -> tuple[Tensor, Tensor]:
         """Draws ``(S, D)`` and their log q ``(S,)``, with the path gradient or the total one."""
@@ -171,18 +181,43 @@ class DensityObjective:
     def route(self) -> str:
         if self.why_not_recorded:
             return f"batched densities, run anew at every step because {self.why_not_recorded}"
-        replays = self._recordings.values()
-        failures = sorted({replay.failure for replay in replays if replay.failure})
-        kind = "compiled" if any(replay.compiled for replay in replays) else "recorded" if replays else ""
-        route = "batched densities" + (f", {kind}" if kind else "")
-        return route + (f" (not compiled: {failures[0]})" if failures else "")
+        kind = ", compiled" if self._compiled else ", recorded" if self._recordings else ""
+        failure = f" (not compiled: {self.why_not_compiled})" if self.why_not_compiled else ""
+        return f"batched densities{kind}{failure}"
 
     def __call__(self, request: Request, generator: torch.Generator) -> Step:
+        return self._evaluate(self.noise(request.particles, generator), request)
+
+    def descend(self, request: Request, generator: torch.Generator, descent: Descent, rate: float) -> tuple[Step, bool]:
+        """Evaluate, and take a step down; whether one was taken."""
         noise = self.noise(request.particles, generator)
-        if torch.is_grad_enabled() and request.importance == 1 and not self.why_not_recorded:
-            step = self._replay(noise, request)
-            if step is not None:
-                return step
+        compiled = self._compiled_step(noise, request, descent)
+        if compiled is not None:
+            mean, gap = compiled(noise, noise.new_tensor(request.power), rate=rate).tolist()
+            if math.isfinite(mean):
+                return Step((), mean, 0, gap), True
+        step = self._evaluate(noise, request)
+        return step, math.isfinite(step.elbo) and descent.follow(step.loss, rate)
+
+    def _compiled_step(self, noise: Tensor, request: Request, descent: Descent) -> CompiledStep | None:
+        """The step as one function; ``None`` where it is not worth compiling, or cannot be."""
+        if self.compiling and not self.why_not_compiled and request.key not in self._compiled:
+            replay = self._recorded(noise, request)
+            if replay is not None and (self.compiling is True or replay.compiling_repays(request.remaining)):
+                try:
+                    power = noise.new_tensor(request.power)
+                    self._compiled[request.key] = CompiledStep(replay.recording, descent, noise, power)
+                except Exception as error:  # whatever a compiler or its tools may raise
+                    self.why_not_compiled = (str(error).splitlines() or [type(error).__name__])[0][:120]
+        return self._compiled.get(request.key)
+
+    def _evaluate(self, noise: Tensor, request: Request) -> Step:
+        replay = self._recorded(noise, request) if torch.is_grad_enabled() else None
+        if replay is not None:
+            moments, *gradients = replay(noise, noise.new_tensor(request.power), *self.parameters.values())
+            mean, gap = moments.tolist()
+            if math.isfinite(mean):
+                return Step(gradients, mean, 0, gap)
         z, log_w = self._weigh(noise, request)
         finite = log_w.detach().isfinite()
         dropped = request.particles - int(finite.sum())
@@ -195,41 +230,40 @@ class DensityObjective:
             return _importance_step(z, log_w, finite, request, dropped)
         log_w = log_w[finite]
         mean = log_w.mean()
-        return Step(-mean, float(mean.detach()), dropped, _gap(log_w.detach()))
+        return Step(-mean, float(mean.detach()), dropped, float(_gap(log_w.detach())))
 
-    def _replay(self, noise: Tensor, request: Request) -> Step | None:
-        """The step by the recorded operations; ``None`` where that cannot be or a particle is not finite."""
-        power = noise.new_tensor(request.power)
-        key = len(noise), request.path
+    def _recorded(self, noise: Tensor, request: Request) -> Replay | None:
+        """The operations of such a step; ``None`` where they cannot be recorded, or not at this noise."""
+        if request.importance > 1 or self.why_not_recorded:
+            return None
         try:
-            if key not in self._recordings:
-                self._recordings[key] = Replay(self._record(noise, request), self.compiling)
-            log_w, *gradients = self._recordings[key](noise, power, remaining=request.remaining)
+            if request.key not in self._recordings:
+                self._recordings[request.key] = Replay(self._record(noise, request))
         except NotRecordedError as error:
             self.why_not_recorded = str(error)
-            return None
         except torch.linalg.LinAlgError:  # a matrix of one particle
-            return None
-        mean = float(log_w.mean())
-        if not math.isfinite(mean) or not bool(log_w.isfinite().all()):
-            return None
-        return Step(log_w.new_tensor(-mean), mean, 0, _gap(log_w), gradients)
+            pass
+        return self._recordings.get(request.key)
 
     def _record(self, noise: Tensor, request: Request) -> Any:
         parameters = list(self.parameters.values())
+        groups = grouped(parameters)
 
-        def step(noise: Tensor, power: Tensor) -> tuple[Tensor | None, ...]:
+        def step(noise: Tensor, power: Tensor) -> tuple[Tensor, ...]:
             z, log_q = self.draw(noise, request.path)
             log_w = power * self.density.together(z) - log_q
-            return log_w.detach(), *torch.autograd.grad(-log_w.mean(), parameters, allow_unused=True)
+            found = torch.autograd.grad(-log_w.mean(), parameters, materialize_grads=True)
+            gradient = dict(zip(map(id, parameters), found, strict=True))
+            flat = [flatten([gradient[id(value)] for value in group]) for group in groups]
+            return torch.stack([log_w.mean(), _gap(log_w)]).detach(), *flat
 
         power = noise.new_tensor(request.power)
         fresh = self.noise(len(noise), torch.Generator().manual_seed(1))
-        return record(step, noise, power, check=(fresh, power))
+        return record(step, noise, power, check=(fresh, power), parameters=parameters)
 
 
-def _gap(log_w: Tensor) -> float:
-    return 0.5 * float(log_w.var()) if len(log_w) > 1 else math.nan
+def _gap(log_w: Tensor) -> Tensor:
+    return 0.5 * log_w.var() if len(log_w) > 1 else log_w.new_tensor(math.nan)
 
 
 def _importance_step(z: Tensor, log_w: Tensor, finite: Tensor, request: Request, dropped: int) -> Step:
@@ -299,6 +333,11 @@ class TraceObjective:
         if not math.isfinite(value):
             return Step(loss.new_zeros(()), math.nan, particles)
         return Step(loss, value, 0)
+
+    def descend(self, request: Request, generator: torch.Generator, descent: Descent, rate: float) -> tuple[Step, bool]:
+        """Evaluate, and take a step down; whether one was taken."""
+        step = self(request, generator)
+        return step, math.isfinite(step.elbo) and descent.follow(step.loss, rate)
 
 
 def make_objective(

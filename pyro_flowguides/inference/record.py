@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import operator
+import statistics
 import time
+import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-__all__ = ["NotRecordedError", "Replay", "record"]
+__all__ = ["NotRecordedError", "Replay", "assert_same", "record"]
 
 #: What compiling costs, in seconds per operation, and the share of a replay that it saves: on one core, with inductor.
 COMPILE_SECONDS, COMPILE_SAVES = 0.03, 0.6
@@ -24,11 +27,14 @@ class NotRecordedError(ValueError):
     """The function does something that a list of tensor operations cannot repeat."""
 
 
-def record(function: Callable[..., Any], *inputs: Tensor, check: Sequence[Tensor]) -> fx.GraphModule:
+def record(
+    function: Callable[..., Any], *inputs: Tensor, check: Sequence[Tensor], parameters: Sequence[Tensor] = ()
+) -> fx.GraphModule:
     """The tensor operations of a function, derivatives taken inside it among them, without the Python around them.
 
     What depends neither on the inputs nor on a tensor that requires gradients is computed once, now. Tensors that
-    require gradients, the parameters of a guide or a model, are read anew by every replay.
+    require gradients, the parameters of a guide or a model, are read anew by every replay. A replay gives NaN where a
+    matrix cannot be factorised.
 
     Cost: one run of the function, and some 50 microseconds per operation.
 
@@ -36,16 +42,17 @@ def record(function: Callable[..., Any], *inputs: Tensor, check: Sequence[Tensor
         function: from tensors to a sequence of tensors and ``None``.
         inputs: tensors of the shapes and dtypes of later calls.
         check: other inputs, at which the recording has to give what the function gives.
+        parameters: tensors that the function reads and the recording is to take as further inputs.
 
     Returns:
-        a module to be called like the function, without gradients.
+        a module to be called like the function, with the parameters behind its inputs, without gradients.
 
     Raises:
         NotRecordedError: if the function's course depends on values, if it draws random numbers, if it fails while it
             is recorded, or if its recording gives other numbers than it does.
         torch.linalg.LinAlgError: if a matrix cannot be factorised at these inputs.
     """
-    tape = _Tape(inputs)
+    tape = _Tape((*inputs, *parameters))
     try:
         with tape:
             outputs = function(*inputs)
@@ -55,59 +62,62 @@ def record(function: Callable[..., Any], *inputs: Tensor, check: Sequence[Tensor
         first = (str(error).splitlines() or [""])[0]
         raise NotRecordedError(f"it fails where it is watched ({type(error).__name__}: {first[:120]})") from error
     module = tape.finish(outputs)
-    _compare(function, module, check)
+    with torch.no_grad():
+        found = module(*check, *parameters)
+    assert_same(found, function(*check))
     return module
 
 
 class Replay:
-    """A recording, compiled into one kernel where that is asked for or repays.
+    """A recording, carried out without Python between its operations.
+
+    The operations are run by TorchScript's interpreter, or one by one where it cannot run them.
 
     Args:
         recording: what :func:`record` returned.
-        compiling: ``True``, ``False``, or ``"auto"``: compile where the remaining calls will repay it, judged by the
-            time of the first ones.
 
     Attributes:
-        compiled: whether it is.
-        failure: why it is not, where that was tried.
+        seconds: times of the first calls.
     """
 
-    def __init__(self, recording: fx.GraphModule, compiling: bool | Literal["auto"]) -> None:
-        self.recording, self.compiling = recording, compiling
-        self.run: Callable[..., Any] = recording
-        self.compiled, self.failure = False, ""
-        self.timed, self.seconds = 0, 0.0
+    def __init__(self, recording: fx.GraphModule) -> None:
+        self.recording = recording
+        self.run: Callable[..., Any] | None = None
+        self.seconds: list[float] = []
 
     @torch.no_grad()
-    def __call__(self, *inputs: Tensor, remaining: int) -> Any:
-        """Replay; ``remaining`` is how many more calls are to be expected."""
-        if self.compiling is True or (self.compiling == "auto" and self._repays(remaining)):
-            self.compiling = False
-            return self._compile(*inputs)
+    def __call__(self, *inputs: Tensor) -> Any:
+        if self.run is None:
+            self.run = _interpret(self.recording, inputs)
         begin = time.perf_counter()
         outputs = self.run(*inputs)
-        if self.compiling == "auto" and self.timed < TIMED:
-            self.timed, self.seconds = self.timed + 1, self.seconds + time.perf_counter() - begin
+        if len(self.seconds) < TIMED:
+            self.seconds.append(time.perf_counter() - begin)
         return outputs
 
-    def _repays(self, remaining: int) -> bool:
-        if self.timed < TIMED:
+    def compiling_repays(self, remaining: int) -> bool:
+        """Whether so many more calls save more time than compiling takes, judged by the first calls."""
+        if len(self.seconds) < TIMED:
             return False
-        saved = COMPILE_SAVES * remaining * self.seconds / self.timed
+        saved = COMPILE_SAVES * remaining * statistics.median(self.seconds)
         return saved > COMPILE_SECONDS * len(self.recording.graph.nodes)
 
-    def _compile(self, *inputs: Tensor) -> Any:
-        """Compile, and see that it gives the same; go on without where either fails."""
-        expected = self.recording(*inputs)
-        try:
-            run = torch.compile(self.recording, fullgraph=True, dynamic=False)
-            outputs = run(*inputs)
-            _assert_same(outputs, expected)
-        except Exception as error:  # whatever a compiler or its tools may raise
-            self.failure = (str(error).splitlines() or [type(error).__name__])[0][:120]
-            return expected
-        self.run, self.compiled = run, True
-        return outputs
+
+def _interpret(recording: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
+    """The recording in TorchScript, as it stands and not optimised, which can take seconds; or the recording itself."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            script = torch.jit.trace(recording, tuple(inputs), check_trace=False)
+
+        def run(*inputs: Tensor) -> Any:
+            with torch.jit.optimized_execution(False):
+                return script(*inputs)
+
+        assert_same(run(*inputs), recording(*inputs))
+    except Exception:  # an interpreter that is on its way out may fail in any way
+        return recording
+    return run
 
 
 class _Tape(TorchDispatchMode):
@@ -120,6 +130,8 @@ class _Tape(TorchDispatchMode):
         self.seen: dict[int, tuple[Tensor, fx.Node]] = {}
         self.memory: set[int] = set()
         self.in_place = False
+        #: Where factorisations report success: zeros.
+        self.reports: list[fx.Node] = []
         for place, value in enumerate(inputs):
             self._note(value, self.graph.placeholder(f"input{place}"))
 
@@ -152,6 +164,9 @@ class _Tape(TorchDispatchMode):
             self.in_place = True
             if args[0].untyped_storage().data_ptr() not in self.memory:
                 raise NotRecordedError(f"it changes a constant in place ({func})")
+        if func is torch.ops.aten._linalg_check_errors.default:
+            self.reports.append(self.node(args[0]))
+            return func(*args, **kwargs)
         inputs = tree_map(lambda value: self.node(value) if isinstance(value, Tensor) else value, (args, kwargs))
         node = self.graph.call_function(func, *inputs)
         result = func(*args, **kwargs)
@@ -160,19 +175,28 @@ class _Tape(TorchDispatchMode):
         elif isinstance(result, (tuple, list)):
             for place, value in enumerate(result):
                 self._note(value, self.graph.call_function(operator.getitem, (node, place)))
-        elif result is not None:
+        else:
             raise NotRecordedError(f"its course depends on values ({func})")
         return result
 
     def finish(self, outputs: Sequence[Tensor | None]) -> fx.GraphModule:
         """The recording, without what is computed twice, not used, or of interest to autograd only."""
-        self.graph.output(tuple(None if output is None else self.node(output) for output in outputs))
+        nodes = [None if output is None else self.node(output) for output in outputs]
+        self.graph.output(tuple(self._spoilt(nodes) if self.reports else nodes))
         if not self.in_place:  # what is changed in place may be seen through other names
             _merge(self.graph)
             self.graph.eliminate_dead_code()
         module = fx.GraphModule(self.attributes, self.graph)
         module.graph.lint()
         return module
+
+    def _spoilt(self, outputs: Sequence[fx.Node | None]) -> list[fx.Node | None]:
+        """The outputs, not numbers where a factorisation fails: an error would need the values on their way."""
+        aten, call = torch.ops.aten, self.graph.call_function
+        failed = [call(aten.any.default, (call(aten.ne.Scalar, (report, 0)),)) for report in self.reports]
+        for failure in failed:
+            outputs = [node and call(aten.masked_fill.Scalar, (node, failure, math.nan)) for node in outputs]
+        return list(outputs)
 
 
 def _merge(graph: fx.Graph) -> None:
@@ -186,13 +210,8 @@ def _merge(graph: fx.Graph) -> None:
                 node.replace_all_uses_with(earlier)
 
 
-def _compare(function: Callable[..., Any], replay: Callable[..., Any], check: Sequence[Tensor]) -> None:
-    with torch.no_grad():
-        found = replay(*check)
-    _assert_same(found, function(*check))
-
-
-def _assert_same(found: Sequence[Tensor | None], expected: Sequence[Tensor | None]) -> None:
+def assert_same(found: Sequence[Tensor | None], expected: Sequence[Tensor | None]) -> None:
+    """Raise :class:`NotRecordedError` where results differ by more than rounding makes them."""
     for one, other in zip(found, expected, strict=True):
         if one is None or other is None or not other.numel():
             continue

@@ -7,10 +7,12 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+import torch._inductor
 from torch.testing import assert_close
 
 import pyro_flowguides as fg
 from pyro_flowguides.inference import record as recording
+from pyro_flowguides.inference.descent import Descent, flatten
 from pyro_flowguides.inference.objectives import DensityObjective, Request
 from pyro_flowguides.inference.record import NotRecordedError, Replay, record
 
@@ -111,12 +113,13 @@ DATA = (torch.tensor([15.0, 10.0, 16.0]).double(), torch.tensor([28.0, 8.0, -3.0
 
 
 def gradients(objective, request):
+    """The step, and the gradient of all parameters as one vector, by the way it is evaluated."""
     parameters = list(objective.parameters.values())
-    for parameter in parameters:
-        parameter.grad = None
     step = objective(request, torch.Generator().manual_seed(7))
-    step.backward(parameters)
-    return step, [parameter.grad for parameter in parameters]
+    if isinstance(step.loss, torch.Tensor):
+        return step, flatten(torch.autograd.grad(step.loss, parameters, materialize_grads=True))
+    (gradient,) = step.loss
+    return step, gradient
 
 
 @pytest.mark.parametrize("path", [True, False], ids=["path", "total"])
@@ -136,9 +139,7 @@ def test_with_the_same_noise_the_step_is_the_same_to_rounding(flow, path):
     expected_step, expected = gradients(objective, request)
     assert step.elbo == pytest.approx(expected_step.elbo, rel=1e-12)
     assert step.gap == pytest.approx(expected_step.gap, rel=1e-9)
-    for one, other in zip(found, expected, strict=True):
-        if other is not None and other.numel():
-            assert_close(one, other, rtol=1e-8, atol=1e-10 * max(1.0, float(other.abs().max())))
+    assert_close(found, expected, rtol=1e-8, atol=1e-10 * max(1.0, float(expected.abs().max())))
 
 
 def test_a_model_that_cannot_be_recorded_is_run_anew_and_the_result_says_so():
@@ -150,26 +151,6 @@ def test_a_model_that_cannot_be_recorded_is_run_anew_and_the_result_says_so():
     result = fg.fit(model, fg.AutoIAF(model), steps=300, progress=False)
     assert "run anew at every step because its course depends on values" in result.route
     assert result.diagnosis.elbo == pytest.approx(float(dist.Normal(0.0, 2**0.5).log_prob(torch.tensor(1.0))), abs=0.05)
-
-
-def test_gradients_are_nobody_elses():
-    """Equal, constant and expanded gradients are replayed from one place: scaling one must not change another."""
-
-    def model():
-        a, b = (pyro.param(name, torch.zeros(3)) for name in "ab")
-        pyro.sample("x", dist.Normal(0.0, 1.0))
-        pyro.factor("linear", 100 * (a.sum() + b.sum()))
-
-    guide = fg.AutoPlanar(model, depth=1)
-    guide()
-    objective = DensityObjective(model, guide, (), {})
-    for _ in range(3):
-        objective(Request(4), torch.Generator().manual_seed(0)).backward(list(objective.parameters.values()))
-        assert objective.route == "batched densities, recorded"
-        found = [objective.parameters[name] for name in "ab"]
-        torch.nn.utils.clip_grad_norm_(found, 1.0)
-        for parameter in found:
-            assert_close(parameter.grad, torch.full((3,), -1 / 6**0.5))
 
 
 @pytest.mark.parametrize("watched", ["numpy", "subsample"])
@@ -201,44 +182,130 @@ def test_parameters_of_the_model_follow_the_recorded_gradient():
     assert pyro.param("loc").item() == pytest.approx(2.0, abs=0.1)
 
 
+# -- replaying ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_recording_is_replayed_without_python_and_gives_the_same():
+    weight = torch.randn(5, dtype=torch.float64, requires_grad=True)
+    recording_ = record(lambda x: (weight * x, x.cumsum(0)), inputs(), check=[inputs()], parameters=[weight])
+    replay = Replay(recording_)
+    for _ in range(3):
+        x = inputs()
+        for one, other in zip(replay(x, weight), (weight * x, x.cumsum(0)), strict=True):
+            assert_close(one, other.detach())
+        with torch.no_grad():
+            weight.add_(1.0)
+    assert replay.run is not recording_
+
+
+def test_where_nothing_interprets_the_operations_are_run_one_by_one(monkeypatch):
+    def fails(*_, **__):
+        raise AttributeError("gone")
+
+    monkeypatch.setattr(torch.jit, "trace", fails)
+    recording_ = recorded(lambda x: (x.exp(),))
+    replay, x = Replay(recording_), inputs()
+    assert_close(replay(x)[0], x.exp())
+    assert replay.run is recording_
+
+
+def test_a_matrix_that_cannot_be_factorised_spoils_the_result():
+    def function(x):
+        factor = torch.linalg.cholesky(x)
+        return factor.diagonal().sum(), 2 * x
+
+    replay = Replay(record(function, torch.eye(2), check=[2 * torch.eye(2)]))
+    for one, other in zip(replay(4 * torch.eye(2)), (torch.tensor(4.0), 8 * torch.eye(2)), strict=True):
+        assert_close(one, other)
+    assert all(one.isnan().all() for one in replay(-torch.eye(2)))
+
+
+def correlated(data):
+    """A precision matrix that half of the draws make indefinite."""
+    slope = pyro.sample("slope", dist.Normal(0.0, 1.0))
+    precision = torch.eye(2) + slope[..., None, None] * (1 - torch.eye(2))
+    with pyro.plate("rows", len(data)):
+        pyro.sample("y", dist.MultivariateNormal(torch.zeros(2), precision_matrix=precision), obs=data)
+
+
+def test_particles_without_a_factorisation_are_left_out_of_recorded_steps():
+    torch.manual_seed(0)
+    guide = fg.AutoPlanar(correlated, depth=1, init_scale=0.6)
+    data = torch.tensor([[1.0, 0.5], [-0.5, 0.3]])
+    guide(data)
+    objective, generator = DensityObjective(correlated, guide, (data,), {}), torch.Generator().manual_seed(0)
+    descent = Descent(objective.parameters.values())
+    dropped = []
+    for _ in range(20):
+        step, followed = objective.descend(Request(4, path=False), generator, descent, 1e-3)
+        dropped.append(step.dropped)
+        assert followed == (step.dropped < 4)
+    assert max(dropped) > 0
+    assert min(dropped) == 0
+    assert objective.route == "batched densities, recorded"
+
+
 # -- compiling ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_compiled_step_is_the_recorded_one():
+def descended(model, args, compiling, requests, scale=1.0):
+    """Bounds and parameters after some steps down."""
+    torch.manual_seed(3)
+    guide = fg.AutoPlanar(model, depth=1, init_scale=0.6)
+    guide(*args)
+    with torch.no_grad():
+        for parameter in guide.parameters():
+            parameter.add_(scale * torch.randn_like(parameter))
+    objective, generator = DensityObjective(model, guide, args, {}, compiling), torch.Generator().manual_seed(0)
+    descent = Descent(objective.parameters.values())
+    steps = [objective.descend(request, generator, descent, 0.01) for request in requests]
+    assert objective.route == f"batched densities, {'compiled' if compiling else 'recorded'}"
+    return [(step.elbo, step.gap, step.dropped) for step, _ in steps], descent.values()[0], guide
+
+
+def test_compiled_steps_are_the_recorded_ones():
     torch.set_default_dtype(torch.float64)
-    guide = fg.AutoPlanar(schools, depth=1)
-    guide(*DATA)
-    found = []
-    for compiling in (False, True):
-        objective = DensityObjective(schools, guide, DATA, {}, compiling)
-        found.append([gradients(objective, Request(4, path=True))[1] for _ in range(2)])
-        assert objective.route == f"batched densities, {'compiled' if compiling else 'recorded'}"
-    for one, other in zip(*([gradient for step in steps for gradient in step] for steps in found), strict=True):
-        assert (one is None) == (other is None)
-        if one is not None:
-            assert_close(one, other, rtol=1e-9, atol=1e-9)
+    requests = [Request(4, path=True, power=0.5 + 0.1 * step) for step in range(5)]
+    (recorded_steps, one, _), (compiled_steps, other, guide) = (
+        descended(schools, DATA, compiling, requests) for compiling in (False, True)
+    )
+    for step, expected in zip(compiled_steps, recorded_steps, strict=True):
+        assert step == pytest.approx(expected, rel=1e-9)
+    assert_close(other, one, rtol=1e-9, atol=1e-9)
+    assert_close(flatten(list(guide.parameters())).detach(), other, rtol=0, atol=0)
+
+
+def test_compiled_steps_leave_out_the_same_particles():
+    torch.set_default_dtype(torch.float64)
+    data = torch.tensor([[1.0, 0.5], [-0.5, 0.3]]).double()
+    requests = [Request(4, path=False)] * 10
+    (recorded_steps, one, _), (compiled_steps, other, _) = (
+        descended(correlated, (data,), compiling, requests, 0.0) for compiling in (False, True)
+    )
+    assert [step[2] for step in recorded_steps] == [step[2] for step in compiled_steps]
+    assert 0 < sum(step[2] > 0 for step in compiled_steps) < 10
+    assert_close(other, one, rtol=1e-9, atol=1e-9)
 
 
 def test_a_compiler_that_fails_is_reported_and_the_fit_goes_on(monkeypatch):
     def fails(*_, **__):
         raise RuntimeError("no compiler here")
 
-    monkeypatch.setattr(torch, "compile", fails)
+    monkeypatch.setattr(torch._inductor, "compile", fails)
     result = fg.fit(schools, fg.AutoPlanar(schools), *DATA, steps=20, compile=True, progress=False)
     assert result.route == "batched densities, recorded (not compiled: no compiler here)"
     assert result.steps == 20
 
 
 def test_auto_compiles_only_what_repays(monkeypatch):
-    monkeypatch.setattr(torch, "compile", lambda module, **_: module)
     clock = iter(range(10**6))
     monkeypatch.setattr(recording.time, "perf_counter", lambda: next(clock))  # a replay takes one second
-    for remaining, repays in ((0, False), (10, True)):
-        replay = Replay(recorded(lambda x: (x + 1,)), "auto")
-        for _ in range(recording.TIMED + 1):
-            assert not replay.compiled
-            replay(inputs(), remaining=remaining)
-        assert replay.compiled is repays
+    replay = Replay(recorded(lambda x: (x + 1,)))
+    for _ in range(recording.TIMED):
+        assert not replay.compiling_repays(10**6)
+        replay(inputs())
+    assert replay.compiling_repays(10)
+    assert not replay.compiling_repays(0)
 
 
 def test_compile_is_checked():
