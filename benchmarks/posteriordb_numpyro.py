@@ -13,7 +13,7 @@ scans, and one compiled call for the start of SVI rather than hundreds of single
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -192,13 +192,26 @@ def fit(
     ``guide`` is the name of its class, ``options`` what that takes beside the model. Returns what draws from the
     trained guide: given a number, so many weighted draws.
     """
+    return next(stretches(posterior, guide, options, seed=seed, steps=steps, particles=particles, rate=rate))
+
+
+def stretches(
+    posterior: Posterior, guide: str, options: dict[str, Any], *, seed: int, steps: int, particles: int, rate: float
+) -> Iterator[Callable[[int], WeightedDraws]]:
+    """:func:`fit`, going on for as many steps again whenever it is asked to."""
     model = counterpart(posterior)
     fitted = getattr(autoguide, guide)(model, init_loc_fn=init_to_feasible, **options)
     svi = SVI(model, fitted, numpyro.optim.Adam(rate), Trace_ELBO(num_particles=particles))
     training, drawing = random.split(random.key(seed))
-    start = jax.jit(svi.init)(training)
-    params = jax.block_until_ready(svi.run(training, steps, progress_bar=False, init_state=start).params)
-    return partial(weigh, model, fitted, params, drawing)
+    state = jax.jit(svi.init)(training)
+
+    @jax.jit
+    def advance(state: Any) -> Any:
+        return lax.scan(lambda state, _: (svi.update(state)[0], None), state, length=steps)[0]
+
+    while True:
+        state = jax.block_until_ready(advance(state))
+        yield partial(weigh, model, fitted, svi.get_params(state), drawing)
 
 
 def weigh(

@@ -1,0 +1,67 @@
+"""benchmarks/posteriordb_race.py stops its clocks where it should, and goes on where it stopped."""
+
+import csv
+import importlib
+import os
+import sys
+from pathlib import Path
+
+import pyro
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+race = importlib.import_module("posteriordb_race")
+
+needs_data = pytest.mark.skipif("FLOWGUIDES_DATA" not in os.environ, reason="FLOWGUIDES_DATA is not set")
+NAME = "gp_pois_regr-gp_regr"
+EVIDENCE = Path(race.__file__).parent / "results" / "posteriordb.csv"
+
+
+@pytest.fixture(autouse=True)
+def _state():
+    dtype, threads, environment = torch.get_default_dtype(), torch.get_num_threads(), dict(os.environ)
+    yield
+    pyro.clear_param_store()
+    torch.set_default_dtype(dtype)
+    torch.set_num_threads(threads)
+    os.environ.clear()
+    os.environ.update(environment)
+
+
+def job(guide, log_evidence):
+    root = Path(os.environ["FLOWGUIDES_DATA"]) / "posteriordb" / "posterior_database"
+    return race.Job(root, NAME, guide, 0, log_evidence, 60.0)
+
+
+@needs_data
+@pytest.mark.parametrize("guide", [race.OURS, race.SHORTEST, "Pyro AutoNormal"])
+def test_who_gets_there_is_stopped(guide):
+    """log Z is known from elsewhere; the result's gap is measured against it."""
+    (row,) = [
+        row
+        for row in csv.DictReader(EVIDENCE.read_text().splitlines())
+        if (row["posterior"], row["guide"]) == (NAME, "iaf")
+    ]
+    result = race.run_job(job(guide, float(row["log_evidence"])))
+    assert result.reached
+    assert -0.1 < result.gap <= race.GAP
+    assert result.steps <= 1000
+    assert result.cpu_seconds > 0
+
+
+@needs_data
+def test_who_does_not_get_there_is_given_up(monkeypatch):
+    monkeypatch.setattr(race, "MOST_STEPS", 200)
+    result = race.run_job(job("Pyro AutoNormal", 1e6))
+    assert not result.reached
+    assert result.steps == 200
+    assert result.gap > 1e5
+
+
+def test_the_table_says_who_was_there():
+    rows = [
+        {"posterior": "a", "guide": "x", "reached": "True", "cpu_seconds": "1.23", "gap": "0.05", "khat": "0.1"},
+        {"posterior": "a", "guide": "y", "reached": "False", "cpu_seconds": "30.2", "gap": "12.3", "khat": "0.9"},
+    ]
+    assert race.table(rows).splitlines()[-1] == "| a | **1.2** | not in 30 (12, k-hat 0.90) |"
