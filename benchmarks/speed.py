@@ -1,196 +1,183 @@
-"""What one training step costs: ours, recorded and compiled, beside Pyro's SVI and a hand-written loop.
+"""What training steps, inverses and whole fits cost: ours beside Pyro, NumPyro, FlowJAX, zuko, normflows and the floor.
 
-    python benchmarks/speed.py --output benchmarks/results/speed.md
+    python benchmarks/speed.py --numpyro PYTHON --peers PYTHON
 
-A hierarchical normal model with D latent variables and its three-layer IAF posterior, P particles, float32, one thread.
-All competitors of a setting run in one process, in turns, and what is compared is the processor time of a step: medians
-and ratios. Compilation is timed apart.
+PYTHON are interpreters with the libraries that are not installed here: one with NumPyro and FlowJAX, one with torch,
+zuko and normflows. What cannot be imported is left out. Every competitor runs in a process of its own on one thread.
+Within a setting they take turns, and what is compared is processor time: medians, and medians of the ratios within a
+round. Compilation is timed apart.
+
+Studies:
+    steps    a step of a three-layer IAF on a hierarchical normal model with D latent variables, P particles
+    inverse  the inverse of such a flow with random weights, batch of 256
+    vae      a step of an MLP VAE with 64 latent variables
+    gap      wall time until the ELBO is within 0.1 nat of the known evidence, compilation included
+
+Each writes ``speed_STUDY.csv``, the table ``speed_STUDY.md`` and the figure ``speed_STUDY.png``.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
-import math
-import statistics
-import time
-from collections.abc import Callable
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyro
-import pyro.distributions as dist
-import torch
+import speed_report
 from machine import processor
-from pyro.infer import SVI, Trace_ELBO
-from pyro.infer.autoguide import AutoIAFNormal
-from torch import Tensor
+from row_files import append_row
+from speed_gap import log_evidence
+from speed_workers import COMPETITORS, Worker
 
-import pyro_flowguides as fg
-from pyro_flowguides.inference.objectives import DensityObjective, Request
-
-SETTINGS = ((2, 32), (10, 1), (10, 32), (10, 256), (100, 32), (500, 32))
-FLOWS = 3
-RATE = 1e-3
-
-
-def make_model(dim: int) -> Callable[[], None]:
-    """A global location and dim - 1 group means, each observed once."""
-    data = torch.linspace(-1.0, 1.0, dim - 1)
-
-    def model() -> None:
-        loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
-        with pyro.plate("groups", dim - 1):
-            mean = pyro.sample("mean", dist.Normal(loc, 1.0))
-            pyro.sample("y", dist.Normal(mean, 0.5), obs=data)
-
-    return model
+RESULTS = Path(__file__).parent / "results"
+Setting = dict[str, Any]
+#: Hidden widths of ``AutoIAF``, whatever D.
+HIDDEN = 64
+#: Wall seconds after which a peer is given up that is not near the evidence.
+PATIENCE = 40.0
+#: Processor seconds of a turn; and rounds, fewer where a single call takes longer than so many seconds.
+TURN, ROUNDS, FEWER_ROUNDS = 0.05, 11, ((1.0, 3), (0.2, 5))
 
 
-def pyro_svi(model: Callable[[], None], particles: int) -> Callable[[], object]:
-    """Pyro's guide and training loop, validation off."""
-    guide = AutoIAFNormal(model, num_transforms=FLOWS)
-    elbo = Trace_ELBO(particles, max_plate_nesting=1, vectorize_particles=True)
-    svi = SVI(model, guide, pyro.optim.Adam({"lr": RATE}), elbo)
-    return svi.step
+def steps(*settings: tuple[int, int, int]) -> list[Setting]:
+    return [{"dim": dim, "particles": particles, "hidden": hidden} for dim, particles, hidden in settings]
 
 
-def ours(model: Callable[[], None], particles: int, path: bool, compiling: bool) -> Callable[[], object]:
-    """The inner step of ``fit``: objective, clipping, Adam."""
-    guide = fg.AutoIAF(model)
-    guide()
-    objective = DensityObjective(model, guide, (), {}, compiling)
-    parameters = list(objective.parameters.values())
-    optimiser = torch.optim.Adam(parameters, lr=RATE, fused=True)
-    generator, request = torch.Generator().manual_seed(0), Request(particles, path)
-
-    def step() -> None:
-        objective(request, generator).backward(parameters)
-        torch.nn.utils.clip_grad_norm_(parameters, 10.0)
-        optimiser.step()
-
-    return step
+def inverses(*dims: int) -> list[Setting]:
+    return [{"dim": dim, "batch": 256, "hidden": HIDDEN} for dim in dims]
 
 
-def by_hand(dim: int, particles: int) -> Callable[[], object]:
-    """The same flow without Pyro, without guide and with the density written out: what a loop of one's own costs."""
-    flow: Any = fg.flows.iaf(dim)
-    parameters = list(flow.parameters())
-    optimiser = torch.optim.Adam(parameters, lr=RATE, fused=True)
-    data, half_log = torch.linspace(-1.0, 1.0, dim - 1), 0.5 * math.log(2 * math.pi)
+def vaes(*settings: tuple[str, int]) -> list[Setting]:
+    return [{"posterior": posterior, "batch": batch} for posterior, batch in settings]
 
-    def log_normal(x: Tensor, loc: Tensor | float, scale: float) -> Tensor:
-        return -0.5 * ((x - loc) / scale).square() - math.log(scale) - half_log
 
-    def step() -> None:
-        noise = torch.randn(particles, dim)
-        z, ladj = flow.forward_and_ladj(noise)
-        loc, mean = z[:, :1], z[:, 1:]
-        log_p = log_normal(loc[:, 0], 0.0, 1.0) + (log_normal(mean, loc, 1.0) + log_normal(data, mean, 0.5)).sum(-1)
-        loss = -(log_p + ladj).mean()
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-
-    return step
+def gaps(*settings: tuple[str, int]) -> list[Setting]:
+    return [{"target": target, "dim": dim} for target, dim in settings]
 
 
 @dataclass(frozen=True)
-class Competitor:
-    """A way to take a step, and whether it may be left out."""
+class Study:
+    """The settings in which competitors take part, those of a quick run, and facts that workers tell beside times."""
 
-    make: Callable[[Callable[[], None], int, int], Callable[[], object]]
-    compiles: bool = False
+    settings: Sequence[Setting]
+    quick: Sequence[Setting]
+    facts: tuple[str, ...] = ()
+    timed: bool = True
 
 
-COMPETITORS: dict[str, Competitor] = {
-    "Pyro SVI": Competitor(lambda model, dim, particles: pyro_svi(model, particles)),
-    "by hand, eager": Competitor(lambda model, dim, particles: by_hand(dim, particles)),
-    "fit": Competitor(lambda model, dim, particles: ours(model, particles, False, False)),
-    "fit, path gradient": Competitor(lambda model, dim, particles: ours(model, particles, True, False)),
-    "fit, compiled": Competitor(lambda model, dim, particles: ours(model, particles, False, True), compiles=True),
-    "fit, path gradient, compiled": Competitor(
-        lambda model, dim, particles: ours(model, particles, True, True), compiles=True
+STUDIES = {
+    "steps": Study(
+        steps(
+            *((2, 32, HIDDEN), (10, 1, HIDDEN), (10, 32, HIDDEN), (10, 256, HIDDEN), (100, 32, HIDDEN)),
+            *((500, 32, HIDDEN), (500, 256, HIDDEN), (1000, 32, HIDDEN), (10000, 32, HIDDEN)),
+            *((10, 32, 10), (100, 32, 100), (500, 32, 500)),
+        ),
+        quick=steps((10, 32, HIDDEN), (100, 32, HIDDEN)),
+    ),
+    "inverse": Study(inverses(10, 100, 500), quick=inverses(10, 100), facts=("error32", "error64")),
+    "vae": Study(
+        vaes(("normal", 100), ("normal", 500), ("iaf", 100), ("iaf", 500)),
+        quick=vaes(("iaf", 100)),
+    ),
+    "gap": Study(
+        gaps(("location", 10), ("location", 100), ("scale", 10), ("scale", 100)),
+        quick=gaps(("location", 10), ("scale", 10)),
+        facts=("near", "seconds", "steps", "gap"),
+        timed=False,
     ),
 }
 
 
-@dataclass(frozen=True)
-class Cell:
-    """Milliseconds of every round, and seconds until the first step was done."""
-
-    rounds: list[float]
-    first: float
-
-    @property
-    def median(self) -> float:
-        return statistics.median(self.rounds)
+def told(study: str, setting: Setting) -> Setting:
+    """What a worker has to know of a setting."""
+    if study != "gap":
+        return setting
+    return {**setting, "log_evidence": log_evidence(setting["target"], setting["dim"]), "seconds": PATIENCE}
 
 
-def measure(dim: int, particles: int, rounds: int, names: list[str]) -> dict[str, Cell]:
-    """All competitors in turns, several steps per turn."""
-    model, steps, first = make_model(dim), {}, {}
-    for name in names:
-        pyro.clear_param_store()
-        begin = time.perf_counter()
-        steps[name] = COMPETITORS[name].make(model, dim, particles)
-        steps[name]()
-        first[name] = time.perf_counter() - begin
-        for _ in range(5):
-            steps[name]()
-    times: dict[str, list[float]] = {name: [] for name in names}
-    for _ in range(rounds):
-        for name, step in steps.items():
-            begin = time.process_time()
-            for _ in range(5):
-                step()
-            times[name].append(1e3 * (time.process_time() - begin) / 5)
-    return {name: Cell(times[name], first[name]) for name in names}
+def measure(study: str, setting: Setting, workers: Sequence[Worker], rounds: int) -> list[dict[str, Any]]:
+    """A row for every worker: set up one after the other, then in turns."""
+    found = {worker.name: worker.ask(setup=told(study, setting)) for worker in workers}
+    running = [worker for worker in workers if found[worker.name]]
+    times: dict[str, list[float]] = {worker.name: [] for worker in workers}
+    if STUDIES[study].timed and running:
+        slowest = max(answer["call"] for answer in found.values() if answer)
+        for _ in range(next((most for limit, most in FEWER_ROUNDS if slowest > limit and most < rounds), rounds)):
+            for worker in list(running):
+                answer = worker.ask(run=max(1, round(TURN / max(1e-9, found[worker.name]["call"]))))
+                if answer:
+                    times[worker.name].append(answer["ms"])
+                else:
+                    running.remove(worker)
+                    times[worker.name].clear()
+    return [
+        {
+            **setting,
+            "competitor": worker.name,
+            "ms": speed_report.median(times[worker.name]),
+            "first": f"{found[worker.name].get('first', float('nan')):.3g}",
+            **{fact: found[worker.name].get("facts", {}).get(fact, "") for fact in STUDIES[study].facts},
+            "left_out": worker.left_out,
+            "rounds": " ".join(f"{ms:.4g}" for ms in times[worker.name]),
+        }
+        for worker in workers
+    ]
 
 
-def table(found: dict[tuple[int, int], dict[str, Cell]], names: list[str]) -> str:
-    """Milliseconds, and in brackets how many times less than Pyro's SVI."""
-    settings = [f"D={dim}, P={particles}" for dim, particles in found]
-    lines = [f"| step, ms | {' | '.join(settings)} |", "|---" * (len(settings) + 1) + "|"]
-    for name in names:
-        cells = []
-        for cell in found.values():
-            ratio = statistics.median(a / b for a, b in zip(cell["Pyro SVI"].rounds, cell[name].rounds, strict=True))
-            cells.append(f"{cell[name].median:.2f} ({ratio:.1f}x)")
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    lines += ["", f"| first step, s | {' | '.join(settings)} |", "|---" * (len(settings) + 1) + "|"]
-    for name in names:
-        lines.append(f"| {name} | {' | '.join(f'{cell[name].first:.1f}' for cell in found.values())} |")
-    return "\n".join(lines)
+def run(study: str, arguments: argparse.Namespace, about: Mapping[str, str]) -> Path:
+    """All settings of a study; the file with the rows."""
+    interpreters = {"own": sys.executable, "numpyro": arguments.numpyro, "peers": arguments.peers}
+    if arguments.device != "cpu":
+        del interpreters["numpyro"]
+    suffix = "" if arguments.device == "cpu" else f"_{arguments.device}"
+    path: Path = arguments.output / f"speed_{study}{suffix}.csv"
+    path.unlink(missing_ok=True)
+    settings = STUDIES[study].quick if arguments.quick else STUDIES[study].settings
+    with tempfile.TemporaryDirectory() as cache:  # so that compilation starts from nothing
+        names = [name for name in COMPETITORS[study] if not arguments.only or name in arguments.only]
+        workers = [Worker(study, name, interpreters, arguments.device, Path(cache)) for name in names]
+        try:
+            for worker in workers:
+                worker.start()
+            for setting in settings:
+                for row, worker in zip(measure(study, setting, workers, arguments.rounds), workers, strict=True):
+                    versions = ", ".join(f"{name} {version}" for name, version in worker.versions.items())
+                    append_row(path, {**row, **about, "versions": versions})
+                    told_of = ", ".join(f"{key} {row[key]}" for key in ("ms", "first", *STUDIES[study].facts))
+                    print(*setting.values(), f"{worker.name}: {row['left_out'] or told_of}", flush=True)
+        finally:
+            for worker in workers:
+                worker.stop()
+    return path
 
 
-def main() -> None:
+def hardware(device: str) -> str:
+    if device == "cpu":
+        return processor()
+    import torch
+
+    return f"{torch.cuda.get_device_name()}, {processor()}"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--dims", type=int, nargs="*", help="only these numbers of latent variables")
-    parser.add_argument("--no-compile", action="store_true", help="leave out what has to be compiled")
-    parser.add_argument("--output", type=Path, help="file to write the tables to")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    pyro.enable_validation(False)
-    names = [name for name, one in COMPETITORS.items() if not (one.compiles and arguments.no_compile)]
-    found = {}
-    for dim, particles in SETTINGS:
-        if arguments.dims and dim not in arguments.dims:
-            continue
-        found[dim, particles] = measure(dim, particles, arguments.rounds, names)
-        print(dim, particles, {name: round(cell.median, 2) for name, cell in found[dim, particles].items()}, flush=True)
-    text = table(found, names)
-    print(text)
-    if arguments.output:
-        about = (
-            f"{datetime.date.today()}, torch {torch.__version__}, Pyro {pyro.__version__}, one thread on {processor()}"
-        )
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(
-            f"# Cost of a training step\n\n{about}; float32, processor time.\n\n{text}\n", "utf-8"
-        )
+    parser.add_argument("--studies", nargs="*", choices=STUDIES, default=list(STUDIES))
+    parser.add_argument("--numpyro", default=sys.executable, help="interpreter that has NumPyro and FlowJAX")
+    parser.add_argument("--peers", default=sys.executable, help="interpreter that has torch, zuko and normflows")
+    parser.add_argument("--only", nargs="*", metavar="COMPETITOR", help="only these, by their names in the tables")
+    parser.add_argument("--quick", action="store_true", help="a few settings of every study")
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--device", default="cpu", help="cuda: wall time of what runs on torch there")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder for tables and figures")
+    given = parser.parse_args(arguments)
+    about = {"date": str(datetime.date.today()), "hardware": hardware(given.device)}
+    for study in given.studies:
+        path = run(study, given, about)
+        print(speed_report.write(study, path))
 
 
 if __name__ == "__main__":

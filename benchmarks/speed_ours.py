@@ -1,0 +1,172 @@
+"""Competitors of speed.py that need this package or Pyro: ``fit``, Pyro's SVI, inverses and VAEs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any, Literal
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.infer import SVI, Trace_ELBO
+from pyro.infer.autoguide import AutoIAFNormal
+from speed_gap import NEAR, RATE, Target, until_near
+from speed_torch import DEVICE, FLOWS, by_weights, observations, round_trip
+from speed_torch import RATE as STEP_RATE
+from speed_workers import Job, LeftOut, not_below
+from torch import Tensor
+
+import pyro_flowguides as fg
+from pyro_flowguides.inference.descent import Descent
+from pyro_flowguides.inference.objectives import DensityObjective, Request
+
+Model = Callable[[], None]
+pyro.enable_validation(False)
+# The modules that an optimiser loads at first use are no part of the first step.
+torch.optim.Adam([torch.zeros(1, requires_grad=True)], fused=True)
+
+
+# -- the targets -------------------------------------------------------------------------------------------------------
+
+
+def make_model(dim: int, target: str = "location") -> Model:
+    """A global location, or the logarithm of a scale, and dim - 1 group means, each observed once."""
+    data = observations(dim)
+    zero, one = data.new_zeros(()), data.new_ones(())
+
+    def hierarchical() -> None:
+        loc = pyro.sample("loc", dist.Normal(zero, one))
+        with pyro.plate("groups", len(data)):
+            mean = pyro.sample("mean", dist.Normal(loc, one))
+            pyro.sample("y", dist.Normal(mean, 0.5 * one), obs=data)
+
+    def unknown_scale() -> None:
+        log_scale = pyro.sample("log_scale", dist.Normal(zero, one))
+        with pyro.plate("groups", len(data)):
+            mean = pyro.sample("mean", dist.Normal(zero, log_scale.exp()))
+            pyro.sample("y", dist.Normal(mean, 0.5 * one), obs=data)
+
+    return {"location": hierarchical, "scale": unknown_scale}[target]
+
+
+# -- a training step ---------------------------------------------------------------------------------------------------
+
+
+def our_steps(dim: int, particles: int, hidden: int, compiling: bool = False) -> Job:
+    """The inner step of ``fit`` while it explores."""
+    model = make_model(dim)
+    guide = fg.AutoIAF(model, hidden_dim=[hidden, hidden], num_transforms=FLOWS)
+    guide()
+    objective = DensityObjective(model, guide, (), {}, compiling)
+    descent, generator = Descent(list(objective.parameters.values())), torch.Generator().manual_seed(0)
+    request = Request(particles, path=False)
+
+    def step() -> None:
+        objective.descend(request, generator, descent, STEP_RATE)
+
+    step()
+    if compiling and not objective.route.endswith(", compiled"):
+        raise LeftOut(objective.route)
+    return Job(step)
+
+
+def pyro_steps(dim: int, particles: int, hidden: int) -> Job:
+    """Pyro's guide and training loop."""
+    pyro.clear_param_store()
+    model = make_model(dim)
+    guide = AutoIAFNormal(model, hidden_dim=not_below(dim, hidden), num_transforms=FLOWS)
+    return Job(_svi(model, guide, particles, STEP_RATE).step)
+
+
+def _svi(model: Model, guide: Any, particles: int, rate: float) -> SVI:
+    elbo = Trace_ELBO(particles, max_plate_nesting=1, vectorize_particles=True)
+    return SVI(model, guide, pyro.optim.Adam({"lr": rate}), elbo)
+
+
+# -- inverses ----------------------------------------------------------------------------------------------------------
+
+
+def _flow(dim: int, hidden: int) -> Any:
+    flow: Any = fg.flows.iaf(dim, depth=FLOWS, hidden_dims=(hidden, hidden))
+    by_weights(flow)
+    return flow
+
+
+def our_inverse(dim: int, batch: int, hidden: int) -> Job:
+    flow = _flow(dim, hidden)
+    return round_trip(flow, lambda x: flow.forward_and_ladj(x)[0], lambda y: flow.inverse_and_ladj(y)[0], dim, batch)
+
+
+def sequential_inverse(dim: int, batch: int, hidden: int) -> Job:
+    """The same flow, D passes of every network: one coordinate after the other."""
+    flow = _flow(dim, hidden)
+
+    def inverse(y: Tensor) -> Tensor:
+        for layer in reversed(flow.parts):
+            theta, x = layer.theta(), torch.zeros_like(y)
+            for i in layer.conditioner.order.tolist():
+                log_scale, shift = layer._elementwise(x, theta)
+                x[:, i] = (y[:, i] - shift[:, i]) * (-log_scale[:, i]).exp()
+            y = x
+        return y
+
+    return round_trip(flow, lambda x: flow.forward_and_ladj(x)[0], inverse, dim, batch)
+
+
+# -- VAEs --------------------------------------------------------------------------------------------------------------
+
+
+def vae(posterior: str, batch: int, loop: str, compiling: bool = False) -> Job:
+    """A training step of the MLP VAE of vae_step.py; compiled as ``--compile`` does it."""
+    import vae_step
+
+    pyro.clear_param_store()
+    torch.manual_seed(0)
+    x = (torch.rand(batch, *vae_step.DATA_SHAPE) < 0.2).float().to(DEVICE)
+    network = vae_step.MODELS["vae"](vae_step.DATA_SHAPE, latent_dim=vae_step.LATENT_DIM, posterior=posterior)
+    network.to(DEVICE)
+    if compiling:
+        network.terms = torch.compile(network.terms)  # type: ignore[method-assign]
+    return Job(vae_step.LOOPS[loop](network, x))
+
+
+# -- time to the evidence ----------------------------------------------------------------------------------------------
+
+
+def our_gap(
+    dim: int, target: str, log_evidence: float, seconds: float, compiling: bool | Literal["auto"] = False
+) -> Job:
+    """All of ``fit``, to where it stops by itself."""
+    model = make_model(dim, target)
+    facts: dict[str, Any] = {}
+
+    def call() -> None:
+        result = fg.fit(model, fg.AutoIAF(model), particles=Target.particles, compile=compiling, progress=False)
+        assert result.diagnosis is not None
+        gap = log_evidence - result.diagnosis.elbo
+        facts.update(near=gap < NEAR, seconds=result.seconds, steps=result.steps, gap=gap)
+
+    return Job(call, warm_up=0, facts=lambda: facts)
+
+
+def pyro_gap(dim: int, target: str, log_evidence: float, seconds: float) -> Job:
+    """Pyro's SVI until near the evidence, with the widths that its guide has of its own, D."""
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+    begin = time.perf_counter()
+    model = make_model(dim, target)
+    guide = AutoIAFNormal(model, num_transforms=FLOWS)
+    svi = _svi(model, guide, Target.particles, RATE)
+    exact = Trace_ELBO(Target.draws, max_plate_nesting=1, vectorize_particles=True)
+    spent = time.perf_counter() - begin
+
+    def chunk() -> None:
+        for _ in range(Target.chunk):
+            svi.step()
+
+    @torch.no_grad()
+    def elbo() -> float:
+        return -float(exact.loss(model, guide))
+
+    return until_near(chunk, elbo, log_evidence, seconds - spent, spent)

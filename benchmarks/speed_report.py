@@ -1,0 +1,371 @@
+"""Tables and figures from the rows of speed.py."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from row_files import read_rows
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+#: Most columns of a table.
+COLUMNS = 5
+Row = dict[str, Any]
+Table = list[Row]
+
+
+def median(values: Iterable[float]) -> str:
+    """Of the finite ones, with four digits; empty where there is none."""
+    finite = [value for value in values if math.isfinite(value)]
+    return f"{statistics.median(finite):.4g}" if finite else ""
+
+
+# -- what rows say -----------------------------------------------------------------------------------------------------
+
+
+def rounds(row: Row) -> list[float]:
+    return [float(ms) for ms in row["rounds"].split()]
+
+
+def ratio(row: Row, reference: Row) -> float:
+    """How many times as long as the reference: the median over the rounds; NaN where one was left out."""
+    ratios = [a / b for a, b in zip(rounds(row), rounds(reference), strict=False)]
+    return statistics.median(ratios) if ratios else math.nan
+
+
+def find(rows: Table, competitor: str, **setting: Any) -> Row | None:
+    """The row of a competitor in a setting."""
+    wanted = {"competitor": competitor, **{key: str(value) for key, value in setting.items()}}
+    return next((row for row in rows if wanted.items() <= row.items()), None)
+
+
+def distinct(rows: Table, *keys: str) -> list[tuple[str, ...]]:
+    """The values of these columns, in the order of appearance."""
+    return list(dict.fromkeys(tuple(row[key] for key in keys) for row in rows))
+
+
+# -- studies -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Aim:
+    """A ratio that is to be at most so much, in one setting of a study."""
+
+    competitor: str
+    reference: str
+    most: float
+    setting: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Study:
+    """How the rows of a study are shown."""
+
+    title: str
+    text: str
+    keys: tuple[str, ...]
+    names: Callable[[Row], str]
+    reference: str
+    draw: Callable[[Table, Any], Any]
+    aims: tuple[Aim, ...] = ()
+    extra: tuple[tuple[str, str], ...] = ()
+
+
+def grid(header: str, columns: Sequence[str], lines: Iterable[tuple[str, Sequence[str]]]) -> str:
+    head = [f"| {header} | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    return "\n".join(head + [f"| {name} | {' | '.join(cells)} |" for name, cells in lines])
+
+
+def by_setting(rows: Table, study: Study, header: str, cell: Callable[[Row, Row | None], str]) -> str:
+    """A row of the table for every competitor, a column for every setting."""
+    settings = distinct(rows, *study.keys)
+    names = [study.names(dict(zip(study.keys, setting, strict=True))) for setting in settings]
+    lines = []
+    for (competitor,) in distinct(rows, "competitor"):
+        cells = []
+        for setting in settings:
+            here = dict(zip(study.keys, setting, strict=True))
+            row = find(rows, competitor, **here)
+            cells.append("—" if row is None or row["left_out"] else cell(row, find(rows, study.reference, **here)))
+        lines.append((competitor, cells))
+    return grid(header, names, lines)
+
+
+def timed(row: Row, reference: Row | None) -> str:
+    """Milliseconds, and in brackets how many times faster than the reference."""
+    times = 1 / ratio(row, reference) if reference is not None and ratio(row, reference) else math.nan
+    return f"{float(row['ms']):.3g}" + (f" ({times:.3g}×)" if math.isfinite(times) else "")
+
+
+def number(key: str, row: Row, _: Row | None) -> str:
+    return f"{float(row[key]):.2g}"
+
+
+def near(row: Row, _: Row | None) -> str:
+    """Seconds, or how far from the evidence it was in the end."""
+    if row["near"] == "True":
+        return f"{float(row['seconds']):.1f} s ({row['steps']} steps)"
+    return f"not in {float(row['seconds']):.0f} s (gap {float(row['gap']):.2g})"
+
+
+def groups(study: Study, rows: Table) -> list[Table]:
+    """Rows in tables that are not too wide, other widths than 64 in tables of their own."""
+    found = []
+    for _, part in itertools.groupby(rows, lambda row: row.get("hidden") in (None, "64")):
+        here = list(part)
+        settings = distinct(here, *study.keys)
+        for start in range(0, len(settings), COLUMNS):
+            chosen = settings[start : start + COLUMNS]
+            found.append([row for row in here if tuple(row[key] for key in study.keys) in chosen])
+    return found
+
+
+def tables(study: Study, rows: Table) -> str:
+    parts = []
+    for part in groups(study, rows):
+        if study.reference:
+            parts.append(by_setting(part, study, "ms", timed))
+            parts += [by_setting(part, study, title, partial(number, key)) for key, title in study.extra]
+        else:
+            parts.append(by_setting(part, study, "time", near))
+    return "\n\n".join(parts)
+
+
+def aims(study: Study, rows: Table) -> str:
+    lines = []
+    for aim in study.aims:
+        row, reference = find(rows, aim.competitor, **aim.setting), find(rows, aim.reference, **aim.setting)
+        if row is None or reference is None or not row["rounds"] or not reference["rounds"]:
+            continue
+        found = ratio(row, reference)
+        lines.append(
+            (
+                f"{aim.competitor} / {aim.reference}, {study.names({k: str(v) for k, v in aim.setting.items()})}",
+                [f"{aim.most:.3g}", f"{found:.3g}", "yes" if found <= aim.most else "no"],
+            )
+        )
+    return grid("aim", ["at most", "measured", "reached"], lines) if lines else ""
+
+
+def left_out(rows: Table) -> str:
+    """What was left out and why, each reason once."""
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        if row["left_out"]:
+            places = reasons.setdefault((row["competitor"], row["left_out"]), [])
+            places.append(f"D = {row['dim']}" if "dim" in row else row["posterior"])
+    return "\n".join(f"- {name} ({', '.join(dict.fromkeys(places))}): {why}" for (name, why), places in reasons.items())
+
+
+def write(name: str, path: Path) -> str:
+    """Table and figure beside the CSV file; the table's text."""
+    study, rows = STUDIES[name], read_rows(path)
+    versions = dict(part.rsplit(" ", 1) for row in rows for part in row["versions"].split(", ") if part)
+    about = ", ".join(f"{package} {version}" for package, version in versions.items())
+    out = left_out(rows)
+    text = "\n\n".join(
+        part
+        for part in (
+            f"# {study.title}",
+            f"`python benchmarks/speed.py --numpyro PYTHON --peers PYTHON --studies {name}`",
+            f"{rows[0]['date']}, {rows[0]['hardware']}; {about}. {study.text}",
+            tables(study, rows),
+            aims(study, rows),
+            f"Left out:\n\n{out}" if out else "",
+        )
+        if part
+    )
+    path.with_suffix(".md").write_text(text + "\n", "utf-8")
+    figure = study.draw(rows, study)
+    figure.savefig(path.with_suffix(".png"), dpi=110, bbox_inches="tight")
+    plt.close(figure)
+    return text
+
+
+# -- figures -----------------------------------------------------------------------------------------------------------
+
+STYLES = {
+    "Pyro": ("tab:red", "s"),
+    "fit": ("tab:blue", "o"),
+    "ours": ("tab:blue", "o"),
+    "by hand": ("tab:green", "^"),
+    "one coordinate": ("tab:red", "s"),
+    "NumPyro": ("tab:orange", "D"),
+    "FlowJAX": ("tab:brown", "v"),
+    "zuko": ("tab:purple", "<"),
+    "normflows": ("tab:pink", ">"),
+    "floor": ("black", "."),
+}
+#: Lines of variants of the same competitor.
+DASHES = ("-", "--", ":")
+
+
+def style(competitor: str, competitors: Sequence[str]) -> dict[str, Any]:
+    kind = next(kind for kind in STYLES if competitor.startswith(kind))
+    variant = [other for other in competitors if other.startswith(kind)].index(competitor)
+    colour, marker = STYLES[kind]
+    return {"color": colour, "marker": marker, "linestyle": DASHES[variant % len(DASHES)]}
+
+
+def lines(axes: Any, rows: Table, key: str, title: str) -> None:
+    """Milliseconds of every competitor against one column."""
+    competitors = [name for (name,) in distinct(rows, "competitor") if not name.endswith("again")]
+    for name in competitors:
+        points = sorted((float(row[key]), float(row["ms"])) for row in rows if row["competitor"] == name and row["ms"])
+        if points:
+            axes.plot(*zip(*points, strict=True), label=name, **style(name, competitors))
+    values = sorted({int(row[key]) for row in rows})
+    axes.set(xscale="log", yscale="log", title=title)
+    axes.set_xticks(values, [f"{value}" for value in values])
+    axes.minorticks_off()
+    axes.grid(True, alpha=0.3)
+
+
+def draw_steps(rows: Table, _: Study) -> Any:
+    shared = [row for row in rows if row["hidden"] == "64"]
+    panels = [
+        ("dim", [row for row in shared if row["particles"] == "32"], "widths 64, 32 particles", "latent variables"),
+        ("particles", [row for row in shared if row["dim"] == "10"], "widths 64, D = 10", "particles"),
+        ("dim", [row for row in rows if row["hidden"] == row["dim"]], "widths D, 32 particles", "latent variables"),
+    ]
+    panels = [panel for panel in panels if panel[1]]
+    figure, all_axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 5), squeeze=False)
+    for axes, (key, part, title, label) in zip(all_axes[0], panels, strict=True):
+        lines(axes, part, key, title)
+        axes.set_xlabel(label)
+    all_axes[0, 0].set_ylabel("processor time of a step, ms")
+    all_axes[0, -1].legend(*all_axes[0, 0].get_legend_handles_labels(), bbox_to_anchor=(1.02, 1), loc="upper left")
+    return figure
+
+
+def draw_inverse(rows: Table, _: Study) -> Any:
+    figure, axes = plt.subplots(figsize=(6, 4.5))
+    lines(axes, rows, "dim", "inverse of three layers, batch of 256")
+    axes.set(xlabel="dimensions", ylabel="processor time, ms")
+    axes.legend()
+    return figure
+
+
+def bars(rows: Table, study: Study, value: str, label: str) -> Any:
+    """A panel of bars for every setting; pale bars for what did not arrive."""
+    settings = distinct(rows, *study.keys)
+    competitors = [name for (name,) in distinct(rows, "competitor")]
+    figure, all_axes = plt.subplots(
+        1, len(settings), figsize=(2 + 3 * len(settings), 0.5 + 0.45 * len(competitors)), sharey=True, squeeze=False
+    )
+    for axes, setting in zip(all_axes[0], settings, strict=True):
+        here = dict(zip(study.keys, setting, strict=True))
+        for place, name in enumerate(competitors):
+            row = find(rows, name, **here)
+            if row is None or not row[value]:
+                continue
+            arrived = row.get("near", "True") == "True"
+            length = float(row[value])
+            axes.barh(place, length, color=style(name, competitors)["color"], alpha=0.9 if arrived else 0.25)
+            text = f" {length:.3g}" if arrived else " not reached"
+            axes.annotate(text, (length, place), va="center", fontsize=8)
+        axes.set(xscale="log", title=study.names(here), xlabel=label)
+        axes.set_yticks(range(len(competitors)), competitors)
+        axes.margins(x=0.35)
+    all_axes[0, 0].invert_yaxis()
+    figure.tight_layout()
+    return figure
+
+
+def setting_name(row: Row) -> str:
+    widths = "" if row["hidden"] == "64" else f", widths {row['hidden']}"
+    return f"D={row['dim']}, P={row['particles']}{widths}"
+
+
+def step_aim(competitor: str, reference: str, most: float, dim: int) -> Aim:
+    return Aim(competitor, reference, most, {"dim": dim, "particles": 32, "hidden": 64})
+
+
+STEPS = """Three-layer IAF, two hidden layers of 64 (the default of `AutoIAF` for every D) unless it says otherwise,
+hierarchical normal target with D latent variables, P particles, float32, one thread. Processor time of a step, median
+over interleaved rounds; in brackets how many times less than Pyro's SVI. Pyro and NumPyro take no widths below D:
+beyond D = 64 theirs are D, and only the columns with widths D compare like with like. The first call includes all
+preparation and compilation, in wall seconds; the compilers' caches are empty, except for "again", a second process
+after the first. The floor is the matrix products of the layers, one forward and two backward, and reading and writing
+the parameters with Adam's averages; for small D it is the cost of calling torch so often."""
+INVERSE = """Three layers, two hidden layers of 64, batch of 256, one thread. Weight matrices are N(0, 1.5² / inputs),
+biases N(0, 0.1²), which takes the log-scales of our layers to their bound. Ours and the loop invert the same flow, with
+masks multiplied into the weights beforehand; zuko's and normflows' layers are of the same sizes, with the same
+distribution of weights. Processor time in float32, median over interleaved rounds; in brackets how many times less than
+the loop. Errors: the largest |x - found| over images of standard normal x."""
+VAES = """MLP 784-300-300, 64 latent variables, float32, one thread; default flows of the registry. Processor time of a
+step, median over interleaved rounds; in brackets how many times less than the loop written by hand with the same
+modules. The first call includes compilation, in wall seconds."""
+GAP = """Wall seconds until the ELBO is within 0.1 nat of the known log evidence, one thread, compilation and warm start
+included, imports not. `fit` is timed whole, to where it stops by itself, and its gap is that of its diagnosis; peers
+(three flows, their own widths D, 32 particles, Adam at 0.01) are stopped at the first look at which they are near, one
+every 100 steps, and the looks are not counted. Caches of compilers are empty. Targets: "location", the hierarchical
+normal model, whose posterior is normal and so within reach of the warm start alone; "scale", group means with an
+unknown scale, whose posterior is a funnel cut by data."""
+#: Seconds until the first call is done, as a table.
+FIRST = (("first", "first call, s"),)
+
+STUDIES = {
+    "steps": Study(
+        "Cost of a training step",
+        STEPS,
+        ("dim", "particles", "hidden"),
+        setting_name,
+        "Pyro SVI",
+        draw_steps,
+        (
+            step_aim("fit", "Pyro SVI", 1 / 3, 10),
+            step_aim("fit, compiled", "Pyro SVI", 1 / 12, 10),
+            step_aim("fit, compiled", "NumPyro, loop", 1, 10),
+            step_aim("fit, compiled", "NumPyro, scan", 1, 10),
+            step_aim("fit", "Pyro SVI", 1 / 8, 500),
+            step_aim("fit, compiled", "Pyro SVI", 1 / 8, 500),
+            step_aim("fit, compiled", "floor: both", 1.5, 500),
+        ),
+        FIRST,
+    ),
+    "inverse": Study(
+        "Inverse of an autoregressive flow",
+        INVERSE,
+        ("dim",),
+        lambda row: f"D={row['dim']}",
+        "one coordinate after the other",
+        draw_inverse,
+        tuple(
+            Aim("ours", "one coordinate after the other", most, {"dim": dim})
+            for dim, most in ((10, 1.0), (100, 1 / 10), (500, 1 / 60))
+        ),
+        (("error32", "error, float32"), ("error64", "error, float64")),
+    ),
+    "vae": Study(
+        "A training step of a VAE",
+        VAES,
+        ("posterior", "batch"),
+        lambda row: f"{row['posterior']}, batch {row['batch']}",
+        "by hand",
+        lambda rows, study: bars(rows, study, "ms", "ms"),
+        tuple(
+            Aim(ours, "by hand", 1.2, {"posterior": "normal", "batch": batch})
+            for ours in ("ours", "ours, compiled")
+            for batch in (100, 500)
+        ),
+        FIRST,
+    ),
+    "gap": Study(
+        "Time to the evidence",
+        GAP,
+        ("target", "dim"),
+        lambda row: f"{row['target']}, D={row['dim']}",
+        "",
+        lambda rows, study: bars(rows, study, "seconds", "wall seconds"),
+    ),
+}
