@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from pyro_flowguides.nn.mlp import MLP
+from pyro_flowguides.nn.mlp import MLP, slope
 from pyro_flowguides.nn.ordering import as_permutation
+from pyro_flowguides.nn.substitution import Block, Forward, Place, Pull, group, split_levels
 
 __all__ = ["MADE", "layer_masks"]
+
+#: Up to this number of levels are taken together in forward substitution, by a fixed point.
+FIXED_LEVELS = 16
+#: Up to this number of inputs, or of units that read them, are taken together in back substitution, by a triangle.
+DENSE_SIZE = 24
 
 
 def layer_masks(degrees: Sequence[Tensor], outputs: int) -> list[Tensor]:
@@ -78,3 +84,103 @@ class MADE(MLP):
         super().__init__(input_dim, hidden_dims, outputs * input_dim, activation, masks)
         self.outputs = outputs
         self.register_buffer("order", order)
+        self._levels = split_levels(input_dim, hidden)
+        few = len(self._levels) <= FIXED_LEVELS
+        self._blocks = self._levels if few else group(self._levels, lambda block: block.levels <= FIXED_LEVELS)
+        self._dense = group(self._levels, _fits_densely) if hidden else self._levels
+
+    def substitute(
+        self, place: Place, given: Sequence[Tensor], folded: Mapping[str, Tensor], together: int = 0
+    ) -> Tensor:
+        r"""Inputs of which each is a function of its own outputs, by forward substitution.
+
+        .. math:: x_i = \mathrm{place}(f_i(x_{<i}), g_i)
+
+        Inputs that read the same hidden units are one level. Level after level is placed, and every unit evaluated
+        once, as soon as what it reads is known; nothing is written in place and nothing depends on values, so that all
+        of it can be traced, recorded and differentiated.
+
+        Where there are more than a few levels and not too many numbers, blocks of levels are quicker: each is iterated
+        until nothing changes, and done again level by level should it overflow on the way. The inputs are the same.
+
+        Cost: at most one more level than hidden units have different degrees, with the arithmetic of half a pass
+        together; or a few passes through each block.
+
+        Args:
+            place: elementwise, from the outputs of some inputs and what is given for these to the inputs.
+            given: one or more tensors ``(..., D)``.
+            folded: the layers; biases may carry batch dimensions.
+            together: up to that many numbers, inputs times points, may be iterated; 0 for level after level.
+
+        Returns:
+            ``(..., D)``.
+        """
+        weights, biases = self._sorted(folded)
+        batch = torch.broadcast_shapes(*(value.shape[:-1] for value in (*given, *biases)))
+        biases = [bias if bias.dim() == 1 else bias.expand(*batch, -1).flatten(0, -2) for bias in biases]
+        rows = [value[..., self.get_buffer("order")].expand(*batch, -1) for value in given]
+        points = [value.reshape(-1, self.in_features) for value in rows]
+        forward = Forward(weights, biases, self.outputs, self.activation, place, points)
+        known = [points[0][:, :0]] * self.depth
+        fits = len(points[0]) * self.in_features <= together * len(self._blocks)
+        for block in self._blocks if fits else self._levels:
+            settled, known = known, forward.extend(known, block)
+            if block.levels > 1 and not bool(known[0].isfinite().all()):
+                known = settled
+                for level in self._levels:
+                    if block.inputs.start <= level.inputs.start < block.inputs.stop:
+                        known = forward.extend(known, level)
+        return known[0][:, self.get_buffer("order").argsort()].reshape(*batch, self.in_features)
+
+    @torch.no_grad()
+    def solve_transposed(
+        self, v: Tensor, coefficients: Sequence[Tensor], hidden: Sequence[Tensor], folded: Mapping[str, Tensor]
+    ) -> Tensor:
+        r"""Solve a linear equation with the triangular Jacobian of the network, by back substitution.
+
+        .. math:: \Big(I + \sum_k \operatorname{diag}(c_k) \frac{\partial f_k}{\partial x}\Big)^{\!\top} u = v
+
+        for output k of every input. The last inputs come first, in blocks, and what they pull back to earlier ones goes
+        through the layers in products. Within a block a dense triangle is solved.
+
+        Cost: the arithmetic of a backward pass and of the triangles.
+
+        Args:
+            v: ``(..., D)``.
+            coefficients: c, ``(..., D)`` for every output.
+            hidden: what :meth:`run_and_keep` kept at the point in question.
+            folded: the layers.
+
+        Returns:
+            u ``(..., D)``.
+        """
+        weights, _ = self._sorted(folded)
+        slopes = [slope(self.activation, entering) for entering in reversed(hidden)]
+        v, *coefficients = torch.stack([v, *coefficients])[..., self.get_buffer("order")]
+        pull = Pull(weights[::-1], slopes, torch.stack(coefficients, -1))
+        solved: list[Tensor] = []
+        known: list[Tensor] = []
+        for block in reversed(self._dense):
+            stages = pull.stages(block)
+            fed = pull.feed(known, stages)
+            u = v[..., block.inputs] - fed[-1] if fed else v[..., block.inputs]
+            if block.levels > 1:
+                u = pull.solve(u, stages, fed)
+            solved.insert(0, u)
+            if block.inputs.start:
+                carried = pull.carry(u, stages, fed)
+                known = [torch.cat(pair, -1) for pair in zip(carried, known, strict=True)] if known else carried
+        return torch.cat(solved, -1)[..., self.get_buffer("order").argsort()]
+
+    def _sorted(self, folded: Mapping[str, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Weights and biases with the inputs in their order, and the outputs of an input side by side."""
+        order = self.get_buffer("order")
+        rows = (order[:, None] + self.in_features * torch.arange(self.outputs, device=order.device)).flatten()
+        weights, biases = ([folded[f"{kind}{layer}"] for layer in range(self.depth)] for kind in ("weight", "bias"))
+        weights[0] = weights[0][:, order]
+        weights[-1], biases[-1] = weights[-1][rows], biases[-1][..., rows]
+        return weights, biases
+
+
+def _fits_densely(block: Block) -> bool:
+    return min(part.stop - part.start for part in (block.inputs, block.units[0])) <= DENSE_SIZE

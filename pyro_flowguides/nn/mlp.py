@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-__all__ = ["MLP"]
+__all__ = ["MLP", "linear", "slope"]
 
 
 class MLP(nn.Module):
@@ -100,7 +100,7 @@ class MLP(nn.Module):
         """:meth:`run`, and what enters the activations of the hidden layers."""
         hidden = []
         for layer in range(self.depth):
-            x = _linear(x, folded[f"weight{layer}"], folded[f"bias{layer}"])
+            x = linear(x, folded[f"weight{layer}"], folded[f"bias{layer}"])
             if layer < self.depth - 1:
                 hidden.append(x)
                 x = self.activation(x)
@@ -123,7 +123,7 @@ class MLP(nn.Module):
         """
         rows = rows.detach()
         for layer in reversed(range(self.depth - 1)):
-            rows = (rows * _slope(self.activation, hidden[layer])[..., None, :]) @ folded[f"weight{layer}"]
+            rows = (rows * slope(self.activation, hidden[layer])[..., None, :]) @ folded[f"weight{layer}"]
         return rows
 
     def forward(self, x: Tensor) -> Tensor:
@@ -133,11 +133,12 @@ class MLP(nn.Module):
         return f"{self.in_features} -> {list(self.hidden_dims)} -> {self.out_features}"
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """x W^T + b; the bias may carry batch dimensions."""
     return nn.functional.linear(x, weight, bias) if bias.dim() == 1 else x @ weight.mT + bias
 
 
-def _slope(elementwise: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+def slope(elementwise: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """The derivative of an elementwise function."""
     with torch.enable_grad():
         leaf = x.detach().requires_grad_()

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from functools import partial
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
 from pyro_flowguides.nn import MADE
-from pyro_flowguides.transforms.algebra import solve_triangle
 from pyro_flowguides.transforms.base import ConditionerFlow, ContextFlow, Known, Theta
 from pyro_flowguides.transforms.bounds import soft_bound
-from pyro_flowguides.transforms.solve import autoregressive_root, tracing
+from pyro_flowguides.transforms.solve import attach, implicit_root, tracing, watched
 
 __all__ = [
     "ConditionalInverseAutoregressive",
@@ -28,8 +28,8 @@ __all__ = [
 
 #: Largest absolute log-scale of one affine step.
 LOG_SCALE_BOUND = 2.0
-#: Up to this dimension the path gradient of a step is cheaper by its dense Jacobian than by iterated vector products.
-DENSE_DIM = 20
+#: Up to that many numbers it is quicker to iterate than to solve for one level after the other, on one core.
+TOGETHER = 8192
 #: Bias of the gate: it opens to at most 1 / sigmoid(2) = 1.135 times the input.
 GATE_BIAS = LOG_SCALE_BOUND
 
@@ -54,6 +54,15 @@ def _shift(raw: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
 
 
 UPDATES = {"affine": _affine, "gated": _gated, "shift": _shift}
+
+
+class _Slopes(NamedTuple):
+    """Constants of a pair: scale, derivatives of image and log-determinant by the conditioner's output, the latter."""
+
+    scale: Tensor
+    image_by_output: Tensor
+    ladj_by_output: Tensor
+    ladj: Tensor
 
 
 class _Autoregressive(ConditionerFlow):
@@ -92,44 +101,59 @@ class _Autoregressive(ConditionerFlow):
         return z * log_scale.exp() + shift, log_scale.sum(-1)
 
     def _sequential(self, w: Tensor, theta: Theta, known: Known = None) -> tuple[Tensor, Tensor]:
-        frozen = not any(tensor.requires_grad for tensor in theta.values())
-        if known is not None and frozen and self.input_dim <= DENSE_DIM and not tracing(w):
+        if known is not None and not tracing(w) and not any(tensor.requires_grad for tensor in theta.values()):
             return self._attach(w, known, theta)
-        rank = self.conditioner.get_buffer("order").argsort()
-        z = autoregressive_root(lambda z: self._elementwise(z, theta), w, rank, known)
+        z = self._root(w, theta, known)
         return z, self._elementwise(z, theta)[0].sum(-1)
 
-    def _attach(self, w: Tensor, z: Tensor, theta: Theta) -> tuple[Tensor, Tensor]:
-        """The known root and its log-determinant as functions of w only, to first order, by the dense Jacobian."""
-        output, hidden = self.conditioner.run_and_keep(z, theta)
-        jacobian, by_ladj, ladj = self._derivatives(z, output, hidden, theta)
-        step = self._solve(jacobian, w - w.detach())
-        return z + step, ladj + (by_ladj * step).sum(-1)
+    def _root(self, w: Tensor, theta: Theta, known: Known = None) -> Tensor:
+        """z, with the derivatives of the implicit function; under tracing with those of every step to it."""
+        if known is None:
+            if tracing(w):
+                return self.conditioner.substitute(self._place, [w], theta)
+            with torch.no_grad():
+                known = self.conditioner.substitute(self._place, [w], theta, 0 if watched() else TOGETHER)
+        return implicit_root(lambda z: self._elementwise(z, theta), w, known, partial(self._solve_at, theta=theta))
 
-    def _derivatives(
-        self, z: Tensor, output: Tensor, hidden: list[Tensor], theta: Theta
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """By z: that of the map ``(..., D, D)``, that of the log-determinant ``(..., D)``; and the log-determinant."""
+    def _place(self, raw: Tensor, shift: Tensor, w: Tensor) -> Tensor:
+        log_scale, shift = UPDATES[self.update](raw, shift)
+        return (w - shift) * torch.exp(-log_scale)
+
+    def _solve_at(self, z: Tensor, v: Tensor, theta: Theta) -> Tensor:
+        output, hidden = self.conditioner.run_and_keep(z, theta)
+        return self._solve_transposed(v, self._slopes(z, output), hidden, theta)
+
+    def _attach(self, w: Tensor, z: Tensor, theta: Theta) -> tuple[Tensor, Tensor]:
+        """The known root and its log-determinant as functions of w only."""
+        output, hidden = self.conditioner.run_and_keep(z, theta)
+        slopes = self._slopes(z, output)
+
+        def pull(_: Sequence[Tensor], by_z: Tensor, by_ladj: Tensor) -> Tensor:
+            v = by_z + by_ladj[..., None] * self._ladj_by_z(slopes, hidden, theta)
+            return self._solve_transposed(v, slopes, hidden, theta)
+
+        z, ladj = attach(pull, w, z, slopes.ladj)
+        return z, ladj
+
+    def _slopes(self, z: Tensor, output: Tensor) -> _Slopes:
         with torch.enable_grad():
             output = output.detach().requires_grad_()
             log_scale, shift = UPDATES[self.update](*output.chunk(2, -1))
             ladj = log_scale.sum(-1)
-            (by_image,) = torch.autograd.grad((z.detach() * log_scale.exp() + shift).sum(), output, retain_graph=True)
+            (image,) = torch.autograd.grad((z.detach() * log_scale.exp() + shift).sum(), output, retain_graph=True)
             (by_ladj,) = torch.autograd.grad(ladj.sum(), output)
-        with torch.no_grad():
-            weight = theta[f"weight{self.conditioner.depth - 1}"]
-            raw, shift = (part[..., None] for part in by_image.chunk(2, -1))
-            image_rows = raw * weight[: self.input_dim] + shift * weight[self.input_dim :]
-            rows = torch.cat([image_rows, (by_ladj @ weight)[..., None, :]], -2)
-            rows = self.conditioner.pull_back(rows, hidden, theta)
-            return rows[..., :-1, :] + log_scale.exp().diag_embed(), rows[..., -1, :], ladj.detach()
+        return _Slopes(log_scale.detach().exp(), image, by_ladj, ladj.detach())
 
-    def _solve(self, jacobian: Tensor, v: Tensor, *, transpose: bool = False) -> Tensor:
-        """Solve for the derivative of the map, which is lower triangular in the order, or its transpose."""
-        order = self.conditioner.get_buffer("order")
-        triangle = jacobian[..., order[:, None], order]
-        solved = solve_triangle(triangle.mT if transpose else triangle, v[..., order], upper=transpose)
-        return solved[..., order.argsort()]
+    @torch.no_grad()
+    def _ladj_by_z(self, slopes: _Slopes, hidden: list[Tensor], theta: Theta) -> Tensor:
+        rows = slopes.ladj_by_output @ theta[f"weight{self.conditioner.depth - 1}"]
+        return self.conditioner.pull_back(rows[..., None, :], hidden, theta)[..., 0, :]
+
+    @torch.no_grad()
+    def _solve_transposed(self, v: Tensor, slopes: _Slopes, hidden: list[Tensor], theta: Theta) -> Tensor:
+        r"""Solve :math:`J^\top u = v` for the derivative J of the map."""
+        coefficients = [part / slopes.scale for part in slopes.image_by_output.chunk(2, -1)]
+        return self.conditioner.solve_transposed(v, coefficients, hidden, theta) / slopes.scale
 
     def extra_repr(self) -> str:
         return f"{self.input_dim}, update={self.update!r}"
@@ -150,8 +174,8 @@ class InverseAutoregressive(_Autoregressive):
     input by sigmoid(2) = 0.88 per step), and bounded like the affine scale: both stay above :math:`e^{-2}`, so that the
     flow is invertible whatever the weights. With D = 1 the network sees nothing and the flow is one affine map.
 
-    Cost: one network pass forward; inverse a fixed-point iteration of network passes that stops at rounding and is
-    exact after D (:func:`~pyro_flowguides.transforms.solve.autoregressive_root`). Starts at the identity.
+    Cost: one network pass forward; inverse the arithmetic of about one pass in many small steps
+    (:meth:`~pyro_flowguides.nn.MADE.substitute`). Starts at the identity.
 
     Args:
         input_dim: D.
@@ -189,13 +213,11 @@ class InverseAutoregressive(_Autoregressive):
         return self._sequential(y, theta, known)
 
     def _push_score(self, x: Tensor, score: Tensor, theta: Theta) -> tuple[Tensor, Tensor, Tensor]:
-        if self.input_dim > DENSE_DIM:
-            return super()._push_score(x, score, theta)
         output, hidden = self.conditioner.run_and_keep(x, theta)
         log_scale, shift = UPDATES[self.update](*output.chunk(2, -1))
-        jacobian, by_ladj, ladj = self._derivatives(x, output, hidden, theta)
-        score = self._solve(jacobian, score - by_ladj, transpose=True)
-        return x * log_scale.exp() + shift, ladj, score
+        slopes = self._slopes(x, output)
+        score = self._solve_transposed(score - self._ladj_by_z(slopes, hidden, theta), slopes, hidden, theta)
+        return x * log_scale.exp() + shift, slopes.ladj, score
 
 
 class MaskedAutoregressive(_Autoregressive):
@@ -208,8 +230,8 @@ class MaskedAutoregressive(_Autoregressive):
     which is the paper's :math:`y_i = x_i e^{\alpha_i} + \mu_i` with :math:`\alpha_i = -a_i`,
     :math:`\mu_i = -m_i e^{-a_i}`. With D = 1 the flow is one affine map.
 
-    Cost: one network pass inverse; forward a fixed-point iteration of network passes that stops at rounding and is
-    exact after D. Starts at the identity.
+    Cost: one network pass inverse; forward the arithmetic of about one pass in many small steps
+    (:meth:`~pyro_flowguides.nn.MADE.substitute`). Starts at the identity.
 
     Args:
         input_dim: D.

@@ -1,8 +1,9 @@
 """The equations that inverses come down to, and how gradients get through their solutions.
 
 Two are enough for the package: one scalar equation, :math:`t + k \tanh t = q`, behind planar and Sylvester flows, and
-the triangular system of an autoregressive map. Both are solved without recording a graph; the solution is then given
-the derivatives of the implicit function theorem.
+the triangular system of an autoregressive map, here with any network; with a MADE there is a faster way,
+:meth:`~pyro_flowguides.nn.MADE.substitute`. Both are solved without recording a graph; the solution is then given the
+derivatives of the implicit function theorem.
 """
 
 from __future__ import annotations
@@ -15,9 +16,19 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["autoregressive_root", "newton_steps", "tanh_newton", "tanh_root", "tracing"]
+__all__ = [
+    "attach",
+    "autoregressive_root",
+    "implicit_root",
+    "newton_steps",
+    "tanh_newton",
+    "tanh_root",
+    "tracing",
+    "watched",
+]
 
 Elementwise = Callable[[Tensor], tuple[Tensor, Tensor]]
+Transposed = Callable[[Tensor, Tensor], Tensor]
 
 #: Most Newton steps on one scalar equation (:func:`newton_steps`), enough for k = 1e10.
 NEWTON_STEPS = 24
@@ -31,6 +42,11 @@ def tracing(*tensors: Tensor) -> bool:
         or torch._C._functorch.peek_interpreter_stack() is not None
         or any(tensor.is_meta for tensor in tensors)
     )
+
+
+def watched() -> bool:
+    """Whether operations are intercepted one by one, to be written down: as values are known, ``tracing`` is not."""
+    return torch._C._len_torch_dispatch_stack() > 0
 
 
 def tanh_root(k: Tensor, q: Tensor, known: Tensor | None = None) -> Tensor:
@@ -104,16 +120,44 @@ def autoregressive_root(elementwise: Elementwise, w: Tensor, rank: Tensor, known
         for done in range(len(rank)):
             z = _bounded(_jacobi(elementwise, z, w)[0], rank <= done)
         return z
-    with torch.no_grad():
-        z = _iterate(elementwise, w, rank) if known is None else known
+    if known is None:
+        with torch.no_grad():
+            known = _iterate(elementwise, w, rank)
+    return implicit_root(elementwise, w, known, lambda z, v: _iterate_transposed(elementwise, z, v, len(rank)))
+
+
+def implicit_root(elementwise: Elementwise, w: Tensor, root: Tensor, solve_transposed: Transposed) -> Tensor:
+    r"""The known root of :func:`autoregressive_root` with its derivatives by w and by what ``elementwise`` reads.
+
+    Args:
+        elementwise: ``z -> (log-scale a, shift m)``.
+        w: right-hand side ``(..., D)``.
+        root: the root.
+        solve_transposed: from the root and v to the solution of :math:`J^\top u = v`, J the Jacobian of the map there.
+    """
     if not torch.is_grad_enabled():
-        return z
-    log_scale, shift = elementwise(z)
-    residual = w - (z * log_scale.exp() + shift)
+        return root
+    log_scale, shift = elementwise(root)
+    residual = w - (root * log_scale.exp() + shift)
     if not residual.requires_grad:
-        return z
-    root: Tensor = _ImplicitRoot.apply(residual, z, elementwise, len(rank))
-    return root
+        return root
+    (moved,) = attach(lambda values, v: solve_transposed(values[0], v), residual, root)
+    return moved
+
+
+def attach(pull: Callable[..., Tensor], w: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
+    """Known values as functions of w, to first order.
+
+    Args:
+        pull: from the values and the derivatives by each of them to the derivative by w.
+        w: what the values depend on.
+        values: the values.
+
+    Returns:
+        copies of the values.
+    """
+    attached: tuple[Tensor, ...] = _Attached.apply(pull, w, *values)
+    return attached
 
 
 def _jacobi(elementwise: Elementwise, z: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
@@ -140,35 +184,32 @@ def _iterate(elementwise: Elementwise, w: Tensor, rank: Tensor) -> Tensor:
     return z
 
 
-class _ImplicitRoot(torch.autograd.Function):
-    r"""Identity on the root; backward solves :math:`J^\top u = v` for the triangular Jacobian J of the map at the root.
+def _iterate_transposed(elementwise: Elementwise, z: Tensor, v: Tensor, passes: int) -> Tensor:
+    with torch.enable_grad():
+        leaf = z.detach().requires_grad_()
+        log_scale, shift = elementwise(leaf)
+        image = leaf * log_scale.exp() + shift
+    inverse_scale = torch.exp(-log_scale.detach())
+    tolerance = 4 * torch.finfo(v.dtype).eps
+    static = tracing(v)
+    u = v * inverse_scale
+    for _ in range(passes - 1):
+        (pulled,) = torch.autograd.grad(image, leaf, u, retain_graph=True)
+        step = (v - pulled) * inverse_scale
+        u = u + step
+        if not static and bool((step.abs() <= tolerance * u.abs().amax(-1, keepdim=True)).all()):
+            break
+    return u
 
-    ``residual`` = w − map(root; parameters) is zero in value and carries the dependence on w and on the parameters:
-    by the implicit function theorem the root moves by :math:`J^{-1}` times it.
-    """
 
+class _Attached(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, residual: Tensor, root: Tensor, elementwise: Elementwise, passes: int) -> Tensor:
-        ctx.save_for_backward(root)
-        ctx.elementwise, ctx.passes = elementwise, passes
-        return root.clone()
+    def forward(ctx: Any, pull: Callable[..., Tensor], w: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(*values)
+        ctx.pull = pull
+        return tuple(value.clone() for value in values)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, v: Tensor) -> tuple[Tensor, None, None, None]:
-        (root,) = ctx.saved_tensors
-        with torch.enable_grad():
-            leaf = root.detach().requires_grad_()
-            log_scale, shift = ctx.elementwise(leaf)
-            image = leaf * log_scale.exp() + shift
-        inverse_scale = torch.exp(-log_scale.detach())
-        tolerance = 4 * torch.finfo(v.dtype).eps
-        static = tracing(v)
-        u = v * inverse_scale
-        for _ in range(ctx.passes - 1):
-            (pulled,) = torch.autograd.grad(image, leaf, u, retain_graph=True)
-            step = (v - pulled) * inverse_scale
-            u = u + step
-            if not static and bool((step.abs() <= tolerance * u.abs().amax(-1, keepdim=True)).all()):
-                break
-        return u, None, None, None
+    def backward(ctx: Any, *derivatives: Tensor) -> tuple[Tensor | None, ...]:
+        return None, ctx.pull(ctx.saved_tensors, *derivatives), *(None for _ in derivatives)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pyro_flowguides.nn import MADE, MLP
+from pyro_flowguides.nn import MADE, MLP, made
 
 WIDTHS = [[], [1], [4], [7], [40], [40, 40], [5, 40, 3], [64, 64]]
 
@@ -128,6 +128,50 @@ def test_state_dict_carries_order_and_masks():
     x = torch.randn(4, 9, dtype=torch.float64)
     assert torch.equal(one(x), other(x))
     assert torch.equal(one.order, other.order)
+
+
+@pytest.fixture(params=[1, 3, 24])
+def _together(request, monkeypatch):
+    """How many levels, and how many inputs or units, substitutions take together."""
+    monkeypatch.setattr(made, "FIXED_LEVELS", request.param)
+    monkeypatch.setattr(made, "DENSE_SIZE", request.param)
+
+
+@pytest.mark.usefixtures("_together")
+@pytest.mark.parametrize("lowest_degree", [0, 1])
+@pytest.mark.parametrize("hidden_dims", [*WIDTHS, [7, 30]], ids=str)
+@pytest.mark.parametrize("dim", [1, 2, 5, 40])
+def test_substitutions_solve_their_equations(dim, hidden_dims, lowest_degree):
+    """Forwards for inputs that depend on their own outputs; backwards for a linear system with the Jacobian."""
+    net = trained(MADE(dim, hidden_dims, 2, order=torch.randperm(dim), lowest_degree=lowest_degree))
+    with torch.no_grad():
+        for weight in net.weights:
+            weight /= max(weight.shape[-1], 1) ** 0.5
+    folded = net.fold()
+    given, v, *coefficients = torch.randn(4, 3, 2, dim, dtype=torch.float64)
+    for together in (0, 10**6):
+        x = net.substitute(lambda a, b, w: w - a - b.sin(), [given], folded, together)
+        a, b = net.run(x, folded).chunk(2, -1)
+        torch.testing.assert_close(x + a + b.sin(), given, rtol=1e-12, atol=1e-12)
+    _, hidden = net.run_and_keep(x, folded)
+    u = net.solve_transposed(v, coefficients, hidden, folded)
+    jacobians = torch.func.vmap(torch.func.vmap(torch.func.jacrev(net)))(x).unflatten(-2, (2, dim))
+    matrix = torch.eye(dim) + torch.einsum("k...i,...kij->...ij", torch.stack(coefficients), jacobians)
+    torch.testing.assert_close((matrix.mT @ u[..., None])[..., 0], v, rtol=1e-9, atol=1e-9)
+
+
+def test_as_many_steps_as_the_hidden_units_have_degrees():
+    """Inputs that read the same units are placed together, so that steps do not grow with the dimension."""
+    for dim in (30, 300):
+        net, steps = trained(MADE(dim, [8, 16])), []
+
+        def place(output, given, steps=steps):
+            steps.append(given.shape[-1])
+            return given - output
+
+        net.substitute(place, [torch.randn(3, dim, dtype=torch.float64)], net.fold())
+        assert len(steps) <= 17
+        assert sum(steps) == dim
 
 
 def test_errors():
