@@ -4,7 +4,7 @@
 
 ``fg.fit`` runs as it comes, to its own end, verdict included; and, as the others are told when to stop, with the least
 of some limits on its steps that gets there ("shortest"). Guides of Pyro and of NumPyro are trained by plain SVI
-with the settings of ``posteriordb.py``, and looked at every 100 steps (twice 2,000 steps at most): the clock stops at
+with the settings of ``posteriordb.py``, and looked at every 100 steps, 2,000 at most: the clock stops at
 the first look that finds a gap of at most 0.1 nats and a k-hat below 0.7 in 2,000 draws. Looks are not counted,
 compilation is. Times are processor seconds of one thread. The evidence is the best estimate of ``posteriordb.csv``,
 whose rows also say how long Pyro's NUTS takes to errors of 0.1; with ``--nuts`` it runs again, in turn with the rest.
@@ -43,7 +43,7 @@ OURS, SHORTEST = "pyro_flowguides iaf", "pyro_flowguides iaf, shortest"
 LIMITS = (100, 200, 400, 1000, 2000)
 NUTS = posteriordb.NUTS_LABEL
 GAP, KHAT = 0.1, 0.7
-LOOK_EVERY, MOST_STEPS, LOOK_DRAWS = 100, 4000, 2000
+LOOK_EVERY, MOST_STEPS, LOOK_DRAWS = 100, 2000, 2000
 
 
 @dataclass(frozen=True)
