@@ -117,12 +117,15 @@ class MADE(MLP):
         """
         weights, biases = self._sorted(folded)
         batch = torch.broadcast_shapes(*(value.shape[:-1] for value in (*given, *biases)))
-        biases = [bias if bias.dim() == 1 else bias.expand(*batch, -1).flatten(0, -2) for bias in biases]
-        rows = [value[..., self.get_buffer("order")].expand(*batch, -1) for value in given]
-        points = [value.reshape(-1, self.in_features) for value in rows]
+
+        def columns(value: Tensor) -> Tensor:
+            return value.expand(*batch, -1).reshape(-1, value.shape[-1]).mT
+
+        biases = [bias[:, None] if bias.dim() == 1 else columns(bias) for bias in biases]
+        points = [columns(value)[self.get_buffer("order")] for value in given]
         forward = Forward(weights, biases, self.outputs, self.activation, place, points)
-        known = [points[0][:, :0]] * self.depth
-        fits = len(points[0]) * self.in_features <= together * len(self._blocks)
+        known = [points[0][:0]] * self.depth
+        fits = points[0].numel() <= together * len(self._blocks)
         for block in self._blocks if fits else self._levels:
             settled, known = known, forward.extend(known, block)
             if block.levels > 1 and not bool(known[0].isfinite().all()):
@@ -130,7 +133,7 @@ class MADE(MLP):
                 for level in self._levels:
                     if block.inputs.start <= level.inputs.start < block.inputs.stop:
                         known = forward.extend(known, level)
-        return known[0][:, self.get_buffer("order").argsort()].reshape(*batch, self.in_features)
+        return known[0][self.get_buffer("order").argsort()].mT.reshape(*batch, self.in_features)
 
     @torch.no_grad()
     def solve_transposed(

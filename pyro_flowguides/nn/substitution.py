@@ -63,7 +63,7 @@ def _width(part: slice) -> int:
 
 
 class Forward(NamedTuple):
-    """Inputs that are functions of their own outputs, for points ``(B, D)``.
+    """Inputs that are functions of their own outputs; the points are columns, ``(D, B)``.
 
     ``known`` are the inputs placed so far and the units of every layer that can be evaluated from them.
     """
@@ -84,10 +84,10 @@ class Forward(NamedTuple):
         read = inputs
         for layer, to in enumerate(level.units):
             if to.start < to.stop:
-                units[layer] = torch.cat([units[layer], self.activation(self._feed(layer, to, read))], -1)
+                units[layer] = torch.cat([units[layer], self.activation(self._feed(layer, to, read))])
             read = units[layer]
         outputs = self._feed(len(units), self._outputs(level), read)
-        return [torch.cat([inputs, self._placed(outputs, level)], -1), *units]
+        return [torch.cat([inputs, self._placed(outputs, level)]), *units]
 
     def _iterate(self, known: Sequence[Tensor], block: Block) -> list[Tensor]:
         """After k passes the first k levels are final whatever the others hold; left once a pass changes no bit.
@@ -98,30 +98,30 @@ class Forward(NamedTuple):
         stages = [*block.units, self._outputs(block)]
         fed = [self._feed(layer, to, read) for layer, (to, read) in enumerate(zip(stages, known, strict=True))]
         inner = [
-            weight[to, read.shape[-1] : read.shape[-1] + part.stop - part.start].mT
+            weight[to, len(read) : len(read) + part.stop - part.start]
             for weight, to, read, part in zip(self.weights, stages, known, [block.inputs, *block.units], strict=True)
         ]
         placed: list[Tensor] = []
         for _ in range(block.levels):
             units: list[Tensor] = []
-            entering = torch.addmm(fed[0], placed[-1], inner[0]) if placed else fed[0]
+            entering = torch.addmm(fed[0], inner[0], placed[-1]) if placed else fed[0]
             for settled, weight in zip(fed[1:], inner[1:], strict=True):
                 units.append(self.activation(entering))
-                entering = torch.addmm(settled, units[-1], weight)
+                entering = torch.addmm(settled, weight, units[-1])
             placed = [*placed[-1:], self._placed(entering, block)]
             if torch.equal(placed[0], placed[-1]) and len(placed) > 1:
                 break
-        return [torch.cat(pair, -1) for pair in zip(known, [placed[-1], *units], strict=True)]
+        return [torch.cat(pair) for pair in zip(known, [placed[-1], *units], strict=True)]
 
     def _outputs(self, block: Block) -> slice:
         return slice(block.inputs.start * self.outputs, block.inputs.stop * self.outputs)
 
     def _feed(self, layer: int, to: slice, read: Tensor) -> Tensor:
-        return torch.addmm(self.biases[layer][..., to], read, self.weights[layer][to, : read.shape[-1]].mT)
+        return torch.addmm(self.biases[layer][to], self.weights[layer][to, : len(read)], read)
 
     def _placed(self, outputs: Tensor, block: Block) -> Tensor:
-        each = outputs.unflatten(-1, (-1, self.outputs)).unbind(-1)
-        return self.place(*each, *(value[:, block.inputs] for value in self.given))
+        each = outputs.unflatten(0, (-1, self.outputs)).unbind(1)
+        return self.place(*each, *(value[block.inputs] for value in self.given))
 
 
 class Pull(NamedTuple):
