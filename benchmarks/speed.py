@@ -38,7 +38,7 @@ Setting = dict[str, Any]
 #: Hidden widths of ``AutoIAF``, whatever D.
 HIDDEN = 64
 #: Wall seconds after which a peer is given up that is not near the evidence.
-PATIENCE = 40.0
+PATIENCE = 30.0
 #: Processor seconds of a turn; and rounds, fewer where a single call takes longer than so many seconds.
 TURN, ROUNDS, FEWER_ROUNDS = 0.05, 11, ((1.0, 3), (0.2, 5))
 

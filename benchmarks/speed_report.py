@@ -225,7 +225,7 @@ def lines(axes: Any, rows: Table, key: str, title: str) -> None:
             axes.plot(*zip(*points, strict=True), label=name, **style(name, competitors))
     values = sorted({int(row[key]) for row in rows})
     axes.set(xscale="log", yscale="log", title=title)
-    axes.set_xticks(values, [f"{value}" for value in values])
+    axes.set_xticks(values, [f"{value}" for value in values], rotation=45)
     axes.minorticks_off()
     axes.grid(True, alpha=0.3)
 
@@ -255,7 +255,7 @@ def draw_inverse(rows: Table, _: Study) -> Any:
     return figure
 
 
-def bars(rows: Table, study: Study, value: str, label: str) -> Any:
+def bars(rows: Table, study: Study, value: str, label: str, scale: str) -> Any:
     """A panel of bars for every setting; pale bars for what did not arrive."""
     settings = distinct(rows, *study.keys)
     competitors = [name for (name,) in distinct(rows, "competitor")]
@@ -273,7 +273,9 @@ def bars(rows: Table, study: Study, value: str, label: str) -> Any:
             axes.barh(place, length, color=style(name, competitors)["color"], alpha=0.9 if arrived else 0.25)
             text = f" {length:.3g}" if arrived else " not reached"
             axes.annotate(text, (length, place), va="center", fontsize=8)
-        axes.set(xscale="log", title=study.names(here), xlabel=label)
+        axes.set(xscale=scale, title=study.names(here), xlabel=label)
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter("")
         axes.set_yticks(range(len(competitors)), competitors)
         axes.margins(x=0.35)
     all_axes[0, 0].invert_yaxis()
@@ -352,7 +354,7 @@ STUDIES = {
         ("posterior", "batch"),
         lambda row: f"{row['posterior']}, batch {row['batch']}",
         "by hand",
-        lambda rows, study: bars(rows, study, "ms", "ms"),
+        lambda rows, study: bars(rows, study, "ms", "processor time, ms", "linear"),
         tuple(
             Aim(ours, "by hand", 1.2, {"posterior": "normal", "batch": batch})
             for ours in ("ours", "ours, compiled")
@@ -366,6 +368,6 @@ STUDIES = {
         ("target", "dim"),
         lambda row: f"{row['target']}, D={row['dim']}",
         "",
-        lambda rows, study: bars(rows, study, "seconds", "wall seconds"),
+        lambda rows, study: bars(rows, study, "seconds", "wall seconds", "log"),
     ),
 }

@@ -93,8 +93,7 @@ COMPETITORS: dict[str, dict[str, Competitor]] = {
         "fit": Competitor("speed_ours", "our_gap"),
         'fit, compile="auto"': Competitor("speed_ours", "our_gap", options={"compiling": "auto"}),
         "Pyro AutoIAFNormal": Competitor("speed_ours", "pyro_gap"),
-        "NumPyro AutoIAFNormal, loop": Competitor("speed_jax", "numpyro_gap", "numpyro"),
-        "NumPyro AutoIAFNormal, scan": Competitor("speed_jax", "numpyro_gap", "numpyro", {"scan": True}),
+        "NumPyro AutoIAFNormal": Competitor("speed_jax", "numpyro_gap", "numpyro"),
     },
 }
 
