@@ -97,8 +97,7 @@ class MADE(MLP):
         .. math:: x_i = \mathrm{place}(f_i(x_{<i}), g_i)
 
         Inputs that read the same hidden units are one level. Level after level is placed, and every unit evaluated
-        once, as soon as what it reads is known; nothing is written in place and nothing depends on values, so that all
-        of it can be traced, recorded and differentiated.
+        once, as soon as what it reads is known.
 
         Where there are more than a few levels and not too many numbers, blocks of levels are quicker: each is iterated
         until nothing changes, and done again level by level should it overflow on the way. The inputs are the same.
@@ -110,7 +109,8 @@ class MADE(MLP):
             place: elementwise, from the outputs of some inputs and what is given for these to the inputs.
             given: one or more tensors ``(..., D)``.
             folded: the layers; biases may carry batch dimensions.
-            together: up to that many numbers, inputs times points, may be iterated; 0 for level after level.
+            together: up to that many numbers, inputs times points, are iterated together; 0 for level after level,
+                nothing written in place and nothing depending on values, to be traced, recorded or differentiated.
 
         Returns:
             ``(..., D)``.
@@ -123,9 +123,11 @@ class MADE(MLP):
 
         biases = [bias[:, None] if bias.dim() == 1 else columns(bias) for bias in biases]
         points = [columns(value)[self.get_buffer("order")] for value in given]
-        forward = Forward(weights, biases, self.outputs, self.activation, place, points)
-        known = [points[0][:0]] * self.depth
         fits = points[0].numel() <= together * len(self._blocks)
+        widths = (self.in_features, *self.hidden_dims) if together and not fits else ()
+        room = [points[0].new_empty(width, points[0].shape[1]) for width in widths]
+        forward = Forward(weights, biases, self.outputs, self.activation, place, points, room)
+        known = [points[0][:0]] * self.depth
         for block in self._blocks if fits else self._levels:
             settled, known = known, forward.extend(known, block)
             if block.levels > 1 and not bool(known[0].isfinite().all()):
@@ -133,7 +135,7 @@ class MADE(MLP):
                 for level in self._levels:
                     if block.inputs.start <= level.inputs.start < block.inputs.stop:
                         known = forward.extend(known, level)
-        return known[0][self.get_buffer("order").argsort()].mT.reshape(*batch, self.in_features)
+        return known[0].index_select(0, self.get_buffer("order").argsort()).mT.reshape(*batch, self.in_features)
 
     @torch.no_grad()
     def solve_transposed(
@@ -180,7 +182,7 @@ class MADE(MLP):
         order = self.get_buffer("order")
         rows = (order[:, None] + self.in_features * torch.arange(self.outputs, device=order.device)).flatten()
         weights, biases = ([folded[f"{kind}{layer}"] for layer in range(self.depth)] for kind in ("weight", "bias"))
-        weights[0] = weights[0][:, order]
+        weights[0] = weights[0].index_select(1, order)
         weights[-1], biases[-1] = weights[-1][rows], biases[-1][..., rows]
         return weights, biases
 

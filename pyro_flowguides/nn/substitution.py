@@ -65,7 +65,8 @@ def _width(part: slice) -> int:
 class Forward(NamedTuple):
     """Inputs that are functions of their own outputs; the points are columns, ``(D, B)``.
 
-    ``known`` are the inputs placed so far and the units of every layer that can be evaluated from them.
+    ``known`` are the inputs placed so far and the units of every layer that can be evaluated from them. Where there is
+    ``room`` for all of them they are written there, instead of being copied whenever some are added.
     """
 
     weights: list[Tensor]
@@ -74,6 +75,7 @@ class Forward(NamedTuple):
     activation: Callable[[Tensor], Tensor]
     place: Place
     given: list[Tensor]
+    room: Sequence[Tensor] = ()
 
     def extend(self, known: Sequence[Tensor], block: Block) -> list[Tensor]:
         """The known inputs and units with those of a block."""
@@ -84,10 +86,10 @@ class Forward(NamedTuple):
         read = inputs
         for layer, to in enumerate(level.units):
             if to.start < to.stop:
-                units[layer] = torch.cat([units[layer], self.activation(self._feed(layer, to, read))])
+                units[layer] = self._add(layer + 1, units[layer], self.activation(self._feed(layer, to, read)))
             read = units[layer]
         outputs = self._feed(len(units), self._outputs(level), read)
-        return [torch.cat([inputs, self._placed(outputs, level)]), *units]
+        return [self._add(0, inputs, self._placed(outputs, level)), *units]
 
     def _iterate(self, known: Sequence[Tensor], block: Block) -> list[Tensor]:
         """After k passes the first k levels are final whatever the others hold; left once a pass changes no bit.
@@ -111,7 +113,15 @@ class Forward(NamedTuple):
             placed = [*placed[-1:], self._placed(entering, block)]
             if torch.equal(placed[0], placed[-1]) and len(placed) > 1:
                 break
-        return [torch.cat(pair) for pair in zip(known, [placed[-1], *units], strict=True)]
+        added = enumerate(zip(known, [placed[-1], *units], strict=True))
+        return [self._add(stage, *pair) for stage, pair in added]
+
+    def _add(self, stage: int, known: Tensor, new: Tensor) -> Tensor:
+        if not self.room:
+            return torch.cat([known, new])
+        size = len(known) + len(new)
+        self.room[stage][len(known) : size] = new
+        return self.room[stage][:size]
 
     def _outputs(self, block: Block) -> slice:
         return slice(block.inputs.start * self.outputs, block.inputs.stop * self.outputs)

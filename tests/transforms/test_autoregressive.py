@@ -58,8 +58,8 @@ def substitute(flow, w, together):
     return module.conditioner.substitute(module._place, [w], theta, together)
 
 
-#: Level after level, or any number of levels together.
-TOGETHER = [0, 10**9]
+#: Level after level, the same in place, any number of levels together.
+TOGETHER = [0, 1, 10**9]
 
 
 @pytest.fixture(params=[2, 5])
@@ -111,7 +111,8 @@ def test_substitution_is_as_accurate_as_one_coordinate_after_the_other(case, dim
 @torch.no_grad()
 def test_levels_taken_together_change_nothing(case, scale):
     flow, w = case.flow(32, scale, (6,)), torch.randn(6, 32)
-    z, expected = (substitute(flow, w, together) for together in TOGETHER)
+    expected, in_place, z = (substitute(flow, w, together) for together in TOGETHER)
+    assert torch.equal(in_place, expected)
     torch.testing.assert_close(z, expected, rtol=1e-6, atol=1e-6)
 
 
