@@ -40,7 +40,7 @@ HIDDEN = 64
 #: Wall seconds after which a peer is given up that is not near the evidence.
 PATIENCE = 30.0
 #: Processor seconds of a turn; and rounds, fewer where a single call takes longer than so many seconds.
-TURN, ROUNDS, FEWER_ROUNDS = 0.05, 11, ((1.0, 3), (0.2, 5))
+TURN, ROUNDS, FEWER_ROUNDS = 0.05, 9, ((1.0, 3), (0.2, 5))
 
 
 def steps(*settings: tuple[int, int, int]) -> list[Setting]:

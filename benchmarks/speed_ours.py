@@ -127,6 +127,7 @@ def vae(posterior: str, batch: int, loop: str, compiling: bool = False) -> Job:
     network = vae_step.MODELS["vae"](vae_step.DATA_SHAPE, latent_dim=vae_step.LATENT_DIM, posterior=posterior)
     network.to(DEVICE)
     if compiling:
+        torch.compiler.reset()  # what was compiled for another batch size, which a training run does not know of
         network.terms = torch.compile(network.terms)  # type: ignore[method-assign]
     return Job(vae_step.LOOPS[loop](network, x))
 

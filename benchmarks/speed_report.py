@@ -277,7 +277,11 @@ def bars(rows: Table, study: Study, value: str, label: str, scale: str) -> Any:
         axes.xaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_minor_formatter("")
         axes.set_yticks(range(len(competitors)), competitors)
-        axes.margins(x=0.35)
+        if scale == "log":
+            lengths = [float(row[value]) for row in rows if row[value]]
+            axes.set_xlim(min(lengths) / 2, 8 * max(lengths))
+        else:
+            axes.margins(x=0.35)
     all_axes[0, 0].invert_yaxis()
     figure.tight_layout()
     return figure
