@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
@@ -32,6 +33,13 @@ LOG_SCALE_BOUND = 2.0
 TOGETHER = 8192
 #: Bias of the gate: it opens to at most 1 / sigmoid(2) = 1.135 times the input.
 GATE_BIAS = LOG_SCALE_BOUND
+
+
+def _together(w: Tensor) -> int:
+    """How many numbers to iterate: on a GPU steps count and not their size; recorded steps do not depend on values."""
+    if watched():
+        return 0
+    return sys.maxsize if w.is_cuda else TOGETHER
 
 
 def _affine(raw: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
@@ -112,7 +120,7 @@ class _Autoregressive(ConditionerFlow):
             if tracing(w):
                 return self.conditioner.substitute(self._place, [w], theta)
             with torch.no_grad():
-                known = self.conditioner.substitute(self._place, [w], theta, 0 if watched() else TOGETHER)
+                known = self.conditioner.substitute(self._place, [w], theta, _together(w))
         return implicit_root(lambda z: self._elementwise(z, theta), w, known, partial(self._solve_at, theta=theta))
 
     def _place(self, raw: Tensor, shift: Tensor, w: Tensor) -> Tensor:
