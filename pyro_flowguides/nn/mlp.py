@@ -62,7 +62,8 @@ class MLP(nn.Module):
         self.biases = nn.ParameterList(torch.empty(m) for m in widths[1:])
         self.masked = bool(masks)
         for layer, mask in enumerate(masks):
-            self.register_buffer(f"mask{layer}", mask)
+            # In the dtype of the weights, so that no product converts it.
+            self.register_buffer(f"mask{layer}", mask.to(self.weights[layer].dtype))
         self.reset_parameters()
 
     @property

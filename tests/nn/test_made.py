@@ -75,7 +75,7 @@ def test_units_that_read_no_input_exist_at_lowest_degree_zero(hidden_dims):
 def test_no_hidden_unit_is_wasted(width):
     """Each reads an input and feeds an output, and every degree has its share of them."""
     net = MADE(12, [width])
-    reads, feeds = net.get_buffer("mask0"), net.get_buffer("mask1")
+    reads, feeds = net.get_buffer("mask0").bool(), net.get_buffer("mask1").bool()
     assert reads.any(1).all()
     assert feeds.any(0).all()
     counts = torch.bincount(reads.sum(1), minlength=12)[1:]
@@ -113,7 +113,7 @@ def test_masks_are_multiplied_in_once_for_many_runs():
 def test_masked_weights_start_scaled_to_what_they_read():
     """Fan-in counts the inputs that a unit reads, so that units of low degree do not start weak."""
     net = MADE(50, [400])
-    mask = net.get_buffer("mask0")
+    mask = net.get_buffer("mask0").bool()
     for degree in (1, 49):
         rows = mask.sum(-1) == degree
         spread = net.weights[0][rows][mask[rows]].std().item()
