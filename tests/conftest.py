@@ -30,6 +30,7 @@ def pytest_collection_modifyitems(items):
 def _fresh_state():
     dtype = torch.get_default_dtype()
     pyro.clear_param_store()
+    pyro.enable_validation(True)  # benchmarks, which some tests import, turn it off
     seed_everything(0)
     yield
     torch.set_default_dtype(dtype)
