@@ -19,6 +19,8 @@ __all__ = ["NotRecordedError", "Replay", "assert_same", "record"]
 
 #: What compiling costs, in seconds per operation, and the share of a replay that it saves: on one core, with inductor.
 COMPILE_SECONDS, COMPILE_SAVES = 0.03, 0.6
+#: Most operations of a recording: longer ones take so long to record that a usual number of replays does not repay it.
+MOST_OPERATIONS = 4000
 #: Replays that are timed before it is known what compiling would save.
 TIMED = 20
 
@@ -36,7 +38,7 @@ def record(
     require gradients, the parameters of a guide or a model, are read anew by every replay. A replay gives NaN where a
     matrix cannot be factorised.
 
-    Cost: one run of the function, and some 50 microseconds per operation.
+    Cost: two runs of the function, and some tenths of a millisecond per operation.
 
     Args:
         function: from tensors to a sequence of tensors and ``None``.
@@ -49,7 +51,7 @@ def record(
 
     Raises:
         NotRecordedError: if the function's course depends on values, if it draws random numbers, if it fails while it
-            is recorded, or if its recording gives other numbers than it does.
+            is recorded, if it is too long, or if its recording gives other numbers than it does.
         torch.linalg.LinAlgError: if a matrix cannot be factorised at these inputs.
     """
     tape = _Tape((*inputs, *parameters))
@@ -167,6 +169,8 @@ class _Tape(TorchDispatchMode):
         if func is torch.ops.aten._linalg_check_errors.default:
             self.reports.append(self.node(args[0]))
             return func(*args, **kwargs)
+        if len(self.seen) > MOST_OPERATIONS:
+            raise NotRecordedError(f"it takes more than {MOST_OPERATIONS} operations, too many to repay the recording")
         inputs = tree_map(lambda value: self.node(value) if isinstance(value, Tensor) else value, (args, kwargs))
         node = self.graph.call_function(func, *inputs)
         result = func(*args, **kwargs)

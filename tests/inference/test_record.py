@@ -93,8 +93,9 @@ def accumulates(x, total=torch.zeros(5, dtype=torch.float64)):  # noqa: B008
         (lambda x: (x + torch.randn(5),), "random"),
         (counts, "differs"),
         (accumulates, "constant in place"),
+        (lambda x: (sum(x * k for k in range(recording.MOST_OPERATIONS)),), "too many"),
     ],
-    ids=["branch", "random", "state", "accumulation"],
+    ids=["branch", "random", "state", "accumulation", "length"],
 )
 def test_what_cannot_be_replayed_is_refused(function, message):
     with pytest.raises(NotRecordedError, match=message):
