@@ -30,19 +30,20 @@ from pyro_flowguides.vae.data import Feed, Images, derive_seed, load_images
 
 BATCH_SIZE = 100
 CLIP = 10.0
+#: Steps over which the step size rises.
+RISE = 100
 #: Of the weights that are evaluated: the last ones of a run at a constant step size are noisy.
 AVERAGING = 0.99
 #: Draws of each image for the bound, which needs fewer than the likelihood.
 BOUND_SAMPLES = 20
 DIAGONAL = "diagonal Gaussian"
-FLOW: dict[str, Any] = {"path_gradient": True}
 VARIANTS: dict[str, dict[str, Any]] = {
     DIAGONAL: {"posterior": "normal"},
-    "IAF posterior": {"posterior": "iaf", "posterior_options": FLOW},
-    "planar posterior": {"posterior": "planar", "posterior_options": FLOW},
-    "Sylvester posterior": {"posterior": "sylvester", "posterior_options": FLOW},
+    "IAF posterior": {"posterior": "iaf"},
+    "planar posterior": {"posterior": "planar"},
+    "Sylvester posterior": {"posterior": "sylvester"},
     "MAF prior": {"posterior": "normal", "prior": "maf"},
-    "IAF posterior, MAF prior": {"posterior": "iaf", "posterior_options": FLOW, "prior": "maf"},
+    "IAF posterior, MAF prior": {"posterior": "iaf", "prior": "maf"},
 }
 
 
@@ -58,9 +59,10 @@ def train(vae: VAE, feed: Feed, options: argparse.Namespace) -> float:
             loss, _ = objective(vae.terms(feed.shard(step, 0).float()), step)
         optimiser.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), CLIP)
-        optimiser.step()
-        ema.update(vae)
+        optimiser.param_groups[0]["lr"] = options.learning_rate * min(1.0, (step + 1) / RISE)
+        if torch.nn.utils.clip_grad_norm_(vae.parameters(), CLIP).isfinite():
+            optimiser.step()
+            ema.update(vae)
     with torch.no_grad():
         for name, parameter in vae.named_parameters():
             parameter.copy_(ema.averages[name])

@@ -33,6 +33,9 @@ __all__ = ["TrainingDivergedError", "load_model", "train"]
 
 #: Consecutive steps without a finite gradient after which training is given up.
 HOPELESS = 50
+#: Steps over which the step size rises to its full size: the first steps of Adam are as long as all others, and move
+#: hundreds of weights behind one number of a flow together.
+RISE = 100
 #: Images that are evaluated at a time.
 EVALUATION_BATCH = 200
 #: Steps between updates of the progress bar; each waits for the device.
@@ -263,6 +266,8 @@ class _Run:
 
     def _follow(self) -> None:
         """Clip the gradient and take the step, unless the gradient is not finite."""
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.settings.learning_rate * min(1.0, (self.step + 1) / RISE)
         norm = self.fabric.clip_gradients(
             self.module, self.steps, max_norm=self.settings.clip or math.inf, error_if_nonfinite=False
         )
