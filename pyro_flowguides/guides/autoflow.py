@@ -193,7 +193,7 @@ class AutoFlow(Deferred, AutoContinuous):
         self.setup(*args, **kwargs)
         transform = self.get_transform()
         loc = next(transform.parameters())
-        noise = torch.randn(QUANTILE_DRAWS, self.latent_dim, generator=torch.Generator().manual_seed(0))
+        noise = torch.randn(QUANTILE_DRAWS, self.latent_dim, generator=torch.Generator().manual_seed(0), device="cpu")
         draws, _ = transform.forward_and_ladj(noise.to(loc))
         levels = torch.as_tensor(quantiles, dtype=loc.dtype, device=loc.device)
         latents = marginal_quantiles(draws, levels)

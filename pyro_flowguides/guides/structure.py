@@ -111,7 +111,7 @@ def check_static(
 
 
 def _noise(like: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.randn(like.shape, generator=generator, dtype=like.dtype).to(like.device)
+    return torch.randn(like.shape, generator=generator, dtype=like.dtype, device="cpu").to(like.device)
 
 
 def _check_supports(owner: str, prototype: Trace, trace: Trace, point: Mapping[str, Tensor]) -> None:

@@ -172,7 +172,7 @@ def _probed_curvature(hessian: Product, generator: torch.Generator) -> Curvature
     def curvature(scale: Tensor, directions: Tensor, eigenvalues: Tensor) -> tuple[Tensor, Tensor]:
         first = second = own = torch.zeros_like(scale)
         for _ in range(PROBES // CHUNK):
-            signs = (2 * torch.randint(2, (CHUNK, len(scale)), generator=generator) - 1).to(scale)
+            signs = (2 * torch.randint(2, (CHUNK, len(scale)), generator=generator, device="cpu") - 1).to(scale)
             images = scale * hessian(scale * signs)
             own = own + images.square().sum(0)
             images = images + ((signs @ directions.mT) * (1 - eigenvalues)) @ directions
@@ -222,7 +222,7 @@ def _krylov(product: Product, like: Tensor, generator: torch.Generator) -> tuple
         basis = torch.eye(dim).to(like)
         return basis, product(basis)
     basis = images = like.new_zeros(0, dim)
-    block = torch.randn(BLOCK, dim, generator=generator).to(like)
+    block = torch.randn(BLOCK, dim, generator=generator, device="cpu").to(like)
     while len(basis) < KRYLOV_DIM:
         for _ in range(2):  # once leaves rounding errors behind, which matter when little is new
             block = torch.linalg.qr((block - (block @ basis.mT) @ basis).mT).Q.mT

@@ -160,7 +160,7 @@ class DensityObjective:
 
     def noise(self, particles: int, generator: torch.Generator) -> Tensor:
         """Draws of the base ``(S, D)``."""
-        noise = torch.randn(particles, self.guide.latent_dim, generator=generator, dtype=self.dtype)
+        noise = torch.randn(particles, self.guide.latent_dim, generator=generator, dtype=self.dtype, device="cpu")
         return noise.to(self.device)
 
     def draw(self, noise: Tensor, path: bool = False) -> tuple[Tensor, Tensor]:

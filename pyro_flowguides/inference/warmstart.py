@@ -73,7 +73,7 @@ def warm_start(
     """
     generator = torch.Generator().manual_seed(seed)
     dim = start.shape[0]
-    half = torch.randn(draws // 2, dim, generator=generator, dtype=start.dtype).to(start.device)
+    half = torch.randn(draws // 2, dim, generator=generator, dtype=start.dtype, device="cpu").to(start.device)
     noise = torch.cat([half, -half])  # without a mean of its own, which a location could make up for
     eye = torch.eye(dim, dtype=start.dtype, device=start.device)
     candidates = [
@@ -81,7 +81,7 @@ def warm_start(
     ]
     ends: list[Tensor] = []
     for path in range(starts):
-        offset = torch.randn(dim, generator=generator, dtype=start.dtype).to(start.device) if path else 0
+        offset = torch.randn(dim, generator=generator, dtype=start.dtype, device="cpu").to(start.device) if path else 0
         points = _climb(density, start + offset, iterations)
         if any(torch.allclose(points[-1], end, rtol=1e-3, atol=1e-3) for end in ends):
             continue  # the same mode again
@@ -114,7 +114,9 @@ def low_rank_warm_start(
         all candidates, best first.
     """
     generator = torch.Generator().manual_seed(seed)
-    half = torch.randn(draws // 2, start.shape[0], generator=generator, dtype=start.dtype).to(start.device)
+    half = torch.randn(draws // 2, start.shape[0], generator=generator, dtype=start.dtype, device="cpu").to(
+        start.device
+    )
     noise = torch.cat([half, -half])
     none = start.new_zeros(len(start), 0), start.new_zeros(0)
     found = [
