@@ -33,8 +33,8 @@ __all__ = ["TrainingDivergedError", "load_model", "train"]
 
 #: Consecutive steps without a finite gradient after which training is given up.
 HOPELESS = 50
-#: Steps over which the step size rises to its full size: the first steps of Adam are as long as all others, and move
-#: hundreds of weights behind one number of a flow together.
+#: Most steps over which the step size rises to its full size, within the first epoch: the first steps of Adam are as
+#: long as all others, and move hundreds of weights behind one number of a flow together.
 RISE = 100
 #: Images that are evaluated at a time.
 EVALUATION_BATCH = 200
@@ -266,8 +266,9 @@ class _Run:
 
     def _follow(self) -> None:
         """Clip the gradient and take the step, unless the gradient is not finite."""
+        rise = min(RISE, self.feed.steps_per_epoch)
         for group in self.optimiser.param_groups:
-            group["lr"] = self.settings.learning_rate * min(1.0, (self.step + 1) / RISE)
+            group["lr"] = self.settings.learning_rate * min(1.0, (self.step + 1) / rise)
         norm = self.fabric.clip_gradients(
             self.module, self.steps, max_norm=self.settings.clip or math.inf, error_if_nonfinite=False
         )
