@@ -162,13 +162,18 @@ def _or_infinity(error: float) -> float:
     return math.inf if math.isnan(error) else error
 
 
-def run_job(job: Job) -> Row:
-    """Run a job in this process. A failure is a result as well."""
+def prepare(root: Path, posterior: str, seed: int) -> Posterior:
+    """Set this process up for a job on a posterior, and load it."""
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
     pyro.clear_param_store()
-    pyro.set_rng_seed(job.seed)
-    posterior = load(job.root, job.posterior)
+    pyro.set_rng_seed(seed)
+    return load(root, posterior)
+
+
+def run_job(job: Job) -> Row:
+    """Run a job in this process. A failure is a result as well."""
+    posterior = prepare(job.root, job.posterior, job.seed)
     run = run_nuts if job.guide == NUTS_LABEL else run_guide
     try:
         found = run(posterior, job)
@@ -208,13 +213,17 @@ def fit_flow(posterior: Posterior, job: Job) -> Fit:
     return partial(weigh_guide, posterior, guide), result.diagnosis, result.seconds, result.steps
 
 
+def make_peer(posterior: Posterior, guide: str) -> tuple[Any, SVI]:
+    """A guide of Pyro's and plain SVI, all particles at once, the way Pyro's documentation does it."""
+    made = PEERS[guide](InitMessenger(start_at_zero)(posterior.model))
+    elbo = Trace_ELBO(num_particles=PEER_PARTICLES, max_plate_nesting=1, vectorize_particles=True)
+    return made, SVI(posterior.model, made, pyro.optim.Adam({"lr": PEER_RATE}), elbo)
+
+
 def fit_peer(posterior: Posterior, job: Job) -> Fit:
-    """Plain SVI, all particles at once, the way Pyro's documentation does it."""
     steps = job.steps or PEER_STEPS
     begin = time.perf_counter()
-    guide = PEERS[job.guide](InitMessenger(start_at_zero)(posterior.model))
-    elbo = Trace_ELBO(num_particles=PEER_PARTICLES, max_plate_nesting=1, vectorize_particles=True)
-    svi = SVI(posterior.model, guide, pyro.optim.Adam({"lr": PEER_RATE}), elbo)
+    guide, svi = make_peer(posterior, job.guide)
     for _ in range(steps):
         svi.step(**posterior.data)
     seconds = time.perf_counter() - begin
@@ -338,14 +347,14 @@ def _commit() -> str:
     return f" ({found})" if found else ""
 
 
-def run_all(jobs: Iterable[Job], processes: int) -> Iterator[Row]:
+def run_all(run: Callable[[Any], Any], jobs: Iterable[Any], processes: int) -> Iterator[Any]:
     """A fresh process for every job; where the system can fork, from one that has imported everything already."""
     os.environ |= {"OMP_NUM_THREADS": "1", "NPROC": "1"}  # NPROC: threads of XLA
     method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     context = multiprocessing.get_context(method)
     context.set_forkserver_preload(["pyro_flowguides", "arviz", "pandas", "torch._dynamo"])  # the last by optimisers
     with context.Pool(processes, maxtasksperchild=1) as pool:
-        yield from pool.imap_unordered(run_job, jobs, chunksize=1)
+        yield from pool.imap_unordered(run, jobs, chunksize=1)
 
 
 def finished(path: Path) -> set[tuple[str, ...]]:
@@ -407,7 +416,7 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.posteriordb is not None:
         done = finished(arguments.output)
         todo = [job for job in plan(arguments) if job.key not in done]
-        for row in tqdm(run_all(todo, arguments.jobs), total=len(todo), disable=None):
+        for row in tqdm(run_all(run_job, todo, arguments.jobs), total=len(todo), disable=None):
             append_row(arguments.output, asdict(row))
             tqdm.write(describe(row), file=sys.stdout)
             sys.stdout.flush()

@@ -16,8 +16,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import multiprocessing
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -29,11 +27,8 @@ from typing import Any
 import posteriordb
 import posteriordb_report
 import pyro
-import torch
 from machine import processor
-from posteriordb_models import Posterior, load, names
-from pyro.infer import SVI, Trace_ELBO
-from pyro.infer.autoguide.initialization import InitMessenger
+from posteriordb_models import Posterior, names
 from row_files import append_row, read_rows
 
 import pyro_flowguides as fg
@@ -73,11 +68,7 @@ class Job:
 
 
 def run_job(job: Job) -> Result:
-    torch.set_num_threads(1)
-    torch.set_default_dtype(torch.float64)
-    pyro.clear_param_store()
-    pyro.set_rng_seed(job.seed)
-    posterior = load(job.root, job.posterior)
+    posterior = posteriordb.prepare(job.root, job.posterior, job.seed)
     today, where = datetime.date.today().isoformat(), processor()
     head = job.posterior, job.guide, job.seed
     try:
@@ -145,9 +136,7 @@ def there(look: Diagnosis, job: Job) -> bool:
 
 def advance_pyro(posterior: Posterior, job: Job) -> Iterator[Any]:
     """Train, and hand weighted draws out, in turns."""
-    guide = posteriordb.PEERS[job.guide](InitMessenger(posteriordb.start_at_zero)(posterior.model))
-    elbo = Trace_ELBO(num_particles=posteriordb.PEER_PARTICLES, max_plate_nesting=1, vectorize_particles=True)
-    svi = SVI(posterior.model, guide, pyro.optim.Adam({"lr": posteriordb.PEER_RATE}), elbo)
+    guide, svi = posteriordb.make_peer(posterior, job.guide)
     while True:
         for _ in range(LOOK_EVERY):
             svi.step(**posterior.data)
@@ -160,8 +149,11 @@ def advance_numpyro(posterior: Posterior, job: Job) -> Iterator[Any]:
     import posteriordb_numpyro
 
     name, options = posteriordb.NUMPYRO_PEERS[job.guide]
-    settings = {"seed": job.seed, "particles": posteriordb.PEER_PARTICLES, "rate": posteriordb.PEER_RATE}
-    for weigh in posteriordb_numpyro.stretches(posterior, name, options, steps=LOOK_EVERY, **settings):
+    particles, rate = posteriordb.PEER_PARTICLES, posteriordb.PEER_RATE
+    stretches = posteriordb_numpyro.stretches(
+        posterior, name, options, seed=job.seed, steps=LOOK_EVERY, particles=particles, rate=rate
+    )
+    for weigh in stretches:
         yield None
         yield weigh(LOOK_DRAWS)
 
@@ -169,19 +161,10 @@ def advance_numpyro(posterior: Posterior, job: Job) -> Iterator[Any]:
 # -- all jobs ----------------------------------------------------------------------------------------------------------
 
 
-def run_all(jobs: list[Job]) -> Iterator[Result]:
-    """One after the other, a fresh process for each."""
-    os.environ |= {"OMP_NUM_THREADS": "1", "NPROC": "1"}  # NPROC: threads of XLA
-    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-    context = multiprocessing.get_context(method)
-    context.set_forkserver_preload(["pyro_flowguides", "arviz", "pandas", "torch._dynamo"])
-    with context.Pool(1, maxtasksperchild=1) as pool:
-        yield from pool.imap(run_job, jobs)
-
-
 def table(rows: list[dict[str, str]]) -> str:
     """Processor seconds by posterior and guide; in brackets the gap of those that did not get there."""
-    guides = list(dict.fromkeys(row["guide"] for row in rows))
+    known = [OURS, SHORTEST, *posteriordb.PEERS, *posteriordb.NUMPYRO_PEERS, NUTS]
+    guides = [guide for guide in known if any(row["guide"] == guide for row in rows)]
     lines = [f"| CPU s | {' | '.join(guides)} |", "|---" * (len(guides) + 1) + "|"]
     for posterior in dict.fromkeys(row["posterior"] for row in rows):
         found = {row["guide"]: row for row in rows if row["posterior"] == posterior}
@@ -226,14 +209,12 @@ def main(argv: list[str] | None = None) -> None:
         for guide in guides
         if (posterior, guide, str(options.seed)) not in done
     ]
-    for result in run_all(jobs):
+    for result in posteriordb.run_all(run_job, jobs, processes=1):
         append_row(options.output, asdict(result))
         print(result, flush=True)
     text = table(read_rows(options.output))
     print(text)
-    note = (
-        f"`benchmarks/posteriordb_race.py`, {datetime.date.today()}, torch {torch.__version__}, Pyro {pyro.__version__}"
-    )
+    note = f"`benchmarks/posteriordb_race.py`, {datetime.date.today()}, {posteriordb.versions(OURS)}"
     options.output.with_suffix(".md").write_text(f"{note}, one thread of {processor()}.\n\n{text}\n", "utf-8")
 
 

@@ -8,11 +8,9 @@ import importlib
 import math
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
-import pyro
 import pytest
 import torch
 
@@ -23,17 +21,6 @@ append_row = importlib.import_module("row_files").append_row
 
 needs_data = pytest.mark.skipif("FLOWGUIDES_DATA" not in os.environ, reason="FLOWGUIDES_DATA is not set")
 NAME = "eight_schools-eight_schools_noncentered"
-
-
-@pytest.fixture(autouse=True)
-def _state() -> Iterator[None]:
-    dtype, threads, environment = torch.get_default_dtype(), torch.get_num_threads(), dict(os.environ)
-    yield
-    pyro.clear_param_store()
-    torch.set_default_dtype(dtype)
-    torch.set_num_threads(threads)
-    os.environ.clear()
-    os.environ.update(environment)
 
 
 # -- the program -------------------------------------------------------------------------------------------------------

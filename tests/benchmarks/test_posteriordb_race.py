@@ -6,9 +6,7 @@ import os
 import sys
 from pathlib import Path
 
-import pyro
 import pytest
-import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 race = importlib.import_module("posteriordb_race")
@@ -16,17 +14,6 @@ race = importlib.import_module("posteriordb_race")
 needs_data = pytest.mark.skipif("FLOWGUIDES_DATA" not in os.environ, reason="FLOWGUIDES_DATA is not set")
 NAME = "gp_pois_regr-gp_regr"
 EVIDENCE = Path(race.__file__).parent / "results" / "posteriordb.csv"
-
-
-@pytest.fixture(autouse=True)
-def _state():
-    dtype, threads, environment = torch.get_default_dtype(), torch.get_num_threads(), dict(os.environ)
-    yield
-    pyro.clear_param_store()
-    torch.set_default_dtype(dtype)
-    torch.set_num_threads(threads)
-    os.environ.clear()
-    os.environ.update(environment)
 
 
 def job(guide, log_evidence):
@@ -60,8 +47,26 @@ def test_who_does_not_get_there_is_given_up(monkeypatch):
 
 
 def test_the_table_says_who_was_there():
+    there = {"reached": "True", "cpu_seconds": "1.23", "gap": "0.05", "khat": "0.1"}
+    not_there = {"reached": "False", "cpu_seconds": "30.2", "gap": "12.3", "khat": "0.9"}
     rows = [
-        {"posterior": "a", "guide": "x", "reached": "True", "cpu_seconds": "1.23", "gap": "0.05", "khat": "0.1"},
-        {"posterior": "a", "guide": "y", "reached": "False", "cpu_seconds": "30.2", "gap": "12.3", "khat": "0.9"},
+        {"posterior": "a", "guide": race.OURS, **there},
+        {"posterior": "a", "guide": "Pyro AutoNormal", **not_there},
     ]
     assert race.table(rows).splitlines()[-1] == "| a | **1.2** | not in 30 (12, k-hat 0.90) |"
+
+
+@needs_data
+def test_the_program_goes_on_where_it_stopped(tmp_path, capsys):
+    database, output = Path(os.environ["FLOWGUIDES_DATA"]) / "posteriordb", tmp_path / "race.csv"
+    command = ["--posteriordb", str(database), "--posteriors", NAME, "--guides", "Pyro AutoNormal"]
+    command += ["--evidence", str(EVIDENCE), "--output", str(output)]
+    race.main(command)
+    (row,) = csv.DictReader(output.read_text().splitlines())
+    assert (row["posterior"], row["guide"], row["reached"]) == (NAME, "Pyro AutoNormal", "True")
+    table = output.with_suffix(".md").read_text("utf-8")
+    assert f"| {NAME} | **" in table
+    assert "Result(" in capsys.readouterr().out
+    race.main(command)
+    assert len(output.read_text().splitlines()) == 2
+    assert "Result(" not in capsys.readouterr().out

@@ -25,13 +25,6 @@ append_row = importlib.import_module("row_files").append_row
 TINY = {"dim": 3, "particles": 32, "hidden": 64}
 
 
-@pytest.fixture(autouse=True)
-def _threads():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
 # -- workers -----------------------------------------------------------------------------------------------------------
 
 
@@ -53,12 +46,10 @@ def test_a_worker_answers_every_request_and_outlives_a_failure():
     assert len(answers) == 5
 
 
-def test_a_worker_says_what_is_missing():
-    name = next(name for name, one in workers.COMPETITORS["steps"].items() if one.module == "speed_peers")
-    if importlib.util.find_spec("zuko") is not None:
-        pytest.skip("zuko is installed")
-    (_, answer) = talk("steps", name, {"setup": TINY})
-    assert "zuko" in answer["left_out"]
+def test_a_worker_says_what_is_missing(tmp_path, monkeypatch):
+    (tmp_path / "zuko.py").write_text("raise ImportError('there is no zuko here')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert "there is no zuko here" in talk("steps", "zuko", {"setup": TINY})[-1]["left_out"]
 
 
 def test_every_competitor_is_there():
