@@ -121,7 +121,7 @@ class CompiledStep:
         \phi \leftarrow \phi - \frac{\eta}{1 - \beta_1^t} \, \frac{m}{\sqrt{v / (1 - \beta_2^t)} + \epsilon}
 
     It works on the vector and on the optimiser's state of a :class:`Descent`, which can take over at any step. Where
-    the bound or its gradient is not finite, nothing changes.
+    the bound or its gradient is not finite, nothing changes, and the moments are NaN.
 
     Args:
         recording: from inputs and the parameters to moments, the first of them the bound, and the flat gradient.
@@ -166,7 +166,7 @@ class CompiledStep:
         first_share, second_share = (1 - beta ** count.double() for beta in BETAS)
         divisor = (second / second_share).sqrt() + EPSILON
         vector.sub_(torch.where(finite, rate / first_share * first / divisor, 0.0))
-        return moments
+        return torch.where(finite, moments, torch.nan)
 
 
 def _compiled(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:

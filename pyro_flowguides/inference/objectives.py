@@ -19,7 +19,7 @@ from torch import Tensor
 from pyro_flowguides.diagnostics import log_weights
 from pyro_flowguides.inference.density import LogDensity, NotVectorisedError
 from pyro_flowguides.inference.descent import CompiledStep, Descent, flatten, grouped
-from pyro_flowguides.inference.record import NotRecordedError, Replay, record
+from pyro_flowguides.inference.record import NotRecordedError, Replay, in_short, record
 from pyro_flowguides.transforms import on_path
 
 __all__ = ["DensityObjective", "Objective", "Request", "Step", "TraceObjective", "make_objective"]
@@ -182,8 +182,10 @@ class DensityObjective:
         if self.why_not_recorded:
             return f"batched densities, run anew at every step because {self.why_not_recorded}"
         kind = ", compiled" if self._compiled else ", recorded" if self._recordings else ""
-        failure = f" (not compiled: {self.why_not_compiled})" if self.why_not_compiled else ""
-        return f"batched densities{kind}{failure}"
+        one_by_one = next((replay.failure for replay in self._recordings.values() if replay.failure), "")
+        failures = {"operations one by one": one_by_one, "not compiled": self.why_not_compiled}
+        said = "; ".join(f"{what}: {why}" for what, why in failures.items() if why)
+        return f"batched densities{kind}" + (f" ({said})" if said else "")
 
     def __call__(self, request: Request, generator: torch.Generator) -> Step:
         return self._evaluate(self.noise(request.particles, generator), request)
@@ -208,7 +210,7 @@ class DensityObjective:
                     power = noise.new_tensor(request.power)
                     self._compiled[request.key] = CompiledStep(replay.recording, descent, noise, power)
                 except Exception as error:  # whatever a compiler or its tools may raise
-                    self.why_not_compiled = (str(error).splitlines() or [type(error).__name__])[0][:120]
+                    self.why_not_compiled = in_short(error)
         return self._compiled.get(request.key)
 
     def _evaluate(self, noise: Tensor, request: Request) -> Step:

@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-__all__ = ["NotRecordedError", "Replay", "assert_same", "record"]
+__all__ = ["NotRecordedError", "Replay", "assert_same", "in_short", "record"]
 
 #: What compiling costs, in seconds per operation, and the share of a replay that it saves: on one core, with inductor.
 COMPILE_SECONDS, COMPILE_SAVES = 0.03, 0.6
@@ -61,13 +61,17 @@ def record(
     except (NotRecordedError, torch.linalg.LinAlgError):
         raise
     except Exception as error:  # a program may fail in any way where its operations are watched
-        first = (str(error).splitlines() or [""])[0]
-        raise NotRecordedError(f"it fails where it is watched ({type(error).__name__}: {first[:120]})") from error
+        raise NotRecordedError(f"it fails where it is watched ({type(error).__name__}: {in_short(error)})") from error
     module = tape.finish(outputs)
     with torch.no_grad():
         found = module(*check, *parameters)
     assert_same(found, function(*check))
     return module
+
+
+def in_short(error: Exception) -> str:
+    """What an error says first."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:120]
 
 
 class Replay:
@@ -80,17 +84,19 @@ class Replay:
 
     Attributes:
         seconds: times of the first calls.
+        failure: why the operations are run one by one; empty if they are not.
     """
 
     def __init__(self, recording: fx.GraphModule) -> None:
         self.recording = recording
         self.run: Callable[..., Any] | None = None
         self.seconds: list[float] = []
+        self.failure = ""
 
     @torch.no_grad()
     def __call__(self, *inputs: Tensor) -> Any:
         if self.run is None:
-            self.run = _interpret(self.recording, inputs)
+            self.run = self._interpret(inputs)
         begin = time.perf_counter()
         outputs = self.run(*inputs)
         if len(self.seconds) < TIMED:
@@ -104,22 +110,22 @@ class Replay:
         saved = COMPILE_SAVES * remaining * statistics.median(self.seconds)
         return saved > COMPILE_SECONDS * len(self.recording.graph.nodes)
 
+    def _interpret(self, inputs: Sequence[Tensor]) -> Callable[..., Any]:
+        """The recording in TorchScript, as it stands and not optimised, which can take seconds; or the recording."""
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)
+                script = torch.jit.trace(self.recording, tuple(inputs), check_trace=False)
 
-def _interpret(recording: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
-    """The recording in TorchScript, as it stands and not optimised, which can take seconds; or the recording itself."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)
-            script = torch.jit.trace(recording, tuple(inputs), check_trace=False)
+            def run(*inputs: Tensor) -> Any:
+                with torch.jit.optimized_execution(False):
+                    return script(*inputs)
 
-        def run(*inputs: Tensor) -> Any:
-            with torch.jit.optimized_execution(False):
-                return script(*inputs)
-
-        assert_same(run(*inputs), recording(*inputs))
-    except Exception:  # an interpreter that is on its way out may fail in any way
-        return recording
-    return run
+            assert_same(run(*inputs), self.recording(*inputs))
+        except Exception as error:  # an interpreter that is on its way out may fail in any way
+            self.failure = in_short(error)
+            return self.recording
+        return run
 
 
 class _Tape(TorchDispatchMode):

@@ -208,6 +208,8 @@ def test_where_nothing_interprets_the_operations_are_run_one_by_one(monkeypatch)
     replay, x = Replay(recording_), inputs()
     assert_close(replay(x)[0], x.exp())
     assert replay.run is recording_
+    result = fg.fit(schools, fg.AutoPlanar(schools), *DATA, steps=20, progress=False)
+    assert result.route == "batched densities, recorded (operations one by one: gone)"
 
 
 def test_a_matrix_that_cannot_be_factorised_spoils_the_result():
@@ -286,6 +288,26 @@ def test_compiled_steps_leave_out_the_same_particles():
     assert [step[2] for step in recorded_steps] == [step[2] for step in compiled_steps]
     assert 0 < sum(step[2] > 0 for step in compiled_steps) < 10
     assert_close(other, one, rtol=1e-9, atol=1e-9)
+
+
+def steep(zero):
+    """A finite density whose gradient is not a number: that of a root, at zero, times zero."""
+    x = pyro.sample("x", dist.Normal(0.0, 1.0))
+    pyro.factor("root", (zero * x).abs().sqrt())
+
+
+@pytest.mark.parametrize("compiling", [False, True], ids=["recorded", "compiled"])
+def test_a_finite_bound_without_a_finite_gradient_is_not_followed(compiling):
+    guide, zero = fg.AutoPlanar(steep, depth=1), torch.zeros(())
+    guide(zero)
+    objective = DensityObjective(steep, guide, (zero,), {}, compiling)
+    descent, generator = Descent(objective.parameters.values()), torch.Generator().manual_seed(0)
+    before = descent.values()[0]
+    step, followed = objective.descend(Request(4), generator, descent, 0.1)
+    assert objective.route == f"batched densities, {'compiled' if compiling else 'recorded'}"
+    assert math.isfinite(step.elbo)
+    assert not followed
+    assert_close(descent.values()[0], before, rtol=0, atol=0)
 
 
 def test_a_compiler_that_fails_is_reported_and_the_fit_goes_on(monkeypatch):
