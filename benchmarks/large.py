@@ -73,7 +73,7 @@ def steps(flow: str, dim: int, rounds: int) -> dict[str, float]:
         times = []
         for round_ in range(rounds + 3):
             begin = time.process_time()
-            objective.descend(Request(PARTICLES, path), generator, descent, 1e-3)
+            objective.descend(Request(PARTICLES, path), generator, descent, [1e-3])
             if round_ >= 3:
                 times.append(1e3 * (time.process_time() - begin))
         found[name] = statistics.median(times)

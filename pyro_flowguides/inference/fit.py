@@ -29,6 +29,8 @@ __all__ = ["FitDivergedError", "FitResult", "fit"]
 
 #: Consecutive steps without a finite bound and gradient after which a fit is given up.
 PATIENCE = 50
+#: Steps between two words on the progress.
+SAID_EVERY = 50
 #: Tail weight of a flow guide after the warm start: at most this, and at most so much over all dimensions. It keeps
 #: importance weights bounded where the posterior's tails are heavier than normal ones, and costs a normal posterior
 #: some hundredths of a nat until it is unlearned.
@@ -288,32 +290,38 @@ class _Run:
     def train(self, checkpoint: str | Path | None, every: int, progress: bool) -> None:
         with tqdm(total=self.schedule.steps, initial=self.schedule.step, disable=not progress, leave=False) as bar:
             while not self.schedule.done:
-                self.step()
-                bar.update()
-                if self.schedule.step % 50 == 0:
+                begin = self.schedule.step
+                self.advance(every - begin % every)
+                now = self.schedule.step
+                bar.update(now - begin)
+                if now // SAID_EVERY > begin // SAID_EVERY:
                     bar.set_description(type(self.guide).__name__, refresh=False)
                     bar.set_postfix_str(f"ELBO {self.recent():.2f}", refresh=False)
-                if checkpoint is not None and self.schedule.step % every == 0:
+                if checkpoint is not None and now % every == 0:
                     self.save(checkpoint)
         self.settle()
         if checkpoint is not None:
             self.save(checkpoint)
 
-    def step(self) -> None:
+    def advance(self, most: int) -> None:
+        """Take some steps, at most so many."""
         schedule = self.schedule
         batch = self._whole_groups(schedule.batch)
         path = self.path_gradient and (schedule.refining_since is not None or self.importance > 1)
-        request = Request(batch, path, self.power, self.importance, schedule.remaining)
-        step, followed = self.objective.descend(request, self.generator, self.descent, schedule.rate)
-        self.dropped += step.dropped if followed else batch
-        self.barren = 0 if followed else self.barren + 1
-        if self.barren >= PATIENCE:
-            raise FitDivergedError(self._why_diverged())
-        self.history.append(step.elbo)
+        power = self.power
+        request = Request(batch, path, power, self.importance, schedule.remaining)
         # A rising target is no standstill and no gain: the schedule sees only what is measured on the full one.
-        full = self.power == 1
-        schedule.advance(step.elbo if full else math.nan, step.gap if full and self.gap_tells else math.nan)
-        if schedule.progress > 0.5:
+        full = power == 1
+        for step, followed in self.objective.descend(
+            request, self.generator, self.descent, schedule.rates(most if full else 1)
+        ):
+            self.dropped += step.dropped if followed else batch
+            self.barren = 0 if followed else self.barren + 1
+            if self.barren >= PATIENCE:
+                raise FitDivergedError(self._why_diverged())
+            self.history.append(step.elbo)
+            schedule.advance(step.elbo if full else math.nan, step.gap if full and self.gap_tells else math.nan)
+        if schedule.averaging:
             self._average()
 
     def _whole_groups(self, particles: int) -> int:

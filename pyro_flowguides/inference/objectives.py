@@ -17,12 +17,13 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_flowguides.diagnostics import log_weights
+from pyro_flowguides.inference.compiled import CompiledSteps, steps_together
 from pyro_flowguides.inference.density import LogDensity, NotVectorisedError
-from pyro_flowguides.inference.descent import CompiledStep, Descent, flatten, grouped
+from pyro_flowguides.inference.descent import Descent, flatten, grouped
 from pyro_flowguides.inference.record import NotRecordedError, Replay, in_short, record
 from pyro_flowguides.transforms import on_path
 
-__all__ = ["DensityObjective", "Objective", "Request", "Step", "TraceObjective", "make_objective"]
+__all__ = ["DensityObjective", "Objective", "Request", "Step", "Taken", "TraceObjective", "make_objective"]
 
 Compiling: TypeAlias = bool | Literal["auto"]
 
@@ -71,6 +72,13 @@ class Request:
         return self.particles, self.path
 
 
+class Taken(NamedTuple):
+    """A step down: what was found, and whether it was followed."""
+
+    step: Step
+    followed: bool
+
+
 class Objective(Protocol):
     """Something to minimise by stochastic gradients."""
 
@@ -82,8 +90,16 @@ class Objective(Protocol):
     def __call__(self, request: Request, generator: torch.Generator) -> Step: ...
 
     def descend(
-        self, request: Request, generator: torch.Generator, descent: Descent, rate: float
-    ) -> tuple[Step, bool]: ...
+        self, request: Request, generator: torch.Generator, descent: Descent, rates: Sequence[float]
+    ) -> list[Taken]:
+        """Evaluate and take a step down, at least one, and as many more as go together.
+
+        Args:
+            request: what all of them have in common.
+            generator: of the noise.
+            descent: of all parameters.
+            rates: step sizes of the coming steps.
+        """
 
 
 class _Structure(NamedTuple):
@@ -150,7 +166,7 @@ class DensityObjective:
         self.why_not_recorded = ""
         self.why_not_compiled = ""
         self._recordings: dict[tuple[int, bool], Replay] = {}
-        self._compiled: dict[tuple[int, bool], CompiledStep] = {}
+        self._compiled: dict[tuple[int, bool], CompiledSteps] = {}
         self.density = LogDensity(model, guide, args, kwargs)
         self.parameters = _inspect(model, guide, args, kwargs).parameters
         like = next(self.guide.get_transform().parameters())
@@ -190,28 +206,48 @@ class DensityObjective:
     def __call__(self, request: Request, generator: torch.Generator) -> Step:
         return self._evaluate(self.noise(request.particles, generator), request)
 
-    def descend(self, request: Request, generator: torch.Generator, descent: Descent, rate: float) -> tuple[Step, bool]:
-        """Evaluate, and take a step down; whether one was taken."""
-        noise = self.noise(request.particles, generator)
-        compiled = self._compiled_step(noise, request, descent)
+    def descend(
+        self, request: Request, generator: torch.Generator, descent: Descent, rates: Sequence[float]
+    ) -> list[Taken]:
+        """Evaluate, and take steps down: as many of those asked for as are compiled together, or one."""
+        before, draws = generator.get_state(), [self.noise(request.particles, generator)]
+        compiled = self._compiled_steps(draws[0], request, descent)
+        found: list[list[float]] = []
         if compiled is not None:
-            mean, gap = compiled(noise, noise.new_tensor(request.power), rate=rate).tolist()
-            if math.isfinite(mean):
-                return Step((), mean, 0, gap), True
-        step = self._evaluate(noise, request)
-        return step, math.isfinite(step.elbo) and descent.follow(step.loss, rate)
+            rates = rates[: compiled.together]
+            draws += [self.noise(request.particles, generator) for _ in rates[1:]]
+            found = compiled(draws, draws[0].new_tensor(request.power), rates=rates).tolist()
+        done = [Taken(Step((), mean, 0, gap), True) for mean, gap in found if math.isfinite(mean)]
+        if len(done) == len(found) > 0:
+            return done
+        step = self._evaluate(draws[len(done)], request)
+        followed = math.isfinite(step.elbo) and descent.follow(step.loss, rates[len(done)])
+        if len(done) + 1 < len(
+            draws
+        ):  # later steps, which were not taken, are to find the noise that they would have had
+            generator.set_state(before)
+            for _ in range(len(done) + 1):
+                self.noise(request.particles, generator)
+        return [*done, Taken(step, followed)]
 
-    def _compiled_step(self, noise: Tensor, request: Request, descent: Descent) -> CompiledStep | None:
-        """The step as one function; ``None`` where it is not worth compiling, or cannot be."""
+    def _compiled_steps(self, noise: Tensor, request: Request, descent: Descent) -> CompiledSteps | None:
+        """Steps as one function; ``None`` where it is not worth compiling, or cannot be."""
         if self.compiling and not self.why_not_compiled and request.key not in self._compiled:
             replay = self._recorded(noise, request)
             if replay is not None and (self.compiling is True or replay.compiling_repays(request.remaining)):
-                try:
-                    power = noise.new_tensor(request.power)
-                    self._compiled[request.key] = CompiledStep(replay.recording, descent, noise, power)
-                except Exception as error:  # whatever a compiler or its tools may raise
-                    self.why_not_compiled = in_short(error)
+                self._compile(replay.recording, descent, request, noise)
         return self._compiled.get(request.key)
+
+    def _compile(self, recording: Any, descent: Descent, request: Request, noise: Tensor) -> None:
+        """Several steps together, or one where that fails."""
+        power = noise.new_tensor(request.power)
+        for together in sorted({1, steps_together(descent)}, reverse=True):
+            try:
+                self._compiled[request.key] = CompiledSteps(recording, descent, together, noise, power)
+                return
+            except Exception as error:  # whatever a compiler or its tools may raise
+                failure = in_short(error)
+        self.why_not_compiled = failure
 
     def _evaluate(self, noise: Tensor, request: Request) -> Step:
         replay = self._recorded(noise, request) if torch.is_grad_enabled() else None
@@ -336,10 +372,12 @@ class TraceObjective:
             return Step(loss.new_zeros(()), math.nan, particles)
         return Step(loss, value, 0)
 
-    def descend(self, request: Request, generator: torch.Generator, descent: Descent, rate: float) -> tuple[Step, bool]:
-        """Evaluate, and take a step down; whether one was taken."""
+    def descend(
+        self, request: Request, generator: torch.Generator, descent: Descent, rates: Sequence[float]
+    ) -> list[Taken]:
+        """Evaluate, and take a step down."""
         step = self(request, generator)
-        return step, math.isfinite(step.elbo) and descent.follow(step.loss, rate)
+        return [Taken(step, math.isfinite(step.elbo) and descent.follow(step.loss, rates[0]))]
 
 
 def make_objective(

@@ -67,13 +67,32 @@ class Schedule:
     @property
     def progress(self) -> float:
         """How much of the refinement is done: 0 while exploring."""
-        return 0.0 if self.refining_since is None else (self.step - self.refining_since) / self.refine_steps
+        return self._progress(self.step)
+
+    @property
+    def averaging(self) -> bool:
+        """Whether the iterate belongs to those whose average is tried in the end."""
+        return self.progress > 0.5
 
     @property
     def rate(self) -> float:
         """The step size of the coming step."""
-        falling = 0.5 * (1 + math.cos(math.pi * self.progress))
-        warm = min(1.0, (self.step + 1) / self.WARM_UP)
+        return self._rate(self.step)
+
+    def rates(self, most: int) -> list[float]:
+        """The step sizes of the coming steps, at most that many, up to the next at which anything else may change."""
+        if self.refining_since is None:
+            end = min(self.step + self.WINDOW - self.step % self.WINDOW, self.most_exploring)
+        else:
+            end = min(self.step + self.remaining, self.refining_since + self.refine_steps // 2)
+        return [self._rate(step) for step in range(self.step, min(self.step + most, max(end, self.step + 1)))]
+
+    def _progress(self, step: int) -> float:
+        return 0.0 if self.refining_since is None else (step - self.refining_since) / self.refine_steps
+
+    def _rate(self, step: int) -> float:
+        falling = 0.5 * (1 + math.cos(math.pi * self._progress(step)))
+        warm = min(1.0, (step + 1) / self.WARM_UP)
         return self.learning_rate * self.caution * warm * (self.LAST_FRACTION + (1 - self.LAST_FRACTION) * falling)
 
     @property

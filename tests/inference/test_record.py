@@ -240,7 +240,7 @@ def test_particles_without_a_factorisation_are_left_out_of_recorded_steps():
     descent = Descent(objective.parameters.values())
     dropped = []
     for _ in range(20):
-        step, followed = objective.descend(Request(4, path=False), generator, descent, 1e-3)
+        ((step, followed),) = objective.descend(Request(4, path=False), generator, descent, [1e-3])
         dropped.append(step.dropped)
         assert followed == (step.dropped < 4)
     assert max(dropped) > 0
@@ -261,7 +261,7 @@ def descended(model, args, compiling, requests, scale=1.0):
             parameter.add_(scale * torch.randn_like(parameter))
     objective, generator = DensityObjective(model, guide, args, {}, compiling), torch.Generator().manual_seed(0)
     descent = Descent(objective.parameters.values())
-    steps = [objective.descend(request, generator, descent, 0.01) for request in requests]
+    steps = [taken for request in requests for taken in objective.descend(request, generator, descent, [0.01])]
     assert objective.route == f"batched densities, {'compiled' if compiling else 'recorded'}"
     return [(step.elbo, step.gap, step.dropped) for step, _ in steps], descent.values()[0], guide
 
@@ -290,6 +290,41 @@ def test_compiled_steps_leave_out_the_same_particles():
     assert_close(other, one, rtol=1e-9, atol=1e-9)
 
 
+def test_a_call_takes_many_compiled_steps_and_stops_where_one_cannot_be_taken():
+    torch.set_default_dtype(torch.float64)
+    data = torch.tensor([[1.0, 0.5], [-0.5, 0.3]])
+    request = Request(4, path=False)
+    (one_by_one, expected, _) = descended(correlated, (data,), False, [request] * 60, 0.0)
+    torch.manual_seed(3)
+    guide = fg.AutoPlanar(correlated, depth=1, init_scale=0.6)
+    guide(data)
+    objective = DensityObjective(correlated, guide, (data,), {}, True)
+    descent, generator = Descent(objective.parameters.values()), torch.Generator().manual_seed(0)
+    found, calls = [], []
+    while len(found) < 60:
+        taken = objective.descend(request, generator, descent, [0.01] * (60 - len(found)))
+        found += [(step.elbo, step.gap, step.dropped) for step, _ in taken]
+        calls.append(len(taken))
+    assert objective.route == "batched densities, compiled"
+    assert max(calls) > 3
+    assert sum(step[2] > 0 for step in found) in range(1, len(calls) + 1)
+    for step, other in zip(found, one_by_one, strict=True):
+        assert step == pytest.approx(other, rel=1e-9)
+    assert_close(descent.values()[0], expected, rtol=1e-9, atol=1e-9)
+
+
+def test_a_compiled_fit_takes_the_steps_of_a_recorded_one():
+    torch.set_default_dtype(torch.float64)
+    settings = {"steps": 330, "particles": 4, "progress": False}
+    recorded_fit, compiled_fit = (
+        fg.fit(schools, fg.AutoPlanar(schools, depth=1), *DATA, compile=compiling, **settings)
+        for compiling in (False, True)
+    )
+    assert compiled_fit.route == "batched densities, compiled"
+    assert compiled_fit.steps == recorded_fit.steps
+    assert compiled_fit.elbo_history == pytest.approx(recorded_fit.elbo_history, rel=1e-6)
+
+
 def steep(zero):
     """A finite density whose gradient is not a number: that of a root, at zero, times zero."""
     x = pyro.sample("x", dist.Normal(0.0, 1.0))
@@ -303,7 +338,7 @@ def test_a_finite_bound_without_a_finite_gradient_is_not_followed(compiling):
     objective = DensityObjective(steep, guide, (zero,), {}, compiling)
     descent, generator = Descent(objective.parameters.values()), torch.Generator().manual_seed(0)
     before = descent.values()[0]
-    step, followed = objective.descend(Request(4), generator, descent, 0.1)
+    ((step, followed),) = objective.descend(Request(4), generator, descent, [0.1])
     assert objective.route == f"batched densities, {'compiled' if compiling else 'recorded'}"
     assert math.isfinite(step.elbo)
     assert not followed

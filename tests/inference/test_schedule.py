@@ -126,3 +126,25 @@ def test_state_round_trip(stop):
     assert other == schedule
     assert run(other, lambda step: elbos[step]) == run(schedule, lambda step: elbos[step])
     assert other == schedule
+
+
+@pytest.mark.parametrize("elbo", [lambda step: float(step), lambda step: 0.0], ids=["rising", "standing still"])
+@pytest.mark.parametrize("gap", [5.0, 0.01], ids=["far", "near"])
+@pytest.mark.parametrize("most", [7, 1000])
+def test_steps_taken_together_are_those_taken_one_by_one(elbo, gap, most):
+    one, other = Schedule(1037, 0.01, 32, 0.01), Schedule(1037, 0.01, 32, 0.01)
+    singly = []
+    while not one.done:
+        singly.append((one.rate, one.batch, one.refining_since, one.averaging))
+        one.advance(elbo(one.step), gap)
+    together, calls = [], 0
+    while not other.done:
+        common = other.batch, other.refining_since, other.averaging
+        rates = other.rates(most)
+        assert 1 <= len(rates) <= most
+        together += [(rate, *common) for rate in rates]
+        for _ in rates:
+            other.advance(elbo(other.step), gap)
+        calls += 1
+    assert together == singly
+    assert calls < len(singly)

@@ -1,0 +1,185 @@
+"""Steps of Adam down a recorded gradient, compiled."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.func import functional_call
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from pyro_flowguides.inference.descent import BETAS, EPSILON, GRADIENT_NORM, Descent, pieces
+from pyro_flowguides.inference.record import assert_same
+
+__all__ = ["CompiledSteps", "steps_together"]
+
+#: Steps of one call, where a step is so short that what a call costs besides counts.
+TOGETHER = 50
+#: Up to that many parameters.
+FEW_PARAMETERS = 2**17
+#: The parts of a descent's state.
+STATE = 4
+
+
+def steps_together(descent: Descent) -> int:
+    """How many steps one call should take: many where they are short; on a GPU one, whose loops the host waits for."""
+    few = sum(vector.numel() for vector in descent.vectors) <= FEW_PARAMETERS
+    return TOGETHER if few and not any(vector.is_cuda for vector in descent.vectors) else 1
+
+
+class CompiledSteps:
+    r"""A recorded gradient, its clipping and the step of Adam as one compiled function, which loops over some steps.
+
+    .. math::
+        m \leftarrow m + (1 - \beta_1)(g - m), \quad v \leftarrow v + (1 - \beta_2)(g^2 - v), \quad
+        \phi \leftarrow \phi - \frac{\eta}{1 - \beta_1^t} \, \frac{m}{\sqrt{v / (1 - \beta_2^t)} + \epsilon}
+
+    It works on the vector and on the optimiser's state of a :class:`Descent`, which can take over at any step. Steps
+    end before the first at which the bound or its gradient is not finite.
+
+    Args:
+        recording: from a draw, other inputs and the parameters to moments, the first of them the bound, and the flat
+            gradient.
+        descent: of all parameters, in one group.
+        together: most steps of a call.
+        draw: input that differs from step to step.
+        *shared: inputs that do not.
+
+    Raises:
+        ValueError: if there are several groups, or the compiled result differs from that of the recording.
+        Exception: whatever else a compiler or its tools may raise.
+    """
+
+    def __init__(
+        self, recording: fx.GraphModule, descent: Descent, together: int, draw: Tensor, *shared: Tensor
+    ) -> None:
+        self.recording, self.descent, self.together = recording, descent, together
+        if len(descent.groups) > 1:
+            raise ValueError("the parameters have several dtypes or devices")
+        (self.group,) = descent.groups
+        self.names = [name for name, _ in recording.named_buffers()]
+        self.width = len(recording(draw, *shared, *(value.detach() for value in self.group))[0])
+        few = min(together, 3)
+        given = self._given([draw] * few, shared, [1e-3] * few, 0)
+        traced, first, second = ([*(value.clone() for value in descent.state()), *given] for _ in range(3))
+        whole = self._loop if together > 1 else self._once
+        with torch.no_grad(), _in_silence():
+            self.run = _compiled(make_fx(whole)(*traced), traced)
+            found, expected = self.run(*first), whole(*second)
+            assert_same([*found, *first[:STATE]], [*expected, *second[:STATE]])
+
+    @torch.no_grad()
+    def __call__(self, draws: Sequence[Tensor], *shared: Tensor, rates: Sequence[float]) -> Tensor:
+        """Take steps; what the recording gives besides the gradient at each, up to one that was not taken: then NaN.
+
+        Args:
+            draws: one for every step, at most ``together``.
+            *shared: further inputs of the recording.
+            rates: step sizes.
+        """
+        state = self.descent.state()
+        (found,) = self.run(*state, *self._given(draws, shared, rates, int(state[-1])))
+        return found[: len(draws)]
+
+    def _given(
+        self, draws: Sequence[Tensor], shared: Sequence[Tensor], rates: Sequence[float], taken: int
+    ) -> list[Tensor]:
+        """Draws, what Adam multiplies its averages by, both filled up; the number of steps; what is shared.
+
+        The averages start at zero, so that those after t steps are divided by their share of what is not the start.
+        """
+        missing = self.together - len(draws)
+        shares = [[1 - beta ** (taken + step) for beta in BETAS] for step in range(1, len(rates) + 1)]
+        factors = [[rate / first, 1 / second] for rate, (first, second) in zip(rates, shares, strict=True)]
+        return [
+            torch.stack([*draws, *[draws[0]] * missing]),
+            draws[0].new_tensor(factors + factors[:1] * missing),
+            torch.tensor(len(draws), device="cpu"),
+            *shared,
+            *self.recording.buffers(),
+        ]
+
+    def _once(self, *inputs: Tensor) -> tuple[Tensor]:
+        state, (draws, factors, _, *constant) = inputs[:STATE], inputs[STATE:]
+        found, *after = self._step(*state, draws[0], factors[0], *constant)
+        _replace(state, after)
+        return (found[None],)
+
+    def _loop(self, *inputs: Tensor) -> tuple[Tensor]:
+        from torch._higher_order_ops.while_loop import while_loop_op
+
+        state, (draws, factors, number, *constant) = inputs[:STATE], inputs[STATE:]
+        places = torch.arange(self.together, device=draws.device)
+
+        def goes_on(place: Tensor, taken: Tensor, *others: Tensor) -> Tensor:
+            return taken & (place < others[-1])
+
+        def body(place: Tensor, _: Tensor, found: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+            state, (draws, factors, places, *constant, _) = others[:STATE], others[STATE:]
+            here, *after = self._step(*state, draws[place[None]][0], factors[place[None]][0], *constant)
+            found = torch.where((places == place)[:, None], here, found)
+            return place + 1, here[0].isfinite(), found, *after
+
+        nothing = draws.new_full((self.together, self.width), torch.nan)
+        carried: Any = (places[0].clone(), number > 0, nothing, *(value.clone() for value in state))
+        _, _, found, *after = while_loop_op(goes_on, body, carried, (draws, factors, places, *constant, number))
+        _replace(state, after)
+        return (found,)
+
+    def _step(
+        self, vector: Tensor, first: Tensor, second: Tensor, count: Tensor, draw: Tensor, factors: Tensor, *rest: Tensor
+    ) -> tuple[Tensor, ...]:
+        """What the recording gives and the state after a step, the same as before where it cannot be taken."""
+        shared, buffers = rest[: len(rest) - len(self.names)], rest[len(rest) - len(self.names) :]
+        inputs = (draw, *shared, *pieces(vector, self.group))
+        found, gradient = functional_call(self.recording, dict(zip(self.names, buffers, strict=True)), inputs)
+        norm = gradient.norm()
+        finite = (found[0] + norm).isfinite()
+        gradient = torch.where(finite, gradient * (GRADIENT_NORM / norm).clamp(max=1.0), 0.0)
+        weight = finite.to(first)
+        first = first.lerp(gradient, (1 - BETAS[0]) * weight)
+        second = second.lerp(gradient.square(), (1 - BETAS[1]) * weight)
+        step = factors[0] * first / ((second * factors[1]).sqrt() + EPSILON)
+        vector = vector - torch.where(finite, step, 0.0)
+        return torch.where(finite, found, torch.nan), vector, first, second, count + finite
+
+
+@contextmanager
+def _in_silence() -> Iterator[None]:
+    """Without what compilers tell about themselves."""
+    log = logging.getLogger("torch._inductor")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.setLevel(level)
+
+
+def _replace(state: Sequence[Tensor], after: Sequence[Tensor]) -> None:
+    for value, new in zip(state, after, strict=True):
+        value.copy_(new)
+
+
+def _compiled(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
+    """A graph as one function of inductor's, without the guards that are for code which may change."""
+    import torch._inductor
+    from torch._guards import TracingContext, tracing
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    for module in graph.modules():
+        if isinstance(module, fx.GraphModule):
+            for node in module.graph.nodes:
+                node.meta.clear()  # what tracing noted about values is no use to the C++ wrapper
+    on_gpu = any(value.is_cuda for value in inputs)
+    options = {"triton.cudagraphs": True} if on_gpu else {"cpp_wrapper": True}
+    with tracing(TracingContext(FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True))):  # loops ask for it
+        return torch._inductor.compile(graph, list(inputs), options=options)
