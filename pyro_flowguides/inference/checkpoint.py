@@ -12,7 +12,7 @@ import torch
 __all__ = ["load", "save"]
 
 #: What the first entry of a checkpoint says, so that no other file is taken for one.
-FORMAT = "pyro_flowguides fit 2"
+FORMAT = "pyro_flowguides fit 3"
 
 
 def save(path: str | Path, state: dict[str, Any]) -> None:

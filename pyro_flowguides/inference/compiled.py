@@ -66,7 +66,7 @@ class CompiledSteps:
         self.width = len(recording(draw, *shared, *(value.detach() for value in self.group))[0])
         few = min(together, 3)
         given = self._given([draw] * few, shared, [1e-3] * few, 0)
-        traced, first, second = ([*(value.clone() for value in descent.state()), *given] for _ in range(3))
+        traced, first, second = ([*(value.clone() for value in descent.state()[0]), *given] for _ in range(3))
         whole = self._loop if together > 1 else self._once
         with torch.no_grad(), _in_silence():
             self.run = _compiled(make_fx(whole)(*traced), traced)
@@ -82,8 +82,9 @@ class CompiledSteps:
             *shared: further inputs of the recording.
             rates: step sizes.
         """
-        state = self.descent.state()
+        (state,) = self.descent.state()
         (found,) = self.run(*state, *self._given(draws, shared, rates, int(state[-1])))
+        self.descent.moved()
         return found[: len(draws)]
 
     def _given(

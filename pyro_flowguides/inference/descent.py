@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
+from torch.optim.adam import adam
 
 __all__ = ["BETAS", "EPSILON", "GRADIENT_NORM", "Descent", "flatten", "grouped", "pieces"]
 
@@ -57,10 +59,10 @@ class Descent:
             parts = zip(group, pieces(vector.detach(), group), pieces(gradient, group), strict=True)
             for parameter, value, slot in parts:
                 parameter.data, parameter.grad = value, slot
-        self.optimiser = torch.optim.Adam(self.vectors, betas=BETAS, eps=EPSILON, fused=True)
-        for vector in self.vectors:
-            zeros = {name: torch.zeros_like(vector) for name in ("exp_avg", "exp_avg_sq")}
-            self.optimiser.state[vector] = {"step": vector.new_zeros((), dtype=torch.float32), **zeros}
+        vectors = [vector.detach() for vector in self.vectors]
+        #: Averages of the gradients and of their squares, and the numbers of steps.
+        self.first, self.second = ([torch.zeros_like(vector) for vector in vectors] for _ in range(2))
+        self.counts = [vector.new_zeros((), dtype=torch.float32) for vector in vectors]
 
     def follow(self, gradients: Tensor | Sequence[Tensor], rate: float) -> bool:
         """Step down; stay, and say so, where the gradient is not finite.
@@ -77,18 +79,39 @@ class Descent:
         norm = math.hypot(*(float(gradient.norm()) for gradient in gradients))
         if not math.isfinite(norm):
             return False
-        for vector, gradient in zip(self.vectors, gradients, strict=True):
-            vector.grad = gradient.mul_(GRADIENT_NORM / norm) if norm > GRADIENT_NORM else gradient
-        for settings in self.optimiser.param_groups:
-            settings["lr"] = rate
-        self.optimiser.step()
+        if norm > GRADIENT_NORM:
+            gradients = [gradient.mul_(GRADIENT_NORM / norm) for gradient in gradients]
+        self._step(gradients, rate)
         return True
 
-    def state(self) -> list[Tensor]:
-        """All that a step changes: the vector, its gradient's moments, the count of steps; for a single group."""
-        (vector,) = self.vectors
-        state = self.optimiser.state[vector]
-        return [vector.detach(), state["exp_avg"], state["exp_avg_sq"], state["step"]]
+    @torch.no_grad()
+    def _step(self, gradients: Sequence[Tensor], rate: float) -> None:
+        """As a function: the class would load a compiler at its first use, which takes a second."""
+        adam(
+            self.vectors,
+            list(gradients),
+            *(self.first, self.second, [], self.counts),
+            fused=True,
+            amsgrad=False,
+            beta1=BETAS[0],
+            beta2=BETAS[1],
+            lr=rate,
+            weight_decay=0.0,
+            eps=EPSILON,
+            maximize=False,
+        )
+        self.moved()
+
+    def moved(self) -> None:
+        """Tell whoever remembers what was computed from a parameter that its vector has changed."""
+        for group in self.groups:
+            for parameter in group:
+                increment_version(parameter)
+
+    def state(self) -> list[list[Tensor]]:
+        """All that a step changes, for each group: the vector, its gradient's averages, the count of steps."""
+        groups = zip(self.vectors, self.first, self.second, self.counts, strict=True)
+        return [[vector.detach(), *moments] for vector, *moments in groups]
 
     @torch.no_grad()
     def values(self) -> list[Tensor]:

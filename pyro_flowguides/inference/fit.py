@@ -401,7 +401,7 @@ class _Run:
                 "settings": self.settings,
                 # Detached, because Pyro hangs references on its parameters that cannot be written.
                 "parameters": {name: value.detach() for name, value in self.objective.parameters.items()},
-                "optimiser": self.descent.optimiser.state_dict(),
+                "moments": [moments for _, *moments in self.descent.state()],
                 "schedule": self.schedule.state(),
                 "generator": self.generator.get_state(),
                 "global_generator": torch.get_rng_state(),
@@ -429,7 +429,9 @@ class _Run:
         with torch.no_grad():
             for name, parameter in own.items():
                 parameter.copy_(saved[name])
-        self.descent.optimiser.load_state_dict(state["optimiser"])
+        for (_, *moments), kept in zip(self.descent.state(), state["moments"], strict=True):
+            for moment, saved_moment in zip(moments, kept, strict=True):
+                moment.copy_(saved_moment)
         self.schedule = Schedule(**state["schedule"])
         self.generator.set_state(state["generator"])
         torch.set_rng_state(state["global_generator"])

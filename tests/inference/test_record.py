@@ -307,6 +307,7 @@ def test_a_call_takes_many_compiled_steps_and_stops_where_one_cannot_be_taken():
         calls.append(len(taken))
     assert objective.route == "batched densities, compiled"
     assert max(calls) > 3
+    assert all(parameter._version > 1 for parameter in guide.parameters())
     assert sum(step[2] > 0 for step in found) in range(1, len(calls) + 1)
     for step, other in zip(found, one_by_one, strict=True):
         assert step == pytest.approx(other, rel=1e-9)
