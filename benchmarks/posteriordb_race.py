@@ -5,9 +5,10 @@
 ``fg.fit`` runs as it comes, to its own end, verdict included; and, as the others are told when to stop, with the least
 of some limits on its steps that gets there ("shortest"). Guides of Pyro and of NumPyro are trained by plain SVI
 with the settings of ``posteriordb.py``, and looked at every 100 steps, 2,000 at most: the clock stops at
-the first look that finds a gap of at most 0.1 nats and a k-hat below 0.7 in 2,000 draws. Looks are not counted,
-compilation is. Times are processor seconds of one thread. The evidence is the best estimate of ``posteriordb.csv``,
-whose rows also say how long Pyro's NUTS takes to errors of 0.1; with ``--nuts`` it runs again, in turn with the rest.
+the first look that finds a gap of at most 0.1 nats and a k-hat below 0.7 in 2,000 draws. Looks are not counted, and
+nobody's imports are; compilation is. Times are processor seconds of one thread. The evidence is the best estimate of
+``posteriordb.csv``, whose rows also say how long Pyro's NUTS takes to errors of 0.1; with ``--nuts`` it runs again, in
+turn with the rest.
 
 A finished job is one row of the CSV file ``--output``; an interrupted program goes on where it stopped.
 """
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import importlib
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -71,12 +73,20 @@ def run_job(job: Job) -> Result:
     posterior = posteriordb.prepare(job.root, job.posterior, job.seed)
     today, where = datetime.date.today().isoformat(), processor()
     head = job.posterior, job.guide, job.seed
+    load_libraries(job.guide)
     try:
         reached, seconds, steps, gap, khat = racer(job.guide)(posterior, job)
     except Exception as error:  # whatever a guide raises: the others are to run all the same
         print(f"{job.posterior}, {job.guide}: {type(error).__name__}: {error}", file=sys.stderr)
         reached, seconds, steps, gap, khat = False, float("nan"), 0, float("nan"), float("nan")
     return Result(*head, reached, seconds, steps, gap, khat, today, where)
+
+
+def load_libraries(guide: str) -> None:
+    """Those that the competitors import when they first need them: the verdict, optimisers, and NumPyro."""
+    modules = ["arviz", "torch._dynamo", *(["posteriordb_numpyro"] if guide in posteriordb.NUMPYRO_PEERS else [])]
+    for module in modules:
+        importlib.import_module(module)
 
 
 Outcome = tuple[bool, float, int, float, float]

@@ -24,6 +24,10 @@ TOGETHER = 50
 FEW_PARAMETERS = 2**17
 #: The parts of a descent's state.
 STATE = 4
+#: Inductor's, as far as it knows them. What calls the kernels is compiled apart from them and optimised less, which
+#: takes a third of the time. Headers compiled beforehand would repay their own time after some compilations only.
+CPU_OPTIONS = {"cpp_wrapper": True, "cpp_wrapper_build_separate": True, "cpp_cache_precompile_headers": False}
+GPU_OPTIONS = {"triton.cudagraphs": True}
 
 
 def steps_together(descent: Descent) -> int:
@@ -180,7 +184,7 @@ def _compiled(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., 
         if isinstance(module, fx.GraphModule):
             for node in module.graph.nodes:
                 node.meta.clear()  # what tracing noted about values is no use to the C++ wrapper
-    on_gpu = any(value.is_cuda for value in inputs)
-    options = {"triton.cudagraphs": True} if on_gpu else {"cpp_wrapper": True}
+    options = GPU_OPTIONS if any(value.is_cuda for value in inputs) else CPU_OPTIONS
+    options = {name: value for name, value in options.items() if name in torch._inductor.list_options()}
     with tracing(TracingContext(FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True))):  # loops ask for it
         return torch._inductor.compile(graph, list(inputs), options=options)
