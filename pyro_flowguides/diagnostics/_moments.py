@@ -2,35 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from ._chunks import chunks, per_chunk
+
 Moments = dict[str, tuple[Tensor, Tensor]]
 
 _NOTHING = 1e-10
+#: Draws, their deviations and the squares of these, in double precision.
+_COPIES = 6
 
 
-def moments(draws: Mapping[str, Tensor], weights: Tensor | None = None) -> Moments:
-    """Mean and standard deviation of each coordinate of some draws.
+def moments(*parts: Mapping[str, Tensor], weights: Tensor | None = None) -> Moments:
+    """Mean and standard deviation of each coordinate of some draws, a few coordinates at a time.
 
     Args:
-        draws: site -> (S, ...).
+        *parts: site -> (part of S, ...): the draws, whole or in parts that follow each other.
         weights: weights that sum to one, (S,); equal weights if not given.
 
     Returns:
         site -> (mean, sd), each (D,), in double precision on the CPU.
     """
-    return {site: _site_moments(value, weights) for site, value in draws.items()}
+    return {site: _site_moments([part[site] for part in parts], weights) for site in parts[0]}
 
 
-def _site_moments(value: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
-    flat = value.detach().cpu().double().reshape(value.shape[0], -1)
+def _site_moments(parts: Sequence[Tensor], weights: Tensor | None) -> tuple[Tensor, Tensor]:
+    flat = [part.detach().reshape(part.shape[0], -1) for part in parts]
     if weights is None:
-        weights = flat.new_full((flat.shape[0],), 1 / flat.shape[0])
-    mean = weights @ flat
-    return mean, (weights @ (flat - mean).square()).sqrt()
+        size = sum(map(len, flat))
+        weights = torch.full((size,), 1 / size, dtype=torch.float64)
+    mean, sd = weights.new_empty(2, flat[0].shape[1])
+    for few in chunks(len(mean), per_chunk(_COPIES * len(weights))):
+        values = torch.cat([part[:, few].cpu().double() for part in flat])
+        mean[few] = weights @ values
+        sd[few] = (weights @ (values - mean[few]).square()).sqrt()
+    return mean, sd
 
 
 def mean_difference(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor], sd: Tensor) -> float:

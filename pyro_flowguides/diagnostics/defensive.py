@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._moments import moments, shift
+from ._moments import Moments, moments, shift
 from ._program import Program, inspect_program
 from .psis import effective_sample_size, log_mean_weight, pareto_smooth
 from .weights import WeightedDraws, log_weight, weigh_guide
@@ -68,32 +68,36 @@ def defensive_log_weights(
         ...  for found in (log_weights, defensive_log_weights)]
         [0.5, 1.0]
     """
-    return weigh_defensively(inspect_program(model, guide, args, kwargs), num_samples)[1]
+    parts = weigh_defensively(inspect_program(model, guide, args, kwargs), num_samples)[1]
+    return _joined(parts) if parts else None
 
 
-def weigh_defensively(program: Program, num_samples: int) -> tuple[WeightedDraws, WeightedDraws | None]:
-    """As :func:`log_weights` and :func:`defensive_log_weights`, sharing the draws of the guide."""
+def weigh_defensively(program: Program, num_samples: int) -> tuple[WeightedDraws, Sequence[WeightedDraws]]:
+    """As :func:`log_weights` and :func:`defensive_log_weights`, the latter in two parts that share their draws with
+    the former; in none if no distribution in the guide can be widened."""
     own, own_ratio = weigh_guide(program, num_samples)
     if not program.widenable:
-        return own, None
+        return own, ()
     num_wide = num_samples if own.vectorized else -(-num_samples // _SEQUENTIAL_SHARE)
     wide, wide_ratio = weigh_guide(program, num_wide, wide=True)
-    return own, _mixture(own, own_ratio, wide, wide_ratio)
-
-
-def _mixture(own: WeightedDraws, own_ratio: Tensor, wide: WeightedDraws, wide_ratio: Tensor) -> WeightedDraws:
     share = own.num_samples / (own.num_samples + wide.num_samples)
-    log_p, log_ratio = torch.cat([own.log_p, wide.log_p]), torch.cat([own_ratio, wide_ratio])
-    log_q = torch.cat([own.log_q, wide.log_q])
+    return own, (_of_mixture(own, own_ratio, share), _of_mixture(wide, wide_ratio, share))
+
+
+def _of_mixture(weighted: WeightedDraws, log_ratio: Tensor, share: float) -> WeightedDraws:
+    """The draws, weighted as some of the mixture's, of which so large a share is from the guide itself."""
+    log_q = weighted.log_q
     log_mix = log_q + torch.logaddexp(torch.full_like(log_q, math.log(share)), log_ratio + math.log1p(-share))
-    return WeightedDraws(
-        draws={name: torch.cat([value, wide.draws[name]]) for name, value in own.draws.items()},
-        log_p=log_p,
-        log_q=log_mix,
-        log_w=log_weight(log_p, log_mix),
-        point_sites=own.point_sites,
-        guide_note=own.guide_note,
-        model_note=own.model_note,
+    return replace(weighted, log_q=log_mix, log_w=log_weight(weighted.log_p, log_mix))
+
+
+def _joined(parts: Sequence[WeightedDraws]) -> WeightedDraws:
+    return replace(
+        parts[0],
+        draws={name: torch.cat([part.draws[name] for part in parts]) for name in parts[0].draws},
+        log_p=torch.cat([part.log_p for part in parts]),
+        log_q=torch.cat([part.log_q for part in parts]),
+        log_w=torch.cat([part.log_w for part in parts]),
     )
 
 
@@ -141,37 +145,43 @@ class WiderLook:
         return 2.0 / math.sqrt(self.ess)
 
 
-def look_wider(weighted: WeightedDraws, defensive: WeightedDraws, factor: float) -> WiderLook | None:
+def look_wider(
+    own_log_w: Tensor, found: Moments, corrected: Moments, defensive: Sequence[WeightedDraws], factor: float
+) -> WiderLook | None:
     """Compare the guide's own draws with those of the mixture.
 
     Args:
-        weighted: draws of the guide with their weights.
-        defensive: draws of the mixture with theirs.
+        own_log_w: log weights of the guide's draws, some of them positive.
+        found: moments of the guide's draws.
+        corrected: the same after weighting.
+        defensive: draws of the mixture with their weights, in parts.
         factor: by how much the guide was widened.
 
     Returns:
-        The comparison; ``None`` if either has no positive weight.
+        The comparison; ``None`` if the mixture has no positive weight.
     """
-    if effective_sample_size(defensive.log_w) == 0 or effective_sample_size(weighted.log_w) == 0:
+    log_w = torch.cat([part.log_w for part in defensive])
+    ess = effective_sample_size(log_w)
+    if ess == 0:
         return None
-    smoothed, own_smoothed = pareto_smooth(defensive.log_w), pareto_smooth(weighted.log_w)
-    log_evidence, se = log_mean_weight(defensive.log_w)
-    own_log_evidence, own_se = log_mean_weight(weighted.log_w)
+    smoothed = pareto_smooth(log_w)
+    log_evidence, se = log_mean_weight(log_w)
+    own_log_evidence, own_se = log_mean_weight(own_log_w)
     excess = log_evidence - own_log_evidence
-    share, own_share = _largest_share(defensive.log_w), _largest_share(weighted.log_w)
-    reference = moments(defensive.draws, smoothed.log_weights.exp())
+    share, own_share = _largest_share(log_w), _largest_share(own_log_w)
+    reference = moments(*(part.draws for part in defensive), weights=smoothed.log_weights.exp())
     return WiderLook(
         factor=factor,
         khat=smoothed.khat,
-        ess=effective_sample_size(defensive.log_w),
-        num_samples=defensive.num_samples,
+        ess=ess,
+        num_samples=len(log_w),
         largest_share=share,
         log_evidence=log_evidence,
         log_evidence_se=se,
         missed_mass=1 - math.exp(-excess) if excess > 3 * math.hypot(se, own_se) else 0.0,
-        shift=max(shift(moments(weighted.draws), reference)[:2]),
-        weighted_shift=max(shift(moments(weighted.draws, own_smoothed.log_weights.exp()), reference)[:2]),
-        is_surprised=share > max(_SURPRISING_SHARE, 3 * own_share, 20 / defensive.num_samples),
+        shift=max(shift(found, reference)[:2]),
+        weighted_shift=max(shift(corrected, reference)[:2]),
+        is_surprised=share > max(_SURPRISING_SHARE, 3 * own_share, 20 / len(log_w)),
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -153,7 +153,7 @@ def diagnose(
         raise ValueError(f"a diagnosis needs at least {MIN_DRAWS} draws, not {num_samples}")
     program = inspect_program(model, guide, args, kwargs)
     weighted, defensive = weigh_defensively(program, num_samples)
-    return judge(weighted, defensive, program.widening, agreement)
+    return _judge(weighted, defensive, program.widening, agreement)
 
 
 def judge(
@@ -175,6 +175,13 @@ def judge(
     """
     if weighted.num_samples < MIN_DRAWS:
         raise ValueError(f"a diagnosis needs at least {MIN_DRAWS} draws, not {weighted.num_samples}")
+    return _judge(weighted, () if defensive is None else (defensive,), factor, agreement)
+
+
+def _judge(
+    weighted: WeightedDraws, defensive: Sequence[WeightedDraws], factor: float, agreement: Agreement | None
+) -> Diagnosis:
+    """As :func:`judge`, for defensive draws in parts, none if there are none."""
     evidence = _evidence(weighted, defensive, factor, agreement)
     verdict, reason, advice = decide(evidence)
     elbo, elbo_se = _elbo(weighted.log_w)
@@ -204,14 +211,16 @@ def judge(
 
 
 def _evidence(
-    weighted: WeightedDraws, defensive: WeightedDraws | None, factor: float, agreement: Agreement | None
+    weighted: WeightedDraws, defensive: Sequence[WeightedDraws], factor: float, agreement: Agreement | None
 ) -> Evidence:
     ess = effective_sample_size(weighted.log_w)
-    khat, change = math.nan, (math.nan, math.nan, next(iter(weighted.draws)))
+    khat, change, wider = math.nan, (math.nan, math.nan, next(iter(weighted.draws))), None
     if ess > 0:
         smoothed = pareto_smooth(weighted.log_w)
-        khat = smoothed.khat
-        change = shift(moments(weighted.draws), moments(weighted.draws, smoothed.log_weights.exp()))
+        found = moments(weighted.draws)
+        corrected = moments(weighted.draws, weights=smoothed.log_weights.exp())
+        khat, change = smoothed.khat, shift(found, corrected)
+        wider = look_wider(weighted.log_w, found, corrected, defensive, factor) if defensive else None
     return Evidence(
         khat=khat,
         khat_threshold=khat_threshold(weighted.num_samples),
@@ -223,7 +232,7 @@ def _evidence(
         num_zero=weighted.num_zero,
         num_invalid=weighted.num_invalid,
         point_sites=weighted.point_sites,
-        wider=None if defensive is None else look_wider(weighted, defensive, factor),
+        wider=wider,
         agreement=agreement,
     )
 

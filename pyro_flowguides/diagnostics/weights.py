@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._chunks import chunks, per_chunk
 from ._program import Program, inspect_program
 from ._running import sample_guide, score_model
 from ._traces import evaluation
@@ -124,14 +125,13 @@ def weigh_guide(
         raise ValueError("model and guide share no latent site")
     with evaluation():
         drawn = sample_guide(program, num_samples, size, wide=wide)
-        draws = {name: drawn.values[name] for name in program.latents}
-        log_p, note = score_model(program, draws, size)
+        log_p, note = score_model(program, drawn.values, size)
     weighted = WeightedDraws(
-        draws=draws,
+        draws=drawn.values,
         log_p=log_p,
         log_q=drawn.log_q,
         log_w=log_weight(log_p, drawn.log_q),
-        point_sites=_point_sites(program, draws),
+        point_sites=_point_sites(program, drawn.values),
         guide_note=drawn.note,
         model_note=note,
     )
@@ -151,5 +151,11 @@ def _point_sites(program: Program, draws: dict[str, Tensor]) -> tuple[str, ...]:
         if value.shape[0] > 1
         and not program.latents[name].is_discrete
         and not program.latents[name].is_point_mass
-        and bool((value == value[:1]).all())
+        and _is_constant(value)
     )
+
+
+def _is_constant(value: Tensor) -> bool:
+    """Whether all draws are the same."""
+    size = per_chunk(value[0].numel())
+    return all(bool((value[chunk] == value[0]).all()) for chunk in chunks(value.shape[0], size))
