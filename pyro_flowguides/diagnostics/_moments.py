@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -16,30 +16,69 @@ _NOTHING = 1e-10
 _COPIES = 6
 
 
-def moments(*parts: Mapping[str, Tensor], weights: Tensor | None = None) -> Moments:
+def moments(draws: Mapping[str, Tensor], weights: Tensor | None = None) -> Moments:
     """Mean and standard deviation of each coordinate of some draws, a few coordinates at a time.
 
     Args:
-        *parts: site -> (part of S, ...): the draws, whole or in parts that follow each other.
+        draws: site -> (S, ...).
         weights: weights that sum to one, (S,); equal weights if not given.
 
     Returns:
         site -> (mean, sd), each (D,), in double precision on the CPU.
     """
-    return {site: _site_moments([part[site] for part in parts], weights) for site in parts[0]}
+    return {site: _site_moments(value, weights) for site, value in draws.items()}
 
 
-def _site_moments(parts: Sequence[Tensor], weights: Tensor | None) -> tuple[Tensor, Tensor]:
-    flat = [part.detach().reshape(part.shape[0], -1) for part in parts]
+def _site_moments(draws: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+    flat = draws.detach().reshape(draws.shape[0], -1)
     if weights is None:
-        size = sum(map(len, flat))
-        weights = torch.full((size,), 1 / size, dtype=torch.float64)
-    mean, sd = weights.new_empty(2, flat[0].shape[1])
+        weights = torch.full((len(flat),), 1 / len(flat), dtype=torch.float64)
+    mean, sd = weights.new_empty(2, flat.shape[1])
     for few in chunks(len(mean), per_chunk(_COPIES * len(weights))):
-        values = torch.cat([part[:, few].cpu().double() for part in flat])
+        values = flat[:, few].cpu().double()
         mean[few] = weights @ values
         sd[few] = (weights @ (values - mean[few]).square()).sqrt()
     return mean, sd
+
+
+class RunningMoments:
+    r"""Moments of weighted draws that come in parts.
+
+    Of two parts with shares :math:`a + b = 1` of all weight, means :math:`m_a, m_b` and variances :math:`v_a, v_b`,
+
+    .. math:: m = a m_a + b m_b, \qquad v = a v_a + b v_b + a b (m_a - m_b)^2 .
+
+    Attributes:
+        moments: those of all draws so far; empty before the first with a positive weight.
+
+    References:
+        T. Chan, G. Golub, R. LeVeque (1983). Algorithms for computing the sample variance. Am. Stat. 37(3).
+    """
+
+    def __init__(self) -> None:
+        self.moments: Moments = {}
+        self._log_total = torch.tensor(-torch.inf, dtype=torch.float64)
+
+    def add(self, draws: Mapping[str, Tensor], log_w: Tensor) -> None:
+        """Take in draws, site -> (S, ...), with log weights (S,)."""
+        total = log_w.logsumexp(0)
+        if not total.isneginf():
+            self.merge(total, moments(draws, (log_w - total).exp()))
+
+    def merge(self, log_total: Tensor, found: Moments) -> None:
+        """Take in the moments of draws whose weights have a sum with this logarithm."""
+        if log_total.isneginf():
+            return
+        before, self._log_total = self._log_total, torch.logaddexp(self._log_total, log_total)
+        a, b = (before - self._log_total).exp(), (log_total - self._log_total).exp()
+        self.moments = {
+            site: _merged(a, self.moments[site], b, here) if self.moments else here for site, here in found.items()
+        }
+
+
+def _merged(a: Tensor, first: tuple[Tensor, Tensor], b: Tensor, second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    between = a * b * (first[0] - second[0]).square()
+    return a * first[0] + b * second[0], (a * first[1].square() + b * second[1].square() + between).sqrt()
 
 
 def mean_difference(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor], sd: Tensor) -> float:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._chunks import chunks, per_chunk
 from ._program import Program, inspect_program
 from ._running import sample_guide, score_model
 from ._traces import evaluation
@@ -126,12 +125,13 @@ def weigh_guide(
     with evaluation():
         drawn = sample_guide(program, num_samples, size, wide=wide)
         log_p, note = score_model(program, drawn.values, size)
+    constant = {name for name, value in drawn.values.items() if num_samples > 1 and bool((value == value[:1]).all())}
     weighted = WeightedDraws(
         draws=drawn.values,
         log_p=log_p,
         log_q=drawn.log_q,
         log_w=log_weight(log_p, drawn.log_q),
-        point_sites=_point_sites(program, drawn.values),
+        point_sites=point_sites(program, constant),
         guide_note=drawn.note,
         model_note=note,
     )
@@ -144,18 +144,10 @@ def log_weight(log_p: Tensor, log_q: Tensor) -> Tensor:
     return torch.where(is_valid, log_p - log_q, torch.nan)
 
 
-def _point_sites(program: Program, draws: dict[str, Tensor]) -> tuple[str, ...]:
+def point_sites(program: Program, constant: Collection[str]) -> tuple[str, ...]:
+    """Those of the sites where all draws are the same at which they should not be."""
     return tuple(
         name
-        for name, value in draws.items()
-        if value.shape[0] > 1
-        and not program.latents[name].is_discrete
-        and not program.latents[name].is_point_mass
-        and _is_constant(value)
+        for name, site in program.latents.items()
+        if name in constant and not site.is_discrete and not site.is_point_mass
     )
-
-
-def _is_constant(value: Tensor) -> bool:
-    """Whether all draws are the same."""
-    size = per_chunk(value[0].numel())
-    return all(bool((value[chunk] == value[0]).all()) for chunk in chunks(value.shape[0], size))
