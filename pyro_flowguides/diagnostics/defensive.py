@@ -71,9 +71,9 @@ def defensive_log_weights(
         [0.5, 1.0]
     """
     program = inspect_program(model, guide, args, kwargs)
+    own, own_ratio = weigh_guide(program, num_samples)
     if not program.widenable:
         return None
-    own, own_ratio = weigh_guide(program, num_samples)
     wide, wide_ratio = weigh_guide(program, _num_wide(own, num_samples), wide=True)
     share = own.num_samples / (own.num_samples + wide.num_samples)
     parts = _of_mixture(own, own_ratio, share), _of_mixture(wide, wide_ratio, share)
