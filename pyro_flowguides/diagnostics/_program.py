@@ -12,6 +12,7 @@ from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_factor, site_is_subsample
 from torch import Tensor
 
+from ._chunks import per_chunk
 from ._traces import (
     Arguments,
     Layout,
@@ -26,7 +27,6 @@ from ._traces import (
 )
 from ._widening import Widen, widening_factor
 
-_CHUNK_ELEMENTS = 2**22
 _MAX_CHUNK = 10_000
 
 
@@ -95,7 +95,7 @@ class Program:
         """Number of draws that are run together, so that what their sites hold stays within some tens of MB."""
         groups = (self.latents, self.observed, self.deterministics, self.guide_sites)
         elements = sum(max(site.value.numel(), 1) for group in groups for site in group.values())
-        return max(1, min(_MAX_CHUNK, _CHUNK_ELEMENTS // max(elements, 1)))
+        return min(_MAX_CHUNK, per_chunk(elements))
 
 
 def inspect_program(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
+from ._chunks import chunks, gather
 from ._densities import joint_log_prob, marginal_log_prob
 from ._program import Program
 from ._traces import DoesNotVectorize, Layout, Values, trace_guide, trace_program
@@ -31,7 +32,7 @@ class GuideDraws:
     """Draws of a guide.
 
     Attributes:
-        values: values of all latent sites of the guide, each (S, *shape).
+        values: values of the sites that the model has too, each (S, *shape).
         log_q: their log density, (S,).
         log_ratio: log density of the widened guide, less that of the guide itself, (S,).
         note: why the guide was run draw by draw; empty if it was not.
@@ -55,10 +56,12 @@ def sample_guide(program: Program, num_samples: int, chunk_size: int, *, wide: b
     widen = Widen(program.widening, active=wide, only=program.widenable)
     note = ""
     try:
-        out = _sample_together(program, num_samples, chunk_size, widen)
+        together = _sample_together(program, num_samples, chunk_size, widen)
+        out = gather(_kept(program, together), num_samples)
     except Exception as error:  # whatever a program raises under a plate it was not written for
         note = f"the guide was run draw by draw ({_describe(error)})"
-        out = _concatenate([_sample_alone(program, {}, widen) for _ in range(num_samples)])
+        alone = (_sample_alone(program, {}, widen) for _ in range(num_samples))
+        out = gather(_kept(program, alone), num_samples)
     log_density, log_ratio = out.pop(_DENSITY), out.pop(_RATIO)
     return GuideDraws(out, log_density - log_ratio if wide else log_density, log_ratio, note)
 
@@ -75,20 +78,24 @@ def _collect_guide(program: Program, trace: Trace, layout: Layout, widen: Widen)
     return out
 
 
-def _sample_together(program: Program, num_samples: int, chunk_size: int, widen: Widen) -> Values:
+def _kept(program: Program, parts: Iterable[Values]) -> Iterator[Values]:
+    """What of each part is kept: densities, and the sites that the model has too."""
+    names = (_DENSITY, _RATIO, *program.latents)
+    return ({name: part[name] for name in names} for part in parts)
+
+
+def _sample_together(program: Program, num_samples: int, chunk_size: int, widen: Widen) -> Iterator[Values]:
     # Pyro's AutoContinuous computes one density for one latent vector: nothing in it can broadcast wrongly, and its
     # flows often cannot score a draw a second time.
     is_trusted = isinstance(poutine.unwrap(program.guide), AutoContinuous)
-    parts = []
-    for chunk in _chunks(num_samples, chunk_size):
+    for chunk in chunks(num_samples, chunk_size):
         layout = Layout(chunk.stop - chunk.start, program.nesting)
         trace = trace_guide(program.guide, program.arguments, layout, handlers=[widen])
         part = _collect_guide(program, trace, layout, widen)
         if not is_trusted:
             for index in _some(part[_DENSITY]):
                 _compare(program, part, _sample_alone(program, _free_values(program, part, index), widen), index)
-        parts.append(part)
-    return _concatenate(parts)
+        yield part
 
 
 def _sample_alone(program: Program, values: Values, widen: Widen) -> Values:
@@ -117,30 +124,29 @@ def score_model(program: Program, values: Values, chunk_size: int) -> tuple[Tens
         log p, with enumerated sites summed out and −inf outside the support, (S,); and why the model was run draw by
         draw (empty if it was not).
     """
+    num_draws = next(iter(values.values())).shape[0]
     reduce = marginal_log_prob if program.enumerated else joint_log_prob
     enumerate_sites = bool(program.enumerated)
 
     def collect(trace: Trace, layout: Layout) -> Values:
         return {_DENSITY: reduce(trace, layout)}
 
-    try:
-        parts = []
-        for chunk in _chunks(_num_draws(values), chunk_size):
+    def together() -> Iterator[Values]:
+        for chunk in chunks(num_draws, chunk_size):
             chosen = {name: value[chunk] for name, value in values.items()}
             size = chunk.stop - chunk.start
             part = _run_together(program, chosen, size, collect, enumerate_sites=enumerate_sites)
             for index in _some(part[_DENSITY]):
                 alone = _run_alone(program, chosen, index, collect, enumerate_sites=enumerate_sites)
                 _compare(program, part, alone, index)
-            parts.append(part)
-        return _concatenate(parts)[_DENSITY], ""
+            yield part
+
+    try:
+        return gather(together(), num_draws)[_DENSITY], ""
     except Exception as error:  # whatever a program raises under a plate it was not written for
         note = f"the model was run draw by draw ({_describe(error)})"
-    runs = [
-        _run_alone(program, values, index, collect, enumerate_sites=enumerate_sites)
-        for index in range(_num_draws(values))
-    ]
-    return _concatenate(runs)[_DENSITY], note
+    runs = (_run_alone(program, values, index, collect, enumerate_sites=enumerate_sites) for index in range(num_draws))
+    return gather(runs, num_draws)[_DENSITY], note
 
 
 def run_model(
@@ -167,13 +173,14 @@ def run_model(
     Returns:
         The named tensors, each (S, ...).
     """
-    if not vectorized:
-        return _concatenate([_run_alone(program, values, i, collect, handlers=handlers) for i in range(num_draws)])
-    parts = []
-    for chunk in _chunks(num_draws, chunk_size):
-        chosen = {name: value[chunk] for name, value in values.items()}
-        parts.append(_run_together(program, chosen, chunk.stop - chunk.start, collect, handlers=handlers))
-    return _concatenate(parts)
+
+    def together() -> Iterator[Values]:
+        for chunk in chunks(num_draws, chunk_size):
+            chosen = {name: value[chunk] for name, value in values.items()}
+            yield _run_together(program, chosen, chunk.stop - chunk.start, collect, handlers=handlers)
+
+    alone = (_run_alone(program, values, index, collect, handlers=handlers) for index in range(num_draws))
+    return gather(together() if vectorized else alone, num_draws)
 
 
 def _run_together(
@@ -219,20 +226,7 @@ def _run_alone(
     return collect(trace, layout)
 
 
-# --- chunks and comparisons -----------------------------------------------------------------------------------------
-
-
-def _num_draws(values: Values) -> int:
-    return next(iter(values.values())).shape[0]
-
-
-def _chunks(total: int, chunk_size: int) -> Iterator[slice]:
-    for start in range(0, total, chunk_size):
-        yield slice(start, min(start + chunk_size, total))
-
-
-def _concatenate(parts: list[Values]) -> Values:
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+# --- comparisons ----------------------------------------------------------------------------------------------------
 
 
 def _value(trace: Trace, name: str) -> Tensor:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._moments import moments, shift
+from ._chunks import chunks
+from ._moments import Moments, shift
 from ._program import Program, inspect_program
-from .psis import effective_sample_size, log_mean_weight, pareto_smooth
+from ._summary import SmoothedMoments, Summary
+from .psis import effective_sample_size, log_mean_weight
 from .weights import WeightedDraws, log_weight, weigh_guide
 
 _SEQUENTIAL_SHARE = 4
@@ -68,33 +70,69 @@ def defensive_log_weights(
         ...  for found in (log_weights, defensive_log_weights)]
         [0.5, 1.0]
     """
-    return weigh_defensively(inspect_program(model, guide, args, kwargs), num_samples)[1]
-
-
-def weigh_defensively(program: Program, num_samples: int) -> tuple[WeightedDraws, WeightedDraws | None]:
-    """As :func:`log_weights` and :func:`defensive_log_weights`, sharing the draws of the guide."""
+    program = inspect_program(model, guide, args, kwargs)
     own, own_ratio = weigh_guide(program, num_samples)
     if not program.widenable:
-        return own, None
-    num_wide = num_samples if own.vectorized else -(-num_samples // _SEQUENTIAL_SHARE)
-    wide, wide_ratio = weigh_guide(program, num_wide, wide=True)
-    return own, _mixture(own, own_ratio, wide, wide_ratio)
-
-
-def _mixture(own: WeightedDraws, own_ratio: Tensor, wide: WeightedDraws, wide_ratio: Tensor) -> WeightedDraws:
+        return None
+    wide, wide_ratio = weigh_guide(program, _num_wide(own, num_samples), wide=True)
     share = own.num_samples / (own.num_samples + wide.num_samples)
-    log_p, log_ratio = torch.cat([own.log_p, wide.log_p]), torch.cat([own_ratio, wide_ratio])
-    log_q = torch.cat([own.log_q, wide.log_q])
-    log_mix = log_q + torch.logaddexp(torch.full_like(log_q, math.log(share)), log_ratio + math.log1p(-share))
-    return WeightedDraws(
-        draws={name: torch.cat([value, wide.draws[name]]) for name, value in own.draws.items()},
-        log_p=log_p,
-        log_q=log_mix,
-        log_w=log_weight(log_p, log_mix),
-        point_sites=own.point_sites,
-        guide_note=own.guide_note,
-        model_note=own.model_note,
+    parts = _of_mixture(own, own_ratio, share), _of_mixture(wide, wide_ratio, share)
+    return replace(
+        parts[0],
+        draws={name: torch.cat([part.draws[name] for part in parts]) for name in own.draws},
+        log_p=torch.cat([part.log_p for part in parts]),
+        log_q=torch.cat([part.log_q for part in parts]),
+        log_w=torch.cat([part.log_w for part in parts]),
     )
+
+
+def survey(program: Program, num_samples: int) -> tuple[Summary, SmoothedMoments | None]:
+    """What :func:`log_weights` and :func:`defensive_log_weights` find, the draws of the guide shared and none kept.
+
+    Returns:
+        A summary of the guide's draws; the moments of the mixture, ``None`` if no distribution can be widened.
+    """
+    own, mixture = Summary(num_samples), None
+    for lot, log_ratio in _lots(program, num_samples):
+        own.add(lot.draws, lot.log_w)
+        if program.widenable:
+            mixture = mixture or _Mixture(num_samples, _num_wide(lot, num_samples))
+            mixture.add(lot, log_ratio)
+    if mixture is None:
+        return own, None
+    for lot, log_ratio in _lots(program, mixture.num_wide, wide=True):
+        mixture.add(lot, log_ratio)
+    return own, mixture.found
+
+
+class _Mixture:
+    """What draws of a guide and of its widened self show together."""
+
+    def __init__(self, num_own: int, num_wide: int) -> None:
+        self.num_wide = num_wide
+        self.share = num_own / (num_own + num_wide)
+        self.found = SmoothedMoments(num_own + num_wide)
+
+    def add(self, lot: WeightedDraws, log_ratio: Tensor) -> None:
+        self.found.add(lot.draws, _of_mixture(lot, log_ratio, self.share).log_w)
+
+
+def _lots(program: Program, num_samples: int, *, wide: bool = False) -> Iterator[tuple[WeightedDraws, Tensor]]:
+    """Weighted draws, as many at a time as are run together."""
+    for chunk in chunks(num_samples, program.default_chunk_size):
+        yield weigh_guide(program, chunk.stop - chunk.start, wide=wide)
+
+
+def _num_wide(own: WeightedDraws, num_samples: int) -> int:
+    """The number of draws from the widened guide: fewer where runs are slow."""
+    return num_samples if own.vectorized else -(-num_samples // _SEQUENTIAL_SHARE)
+
+
+def _of_mixture(weighted: WeightedDraws, log_ratio: Tensor, share: float) -> WeightedDraws:
+    """The draws, weighted as some of the mixture's, of which so large a share is from the guide itself."""
+    log_q = weighted.log_q
+    log_mix = log_q + torch.logaddexp(torch.full_like(log_q, math.log(share)), log_ratio + math.log1p(-share))
+    return replace(weighted, log_q=log_mix, log_w=log_weight(weighted.log_p, log_mix))
 
 
 @dataclass(frozen=True)
@@ -141,37 +179,39 @@ class WiderLook:
         return 2.0 / math.sqrt(self.ess)
 
 
-def look_wider(weighted: WeightedDraws, defensive: WeightedDraws, factor: float) -> WiderLook | None:
+def look_wider(own: Summary, corrected: Moments, mixture: SmoothedMoments, factor: float) -> WiderLook | None:
     """Compare the guide's own draws with those of the mixture.
 
     Args:
-        weighted: draws of the guide with their weights.
-        defensive: draws of the mixture with theirs.
+        own: summary of the guide's draws, some of whose weights are positive.
+        corrected: moments of these draws after weighting.
+        mixture: what the mixture's draws have shown.
         factor: by how much the guide was widened.
 
     Returns:
-        The comparison; ``None`` if either has no positive weight.
+        The comparison; ``None`` if no weight of the mixture is positive.
     """
-    if effective_sample_size(defensive.log_w) == 0 or effective_sample_size(weighted.log_w) == 0:
+    log_w, own_log_w = mixture.log_w, own.log_w
+    ess = effective_sample_size(log_w)
+    if ess == 0:
         return None
-    smoothed, own_smoothed = pareto_smooth(defensive.log_w), pareto_smooth(weighted.log_w)
-    log_evidence, se = log_mean_weight(defensive.log_w)
-    own_log_evidence, own_se = log_mean_weight(weighted.log_w)
+    smoothed, reference = mixture.smooth()
+    log_evidence, se = log_mean_weight(log_w)
+    own_log_evidence, own_se = log_mean_weight(own_log_w)
     excess = log_evidence - own_log_evidence
-    share, own_share = _largest_share(defensive.log_w), _largest_share(weighted.log_w)
-    reference = moments(defensive.draws, smoothed.log_weights.exp())
+    share, own_share = _largest_share(log_w), _largest_share(own_log_w)
     return WiderLook(
         factor=factor,
         khat=smoothed.khat,
-        ess=effective_sample_size(defensive.log_w),
-        num_samples=defensive.num_samples,
+        ess=ess,
+        num_samples=len(log_w),
         largest_share=share,
         log_evidence=log_evidence,
         log_evidence_se=se,
         missed_mass=1 - math.exp(-excess) if excess > 3 * math.hypot(se, own_se) else 0.0,
-        shift=max(shift(moments(weighted.draws), reference)[:2]),
-        weighted_shift=max(shift(moments(weighted.draws, own_smoothed.log_weights.exp()), reference)[:2]),
-        is_surprised=share > max(_SURPRISING_SHARE, 3 * own_share, 20 / defensive.num_samples),
+        shift=max(shift(own.plain, reference)[:2]),
+        weighted_shift=max(shift(corrected, reference)[:2]),
+        is_surprised=share > max(_SURPRISING_SHARE, 3 * own_share, 20 / len(log_w)),
     )
 
 

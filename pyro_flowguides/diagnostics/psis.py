@@ -58,14 +58,14 @@ def pareto_smooth(log_w: Tensor) -> ParetoSmoothed:
     """
     if log_w.dim() != 1 or log_w.shape[0] < MIN_DRAWS:
         raise ValueError(f"Pareto smoothing needs a vector of at least {MIN_DRAWS} weights, not {tuple(log_w.shape)}")
-    clean = _without_invalid(log_w)
+    clean = without_invalid(log_w)
     finite = clean[clean.isfinite()]
     if len(finite) == 0:
         raise ValueError("no draw has a positive, finite importance weight")
-    tail_length = _tail_length(len(clean))
-    if len(finite) <= tail_length + 1:
+    length = tail_length(len(clean))
+    if len(finite) <= length + 1:
         return ParetoSmoothed(_normalize(clean), math.inf)
-    tail = finite.topk(tail_length).values
+    tail = finite.topk(length).values
     if float(tail[0] - tail[-1]) < _CONSTANT:
         return ParetoSmoothed(_normalize(clean), 0.0)
     smoothed, khat = _arviz.psislw((clean - finite.max()).numpy())
@@ -115,7 +115,7 @@ def effective_sample_size(log_w: Tensor) -> float:
         >>> effective_sample_size(torch.tensor([0.0, 0.0, -torch.inf, 0.0]))
         3.0
     """
-    clean = _without_invalid(log_w)
+    clean = without_invalid(log_w)
     if not clean.isfinite().any():
         return 0.0
     return round(float((2 * clean.logsumexp(0) - (2 * clean).logsumexp(0)).exp()), 9)
@@ -147,7 +147,8 @@ def log_mean_weight(log_w: Tensor) -> tuple[float, float]:
     return float(valid.logsumexp(0)) - math.log(size), math.sqrt(max(size / ess - 1, 0.0) / size)
 
 
-def _without_invalid(log_w: Tensor) -> Tensor:
+def without_invalid(log_w: Tensor) -> Tensor:
+    """Log weights in double precision on the CPU, −inf where they are undefined."""
     log_w = log_w.detach().cpu().double()
     return torch.where(log_w.isnan() | log_w.isposinf(), -torch.inf, log_w)
 
@@ -156,5 +157,6 @@ def _normalize(log_w: Tensor) -> Tensor:
     return log_w - log_w.logsumexp(0)
 
 
-def _tail_length(num_samples: int) -> int:
+def tail_length(num_samples: int) -> int:
+    """How many of the largest weights are smoothed, at most."""
     return math.ceil(min(num_samples / 5, 3 * math.sqrt(num_samples)))

@@ -10,12 +10,13 @@ from typing import Any
 from torch import Tensor
 
 from ._decision import Evidence, Verdict, decide
-from ._moments import moments, shift
+from ._moments import shift
 from ._program import inspect_program
+from ._summary import SmoothedMoments, Summary
 from .agreement import Agreement
-from .defensive import WiderLook, look_wider, weigh_defensively
-from .psis import MIN_DRAWS, effective_sample_size, khat_threshold, log_mean_weight, pareto_smooth
-from .weights import WeightedDraws
+from .defensive import WiderLook, look_wider, survey
+from .psis import MIN_DRAWS, effective_sample_size, khat_threshold, log_mean_weight
+from .weights import WeightedDraws, point_sites
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,9 @@ def diagnose(
     Raises:
         ValueError: if there are fewer than 25 draws, and as :func:`log_weights`.
 
+    Cost: 2 S runs of guide and model, as many at a time as hold some tens of MB. No draws are kept but those of large
+    weight, at most 8 √S.
+
     References:
         Y. Yao, A. Vehtari, D. Simpson, A. Gelman (2018). Yes, but did it work? Evaluating variational inference.
         arXiv:1802.02538. A. Vehtari, D. Simpson, A. Gelman, Y. Yao, J. Gabry (2024). Pareto smoothed importance
@@ -152,8 +156,8 @@ def diagnose(
     if num_samples < MIN_DRAWS:
         raise ValueError(f"a diagnosis needs at least {MIN_DRAWS} draws, not {num_samples}")
     program = inspect_program(model, guide, args, kwargs)
-    weighted, defensive = weigh_defensively(program, num_samples)
-    return judge(weighted, defensive, program.widening, agreement)
+    own, mixture = survey(program, num_samples)
+    return _judge(own, mixture, program.widening, agreement, point_sites(program, own.constant))
 
 
 def judge(
@@ -175,11 +179,27 @@ def judge(
     """
     if weighted.num_samples < MIN_DRAWS:
         raise ValueError(f"a diagnosis needs at least {MIN_DRAWS} draws, not {weighted.num_samples}")
-    evidence = _evidence(weighted, defensive, factor, agreement)
+    own = Summary(weighted.num_samples)
+    own.add(weighted.draws, weighted.log_w)
+    mixture = None
+    if defensive is not None:
+        mixture = SmoothedMoments(defensive.num_samples)
+        mixture.add(defensive.draws, defensive.log_w)
+    return _judge(own, mixture, factor, agreement, weighted.point_sites)
+
+
+def _judge(
+    own: Summary,
+    mixture: SmoothedMoments | None,
+    factor: float,
+    agreement: Agreement | None,
+    point_sites: tuple[str, ...],
+) -> Diagnosis:
+    evidence = _evidence(own, mixture, factor, agreement, point_sites)
     verdict, reason, advice = decide(evidence)
-    elbo, elbo_se = _elbo(weighted.log_w)
-    log_evidence, log_evidence_se = log_mean_weight(weighted.log_w)
-    finite = weighted.log_w[weighted.log_w.isfinite()]
+    elbo, elbo_se = _elbo(own.log_w)
+    log_evidence, log_evidence_se = log_mean_weight(own.log_w)
+    finite = own.log_w[own.log_w.isfinite()]
     return Diagnosis(
         verdict=verdict,
         reason=reason,
@@ -191,39 +211,44 @@ def judge(
         khat=evidence.khat,
         khat_threshold=evidence.khat_threshold,
         ess=evidence.ess,
-        num_samples=weighted.num_samples,
+        num_samples=evidence.num_samples,
         mean_shift=evidence.mean_shift,
         log_sd_shift=evidence.log_sd_shift,
         shift_site=evidence.shift_site,
         log_weight_min=float(finite.min()) if len(finite) else math.nan,
         log_weight_max=float(finite.max()) if len(finite) else math.nan,
-        num_nonfinite=weighted.num_zero + weighted.num_invalid,
+        num_nonfinite=evidence.num_zero + evidence.num_invalid,
         wider=evidence.wider,
         agreement=agreement,
     )
 
 
 def _evidence(
-    weighted: WeightedDraws, defensive: WeightedDraws | None, factor: float, agreement: Agreement | None
+    own: Summary,
+    mixture: SmoothedMoments | None,
+    factor: float,
+    agreement: Agreement | None,
+    point_sites: tuple[str, ...],
 ) -> Evidence:
-    ess = effective_sample_size(weighted.log_w)
-    khat, change = math.nan, (math.nan, math.nan, next(iter(weighted.draws)))
+    log_w = own.log_w
+    ess = effective_sample_size(log_w)
+    khat, change, wider = math.nan, (math.nan, math.nan, next(iter(own.plain))), None
     if ess > 0:
-        smoothed = pareto_smooth(weighted.log_w)
-        khat = smoothed.khat
-        change = shift(moments(weighted.draws), moments(weighted.draws, smoothed.log_weights.exp()))
+        smoothed, corrected = own.weighted.smooth()
+        khat, change = smoothed.khat, shift(own.plain, corrected)
+        wider = None if mixture is None else look_wider(own, corrected, mixture, factor)
     return Evidence(
         khat=khat,
-        khat_threshold=khat_threshold(weighted.num_samples),
+        khat_threshold=khat_threshold(len(log_w)),
         ess=ess,
-        num_samples=weighted.num_samples,
+        num_samples=len(log_w),
         mean_shift=change[0],
         log_sd_shift=change[1],
         shift_site=change[2],
-        num_zero=weighted.num_zero,
-        num_invalid=weighted.num_invalid,
-        point_sites=weighted.point_sites,
-        wider=None if defensive is None else look_wider(weighted, defensive, factor),
+        num_zero=int(log_w.isneginf().sum()),
+        num_invalid=int(log_w.isnan().sum()),
+        point_sites=point_sites,
+        wider=wider,
         agreement=agreement,
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -124,14 +124,14 @@ def weigh_guide(
         raise ValueError("model and guide share no latent site")
     with evaluation():
         drawn = sample_guide(program, num_samples, size, wide=wide)
-        draws = {name: drawn.values[name] for name in program.latents}
-        log_p, note = score_model(program, draws, size)
+        log_p, note = score_model(program, drawn.values, size)
+    constant = {name for name, value in drawn.values.items() if num_samples > 1 and bool((value == value[:1]).all())}
     weighted = WeightedDraws(
-        draws=draws,
+        draws=drawn.values,
         log_p=log_p,
         log_q=drawn.log_q,
         log_w=log_weight(log_p, drawn.log_q),
-        point_sites=_point_sites(program, draws),
+        point_sites=point_sites(program, constant),
         guide_note=drawn.note,
         model_note=note,
     )
@@ -144,12 +144,10 @@ def log_weight(log_p: Tensor, log_q: Tensor) -> Tensor:
     return torch.where(is_valid, log_p - log_q, torch.nan)
 
 
-def _point_sites(program: Program, draws: dict[str, Tensor]) -> tuple[str, ...]:
+def point_sites(program: Program, constant: Collection[str]) -> tuple[str, ...]:
+    """Those of the sites where all draws are the same at which they should not be."""
     return tuple(
         name
-        for name, value in draws.items()
-        if value.shape[0] > 1
-        and not program.latents[name].is_discrete
-        and not program.latents[name].is_point_mass
-        and bool((value == value[:1]).all())
+        for name, site in program.latents.items()
+        if name in constant and not site.is_discrete and not site.is_point_mass
     )

@@ -20,7 +20,8 @@ from pyro_flowguides.diagnostics import Diagnosis, diagnose, to_inference_data
 from pyro_flowguides.guides.autoflow import FULL_RANK_LIMIT
 from pyro_flowguides.inference import checkpoint as checkpoints
 from pyro_flowguides.inference.descent import Descent
-from pyro_flowguides.inference.objectives import Compiling, DensityObjective, Objective, Request, Step, make_objective
+from pyro_flowguides.inference.evaluation import evaluate
+from pyro_flowguides.inference.objectives import Compiling, DensityObjective, Objective, Request, make_objective
 from pyro_flowguides.inference.schedule import Schedule
 from pyro_flowguides.inference.warmstart import Gaussian, LowRankStart, low_rank_warm_start
 from pyro_flowguides.inference.warmstart import warm_start as find_start
@@ -188,22 +189,10 @@ def fit(
             run.train(checkpoint, checkpoint_every, progress)
         finally:
             run.descent.release()
-        seconds = run.seconds
-        diagnosis, unjudged = _judge(model, guide, args, kwargs)
-    return FitResult(
-        model=model,
-        guide=guide,
-        args=args,
-        kwargs=kwargs,
-        elbo_history=run.history,
-        seconds=seconds,
-        route=run.objective.route,
-        start=run.start,
-        reason=run.schedule.reason,
-        dropped=run.dropped,
-        diagnosis=diagnosis,
-        unjudged=unjudged,
-    )
+        result = run.result()
+        del run  # what its steps held is not needed any more
+        result.diagnosis, result.unjudged = _judge(model, guide, args, kwargs)
+    return result
 
 
 def _judge(
@@ -254,6 +243,22 @@ class _Run:
         """Wall time so far, that of earlier processes included."""
         return time.perf_counter() - self.started
 
+    def result(self) -> FitResult:
+        """What came of the fit, without a verdict."""
+        return FitResult(
+            model=self.model,
+            guide=self.guide,
+            args=self.args,
+            kwargs=self.kwargs,
+            elbo_history=self.history,
+            seconds=self.seconds,
+            route=self.objective.route,
+            start=self.start,
+            reason=self.schedule.reason,
+            dropped=self.dropped,
+            diagnosis=None,
+        )
+
     # -- before ----------------------------------------------------------------------------------------------------
 
     def begin(self, warm_start: bool) -> None:
@@ -261,7 +266,7 @@ class _Run:
         if warm_start:
             self.warm_start()
         if isinstance(self.objective, DensityObjective) and self.temper is None and self.gap_tells:
-            self.schedule.begin(self._evaluate().gap)
+            self.schedule.begin(evaluate(self.objective, CHOICE_DRAWS).gap)
 
     def warm_start(self) -> None:
         """Set the affine part of a flow guide to the best Gaussian found, if that is better than the guide as it is."""
@@ -361,15 +366,8 @@ class _Run:
 
     def _bound(self) -> float:
         """The bound of the guide as it is, -inf where it is not finite."""
-        elbo = self._evaluate().elbo
+        elbo = evaluate(self.objective, CHOICE_DRAWS, self.importance).elbo
         return elbo if math.isfinite(elbo) else -math.inf
-
-    @torch.no_grad()
-    def _evaluate(self) -> Step:
-        """The objective of the guide as it is, over common random numbers, without gradient."""
-        request = Request(self._whole_groups(CHOICE_DRAWS), path=False, importance=self.importance)
-        with torch.random.fork_rng(devices=[]):
-            return self.objective(request, torch.Generator().manual_seed(0))
 
     def _why_diverged(self) -> str:
         step = self.schedule.step + 1
