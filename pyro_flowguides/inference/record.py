@@ -7,13 +7,12 @@ import operator
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 
 __all__ = ["NotRecordedError", "Replay", "assert_same", "in_short", "record"]
 
@@ -160,6 +159,12 @@ class _Tape(TorchDispatchMode):
             self.seen[id(value)] = value, self.graph.get_attr(name)
         return self.seen[id(value)][1]
 
+    def _nodes(self, value: Any) -> Any:
+        """Nodes in place of tensors, also in sequences of them."""
+        if isinstance(value, (tuple, list)):
+            return type(value)(map(self._nodes, value))
+        return self.node(value) if isinstance(value, Tensor) else value
+
     def _varies(self, value: Any) -> bool:
         if not isinstance(value, Tensor):
             return False
@@ -171,7 +176,7 @@ class _Tape(TorchDispatchMode):
         kwargs = kwargs or {}
         if torch.Tag.nondeterministic_seeded in func.tags:
             raise NotRecordedError(f"it draws random numbers ({func})")
-        if not any(self._varies(value) for value in tree_leaves((args, kwargs))):
+        if not any(self._varies(value) for value in _leaves((*args, *kwargs.values()))):
             return func(*args, **kwargs)
         if func._schema.is_mutable:
             self.in_place = True
@@ -182,8 +187,7 @@ class _Tape(TorchDispatchMode):
             return func(*args, **kwargs)
         if len(self.seen) > MOST_OPERATIONS:
             raise NotRecordedError(f"it takes more than {MOST_OPERATIONS} operations, too many to repay the recording")
-        inputs = tree_map(lambda value: self.node(value) if isinstance(value, Tensor) else value, (args, kwargs))
-        node = self.graph.call_function(func, *inputs)
+        node = self.graph.call_function(func, self._nodes(args), {name: self._nodes(kwargs[name]) for name in kwargs})
         result = func(*args, **kwargs)
         if isinstance(result, Tensor):
             self._note(result, node)
@@ -212,6 +216,14 @@ class _Tape(TorchDispatchMode):
         for failure in failed:
             outputs = [node and call(aten.masked_fill.Scalar, (node, failure, math.nan)) for node in outputs]
         return list(outputs)
+
+
+def _leaves(values: Sequence[Any]) -> Iterator[Any]:
+    for value in values:
+        if isinstance(value, (tuple, list)):
+            yield from _leaves(value)
+        else:
+            yield value
 
 
 def _merge(graph: fx.Graph) -> None:

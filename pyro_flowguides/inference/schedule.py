@@ -22,8 +22,9 @@ class Schedule:
     - at the latest after half of the steps.
 
     Refining takes half of the steps, or for a guide that is nearly exact as many as exploring took and not fewer than a
-    minimum. Its step size falls along a cosine to a hundredth, and its number of particles doubles in three stairs. A
-    guide that starts nearly exact is not explored from, which could only lead away: it is refined at a lower step size.
+    minimum. Its step size falls along a cosine to a hundredth, and its number of particles doubles, in up to three
+    stairs. A guide that starts nearly exact is not explored from, which could only lead away: it is refined at a lower
+    step size.
 
     Args:
         steps: most steps in all.
@@ -53,6 +54,7 @@ class Schedule:
     CAUTION = 0.3
     GROWTH = 2.0
     STAIRS = 3
+    LEAST_STAIR = 200
     LAST_FRACTION = 0.01
 
     @property
@@ -98,16 +100,23 @@ class Schedule:
     @property
     def batch(self) -> int:
         """The number of particles of the coming step: it grows in a few stairs, each of which is recorded once."""
-        stair = math.floor(self.STAIRS * self.progress) / (self.STAIRS - 1)
-        return round(self.particles * self.GROWTH ** min(1.0, stair))
+        if self.refining_since is None:
+            return self.particles
+        stair = math.floor(self._stairs * self.progress)
+        return round(self.particles * self.GROWTH ** min(1.0, stair / (self._stairs - 1) if self._stairs > 1 else 1.0))
 
     @property
     def remaining(self) -> int:
         """At most so many more steps are like the coming one: of its kind and with as many particles."""
         if self.refining_since is None:
             return self.most_exploring - self.step
-        stair = math.floor(self.STAIRS * self.progress) + 1
-        return self.refining_since + math.ceil(self.refine_steps * stair / self.STAIRS) - self.step
+        stair = math.floor(self._stairs * self.progress) + 1
+        return self.refining_since + math.ceil(self.refine_steps * stair / self._stairs) - self.step
+
+    @property
+    def _stairs(self) -> int:
+        """Fewer where they would be too short to repay their recordings; a single one is the highest."""
+        return max(1, min(self.STAIRS, self.refine_steps // self.LEAST_STAIR))
 
     def begin(self, gap: float) -> None:
         """Take note of the gap at the start (NaN if it is not known)."""

@@ -235,7 +235,7 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path, monkeypatch):
     """A process is killed without warning while it works; another takes over."""
     root = str(Path(__file__).parents[2])
     script = tmp_path / "run.py"
-    script.write_text(SCRIPT.format(root=root).replace("STEPS", "150"))
+    script.write_text(SCRIPT.format(root=root).replace("STEPS", "600"))
     file, env = tmp_path / "file", {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(script), str(file), str(tmp_path / "resumed")]
     process = subprocess.Popen(command, env=env)
@@ -250,7 +250,7 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path, monkeypatch):
         process.wait()
     assert not (tmp_path / "resumed").exists()
     step = checkpoint.load(file)["schedule"]["step"]
-    assert 0 < step < 150
+    assert 0 < step < 600
     subprocess.run(command, env=env, check=True, timeout=120)
     pyro.clear_param_store()
     monkeypatch.setattr(sys, "argv", [str(script), str(tmp_path / "whole")])

@@ -92,12 +92,14 @@ def test_step_size_warms_up_stays_and_falls_along_a_cosine():
     assert 0.01 * 0.01 <= rates[-1] < 0.01 * 0.0102
 
 
-def test_particles_double_at_the_end_only():
-    batches = [batch for _, batch in run(Schedule(1000, 0.01, 32, 0.01), noisy(lambda step: float(step)))]
-    assert set(batches[:501]) == {32}
-    assert batches[500:] == sorted(batches[500:])
-    assert batches[-1] == 64
-    assert len(set(batches)) == Schedule.STAIRS  # each is recorded once
+@pytest.mark.parametrize(("steps", "stairs"), [(2000, [32, 45, 64]), (1000, [32, 64]), (600, [64])])
+def test_particles_double_while_refining_in_stairs_of_many_steps(steps, stairs):
+    batches = [batch for _, batch in run(Schedule(steps, 0.01, 32, 0.01), noisy(lambda step: float(step)))]
+    exploring, refining = batches[: steps // 2], batches[steps // 2 :]
+    assert set(exploring) == {32}
+    assert refining == sorted(refining)
+    assert list(dict.fromkeys(refining)) == stairs  # each is recorded once
+    assert min(map(refining.count, stairs)) >= Schedule.LEAST_STAIR
 
 
 def test_steps_without_a_bound_are_neither_gain_nor_standstill():
