@@ -6,6 +6,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from pyro_flowguides.inference.descent import BETAS, EPSILON, GRADIENT_NORM, Descent, pieces
 from pyro_flowguides.inference.record import assert_same
 
-__all__ = ["CompiledSteps", "steps_together"]
+__all__ = ["CapturedStep", "CompiledSteps", "ways"]
 
 #: Steps of one call, where a step is so short that what a call costs besides counts.
 TOGETHER = 50
@@ -27,13 +28,15 @@ STATE = 4
 #: Inductor's, as far as it knows them. What calls the kernels is compiled apart from them and optimised less, which
 #: takes a third of the time. Headers compiled beforehand would repay their own time after some compilations only.
 CPU_OPTIONS = {"cpp_wrapper": True, "cpp_wrapper_build_separate": True, "cpp_cache_precompile_headers": False}
-GPU_OPTIONS = {"triton.cudagraphs": True}
 
 
-def steps_together(descent: Descent) -> int:
-    """How many steps one call should take: many where they are short; on a GPU one, whose loops the host waits for."""
+def ways(descent: Descent) -> list[Callable[..., CompiledSteps]]:
+    """What to make of a recording, the best first: more is asked of a compiler there, which may fail."""
+    one = partial(CompiledSteps, together=1)
+    if any(vector.is_cuda for vector in descent.vectors):
+        return [CapturedStep, one]
     few = sum(vector.numel() for vector in descent.vectors) <= FEW_PARAMETERS
-    return TOGETHER if few and not any(vector.is_cuda for vector in descent.vectors) else 1
+    return [partial(CompiledSteps, together=TOGETHER), one] if few else [one]
 
 
 class CompiledSteps:
@@ -50,9 +53,9 @@ class CompiledSteps:
         recording: from a draw, other inputs and the parameters to moments, the first of them the bound, and the flat
             gradient.
         descent: of all parameters, in one group.
-        together: most steps of a call.
         draw: input that differs from step to step.
         *shared: inputs that do not.
+        together: most steps of a call.
 
     Raises:
         ValueError: if there are several groups, or the compiled result differs from that of the recording.
@@ -60,7 +63,7 @@ class CompiledSteps:
     """
 
     def __init__(
-        self, recording: fx.GraphModule, descent: Descent, together: int, draw: Tensor, *shared: Tensor
+        self, recording: fx.GraphModule, descent: Descent, draw: Tensor, *shared: Tensor, together: int
     ) -> None:
         self.recording, self.descent, self.together = recording, descent, together
         if len(descent.groups) > 1:
@@ -73,8 +76,8 @@ class CompiledSteps:
         traced, first, second = ([*(value.clone() for value in descent.state()[0]), *given] for _ in range(3))
         whole = self._loop if together > 1 else self._once
         with torch.no_grad(), _in_silence():
-            self.run = _compiled(make_fx(whole)(*traced), traced)
-            found, expected = self.run(*first), whole(*second)
+            self.compiled: Callable[..., Sequence[Tensor]] = _compiled(make_fx(whole)(*traced), traced)
+            found, expected = self.compiled(*first), whole(*second)
             assert_same([*found, *first[:STATE]], [*expected, *second[:STATE]])
 
     @torch.no_grad()
@@ -87,9 +90,12 @@ class CompiledSteps:
             rates: step sizes.
         """
         (state,) = self.descent.state()
-        (found,) = self.run(*state, *self._given(draws, shared, rates, int(state[-1])))
+        (found,) = self._run(*state, *self._given(draws, shared, rates, int(state[-1])))
         self.descent.moved()
         return found[: len(draws)]
+
+    def _run(self, *inputs: Tensor) -> Sequence[Tensor]:
+        return self.compiled(*inputs)
 
     def _given(
         self, draws: Sequence[Tensor], shared: Sequence[Tensor], rates: Sequence[float], taken: int
@@ -104,7 +110,7 @@ class CompiledSteps:
         return [
             torch.stack([*draws, *[draws[0]] * missing]),
             draws[0].new_tensor(factors + factors[:1] * missing),
-            torch.tensor(len(draws), device="cpu"),
+            torch.tensor(len(draws), device=draws[0].device),
             *shared,
             *self.recording.buffers(),
         ]
@@ -173,6 +179,35 @@ def _replace(state: Sequence[Tensor], after: Sequence[Tensor]) -> None:
         value.copy_(new)
 
 
+class CapturedStep(CompiledSteps):
+    """One compiled step as a CUDA graph, which starts all of its kernels at once.
+
+    A graph finds what it works on at fixed places: those of the descent's state and of the first inputs, into which
+    later ones are copied.
+
+    Args:
+        recording, descent, draw, *shared: as for :class:`CompiledSteps`.
+
+    Raises:
+        RuntimeError: if something in the step cannot be captured.
+        Exception: as there.
+    """
+
+    def __init__(self, recording: fx.GraphModule, descent: Descent, draw: Tensor, *shared: Tensor) -> None:
+        super().__init__(recording, descent, draw, *shared, together=1)
+        self.places = [*descent.state()[0], *self._given([draw], shared, [1e-3], 0)]
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.no_grad(), torch.cuda.graph(self.graph):
+            self.found = self.compiled(*self.places)
+
+    def _run(self, *inputs: Tensor) -> Sequence[Tensor]:
+        for place, value in zip(self.places, inputs, strict=True):
+            if place.data_ptr() != value.data_ptr():
+                place.copy_(value)
+        self.graph.replay()
+        return self.found
+
+
 def _compiled(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
     """A graph as one function of inductor's, without the guards that are for code which may change."""
     import torch._inductor
@@ -184,7 +219,7 @@ def _compiled(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., 
         if isinstance(module, fx.GraphModule):
             for node in module.graph.nodes:
                 node.meta.clear()  # what tracing noted about values is no use to the C++ wrapper
-    options = GPU_OPTIONS if any(value.is_cuda for value in inputs) else CPU_OPTIONS
-    options = {name: value for name, value in options.items() if name in torch._inductor.list_options()}
+    known = () if any(value.is_cuda for value in inputs) else torch._inductor.list_options()
+    options = {name: value for name, value in CPU_OPTIONS.items() if name in known}
     with tracing(TracingContext(FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True))):  # loops ask for it
         return torch._inductor.compile(graph, list(inputs), options=options)

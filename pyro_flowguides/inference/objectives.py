@@ -17,7 +17,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_flowguides.diagnostics import log_weights
-from pyro_flowguides.inference.compiled import CompiledSteps, steps_together
+from pyro_flowguides.inference.compiled import CompiledSteps, ways
 from pyro_flowguides.inference.density import LogDensity, NotVectorisedError
 from pyro_flowguides.inference.descent import Descent, flatten, grouped
 from pyro_flowguides.inference.record import NotRecordedError, Replay, in_short, record
@@ -222,9 +222,7 @@ class DensityObjective:
             return done
         step = self._evaluate(draws[len(done)], request)
         followed = math.isfinite(step.elbo) and descent.follow(step.loss, rates[len(done)])
-        if len(done) + 1 < len(
-            draws
-        ):  # later steps, which were not taken, are to find the noise that they would have had
+        if len(done) + 1 < len(draws):  # later steps are to find the noise that they would have had
             generator.set_state(before)
             for _ in range(len(done) + 1):
                 self.noise(request.particles, generator)
@@ -239,11 +237,10 @@ class DensityObjective:
         return self._compiled.get(request.key)
 
     def _compile(self, recording: Any, descent: Descent, request: Request, noise: Tensor) -> None:
-        """Several steps together, or one where that fails."""
-        power = noise.new_tensor(request.power)
-        for together in sorted({1, steps_together(descent)}, reverse=True):
+        """The best that the compiler can do."""
+        for way in ways(descent):
             try:
-                self._compiled[request.key] = CompiledSteps(recording, descent, together, noise, power)
+                self._compiled[request.key] = way(recording, descent, noise, noise.new_tensor(request.power))
                 return
             except Exception as error:  # whatever a compiler or its tools may raise
                 failure = in_short(error)

@@ -1,5 +1,6 @@
 """Recording: what is replayed is what the function would do, and what cannot be replayed is refused."""
 
+import contextlib
 import math
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch.testing import assert_close
 
 import pyro_flowguides as fg
 from pyro_flowguides.inference import record as recording
+from pyro_flowguides.inference.compiled import CapturedStep, CompiledSteps
 from pyro_flowguides.inference.descent import Descent, flatten
 from pyro_flowguides.inference.objectives import DensityObjective, Request
 from pyro_flowguides.inference.record import NotRecordedError, Replay, record
@@ -324,6 +326,41 @@ def test_a_compiled_fit_takes_the_steps_of_a_recorded_one():
     assert compiled_fit.route == "batched densities, compiled"
     assert compiled_fit.steps == recorded_fit.steps
     assert compiled_fit.elbo_history == pytest.approx(recorded_fit.elbo_history, rel=1e-6)
+
+
+class Graph:
+    """What a CUDA graph does, by running the function once more."""
+
+    def replay(self):
+        for place, value in zip(self.found, self.run(*self.places), strict=True):
+            place.copy_(value)
+
+
+def test_a_captured_step_works_at_fixed_places(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: contextlib.nullcontext())
+    torch.set_default_dtype(torch.float64)
+    generator, power = torch.Generator().manual_seed(0), torch.tensor(0.7)
+    draws = torch.randn(5, 4, 5, generator=generator)
+    found = []
+    for captured in (False, True):
+        torch.manual_seed(3)
+        guide = fg.AutoPlanar(schools, depth=1, init_scale=0.6)
+        guide(*DATA)
+        objective = DensityObjective(schools, guide, DATA, {}, True)
+        descent = Descent(objective.parameters.values())
+        (before,) = ([value.clone() for value in state] for state in descent.state())
+        module = objective._record(draws[0], Request(4, path=False))
+        if captured:
+            step = CapturedStep(module, descent, draws[0], power)
+            step.graph.found, step.graph.run, step.graph.places = step.found, step.compiled, step.places
+            for value, old in zip(descent.state()[0], before, strict=True):
+                value.copy_(old)  # this stand-in for a capture took a step
+        else:
+            step = CompiledSteps(module, descent, draws[0], power, together=1)
+        moments = [step([draw], power, rates=[0.01 * place]).clone() for place, draw in enumerate(draws, 1)]
+        found.append([*moments, *descent.state()[0]])
+    assert_close(found[1], found[0], rtol=0, atol=0)
 
 
 def steep(zero):
