@@ -31,7 +31,8 @@ from speed_ours import make_model
 
 import pyro_flowguides as fg
 from pyro_flowguides.inference.descent import Descent
-from pyro_flowguides.inference.objectives import DensityObjective, Request
+from pyro_flowguides.inference.objectives import DensityObjective
+from pyro_flowguides.inference.steps import Request
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -19,8 +19,9 @@ from torch import Tensor
 
 import pyro_flowguides as fg
 from pyro_flowguides.inference.descent import Descent
-from pyro_flowguides.inference.objectives import DensityObjective, Request
+from pyro_flowguides.inference.objectives import DensityObjective
 from pyro_flowguides.inference.schedule import Schedule
+from pyro_flowguides.inference.steps import Request
 
 Model = Callable[[], None]
 pyro.enable_validation(False)

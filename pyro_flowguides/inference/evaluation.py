@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import torch
 
 from pyro_flowguides.diagnostics._chunks import chunks, per_chunk
-from pyro_flowguides.inference.objectives import DensityObjective, Objective, Request, Step
+from pyro_flowguides.inference.objectives import DensityObjective
+from pyro_flowguides.inference.steps import Objective, Request, Step
 
 __all__ = ["evaluate", "pooled"]
 

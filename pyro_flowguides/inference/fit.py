@@ -21,8 +21,9 @@ from pyro_flowguides.guides.autoflow import FULL_RANK_LIMIT
 from pyro_flowguides.inference import checkpoint as checkpoints
 from pyro_flowguides.inference.descent import Descent
 from pyro_flowguides.inference.evaluation import evaluate
-from pyro_flowguides.inference.objectives import Compiling, DensityObjective, Objective, Request, make_objective
+from pyro_flowguides.inference.objectives import Compiling, DensityObjective, make_objective
 from pyro_flowguides.inference.schedule import Schedule
+from pyro_flowguides.inference.steps import Objective, Request
 from pyro_flowguides.inference.warmstart import Gaussian, LowRankStart, low_rank_warm_start
 from pyro_flowguides.inference.warmstart import warm_start as find_start
 

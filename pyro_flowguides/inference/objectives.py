@@ -3,138 +3,24 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
+from typing import Any, Literal, TypeAlias
 
-import pyro
 import torch
-from pyro import poutine
-from pyro.infer import Trace_ELBO, TraceEnum_ELBO
 from pyro.infer.autoguide import AutoContinuous
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyro_flowguides.diagnostics import log_weights
 from pyro_flowguides.inference.compiled import CompiledSteps, ways
 from pyro_flowguides.inference.density import LogDensity, NotVectorisedError
 from pyro_flowguides.inference.descent import Descent, flatten, grouped
 from pyro_flowguides.inference.record import NotRecordedError, Replay, in_short, record
+from pyro_flowguides.inference.steps import Objective, Request, Step, Taken, inspect
+from pyro_flowguides.inference.traces import TraceObjective
 from pyro_flowguides.transforms import on_path
 
-__all__ = ["DensityObjective", "Objective", "Request", "Step", "Taken", "TraceObjective", "make_objective"]
+__all__ = ["Compiling", "DensityObjective", "make_objective"]
 
 Compiling: TypeAlias = bool | Literal["auto"]
-
-#: Most particles of a step where they must run one after the other.
-MAX_SEQUENTIAL = 4
-
-
-class Step(NamedTuple):
-    """One evaluation.
-
-    Attributes:
-        loss: what is to be differentiated, or its gradients by the parameters, flat, where they came with it.
-        elbo: the bound's estimate.
-        dropped: how many particles were not finite.
-        gap: half the variance of the log weights, which for a guide that is nearly exact is the gap between the bound
-            and the evidence.
-    """
-
-    loss: Tensor | Sequence[Tensor]
-    elbo: float
-    dropped: int
-    gap: float = math.nan
-
-
-@dataclass(frozen=True)
-class Request:
-    """How to evaluate an objective at one step.
-
-    Attributes:
-        particles: number of draws.
-        path: follow the path gradient where the guide offers it.
-        power: exponent of the target density, below 1 to temper it.
-        importance: 1 for the ELBO; K for the importance-weighted bound of groups of K particles.
-        remaining: how many more steps of this kind are to be expected.
-    """
-
-    particles: int
-    path: bool = True
-    power: float = 1.0
-    importance: int = 1
-    remaining: int = 0
-
-    @property
-    def key(self) -> tuple[int, bool]:
-        """What decides which operations are recorded."""
-        return self.particles, self.path
-
-
-class Taken(NamedTuple):
-    """A step down: what was found, and whether it was followed."""
-
-    step: Step
-    followed: bool
-
-
-class Objective(Protocol):
-    """Something to minimise by stochastic gradients."""
-
-    parameters: dict[str, Tensor]
-
-    @property
-    def route(self) -> str: ...
-
-    def __call__(self, request: Request, generator: torch.Generator) -> Step: ...
-
-    def descend(
-        self, request: Request, generator: torch.Generator, descent: Descent, rates: Sequence[float]
-    ) -> list[Taken]:
-        """Evaluate and take a step down, at least one, and as many more as go together.
-
-        Args:
-            request: what all of them have in common.
-            generator: of the noise.
-            descent: of all parameters.
-            rates: step sizes of the coming steps.
-        """
-
-
-class _Structure(NamedTuple):
-    """What one run of guide and model shows: the unconstrained parameters of both, plates, the kinds of sites."""
-
-    parameters: dict[str, Tensor]
-    nesting: int
-    enumerated: bool
-    subsampled: bool
-
-
-def _inspect(model: Callable[..., Any], guide: Callable[..., Any], args: Any, kwargs: Any) -> _Structure:
-    with poutine.trace(param_only=True) as capture, torch.no_grad():
-        drawn = poutine.trace(guide).get_trace(*args, **kwargs)
-        run = poutine.trace(poutine.replay(model, trace=drawn)).get_trace(*args, **kwargs)
-    nesting, enumerated, subsampled = 0, False, False
-    sites: list[tuple[str, Any]] = [*drawn.nodes.items(), *run.nodes.items()]
-    for name, site in sites:
-        if site["type"] != "sample":
-            continue
-        nesting = max([nesting, *(-frame.dim for frame in site["cond_indep_stack"] if frame.vectorized)])
-        if site["is_observed"]:
-            continue
-        if site_is_subsample(site):
-            subsampled |= len(site["value"]) < site["fn"].size
-        elif site["infer"].get("enumerate"):
-            enumerated = True
-        elif name not in drawn:
-            raise ValueError(
-                f"fit: site {name!r} is latent in the model and not in the guide; if it is discrete and to be summed "
-                f"out, mark it with infer={{'enumerate': 'parallel'}}"
-            )
-    found: list[tuple[str, Any]] = list(capture.trace.nodes.items())
-    parameters = {name: site["value"].unconstrained() for name, site in found}
-    return _Structure(parameters, nesting, enumerated, subsampled)
 
 
 class DensityObjective:
@@ -168,7 +54,7 @@ class DensityObjective:
         self._recordings: dict[tuple[int, bool], Replay] = {}
         self._compiled: dict[tuple[int, bool], CompiledSteps] = {}
         self.density = LogDensity(model, guide, args, kwargs)
-        self.parameters = _inspect(model, guide, args, kwargs).parameters
+        self.parameters = inspect(model, guide, args, kwargs).parameters
         like = next(self.guide.get_transform().parameters())
         self.dtype, self.device = like.dtype, like.device
         with torch.no_grad():
@@ -313,70 +199,6 @@ def _importance_step(z: Tensor, log_w: Tensor, finite: Tensor, request: Request,
     return Step(-terms.sum() / alive.sum(), float(bound), dropped)
 
 
-class TraceObjective:
-    """The ELBO from Pyro's own traces, enumerated sites summed out: for any model and guide.
-
-    Args:
-        model, guide, args, kwargs: as for ``SVI``.
-        why: why the cheaper route was not taken.
-        vectorise: run all particles at once where that gives the right numbers; one after the other otherwise.
-    """
-
-    def __init__(
-        self,
-        model: Callable[..., Any],
-        guide: Callable[..., Any],
-        args: Any,
-        kwargs: Any,
-        why: str,
-        vectorise: bool = True,
-    ) -> None:
-        self.model, self.guide, self.args, self.kwargs = model, guide, args, kwargs
-        self.structure = _inspect(model, guide, args, kwargs)
-        self.parameters = self.structure.parameters
-        self.vectorised = vectorise and self._vectorises()
-        self.route = f"Pyro traces ({why}{'' if self.vectorised else '; one particle at a time'})"
-
-    def _vectorises(self) -> bool:
-        try:
-            with torch.no_grad(), torch.random.fork_rng(devices=[]):
-                self._elbo(2, True).loss(self.model, self.guide, *self.args, **self.kwargs)
-                # That it runs does not prove it right. Weights of minibatches cannot be compared.
-                if self.structure.subsampled:
-                    return True
-                return log_weights(self.model, self.guide, *self.args, num_samples=3, **self.kwargs).vectorized
-        except Exception:  # a program may fail in any way under a plate it was not written for
-            return False
-
-    def _elbo(self, particles: int, vectorised: bool) -> Any:
-        if self.structure.enumerated:
-            return TraceEnum_ELBO(
-                particles, self.structure.nesting, vectorize_particles=vectorised, strict_enumeration_warning=False
-            )
-        return Trace_ELBO(particles, self.structure.nesting, vectorize_particles=vectorised)
-
-    def __call__(self, request: Request, generator: torch.Generator) -> Step:
-        if request.importance > 1 or request.power != 1:
-            raise ValueError("fit: importance weighting and tempering need a flow guide on a model that vectorises")
-        particles = request.particles if self.vectorised else min(request.particles, MAX_SEQUENTIAL)
-        with pyro.validation_enabled(False), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Encountered NaN", UserWarning)  # counted, and reported where hopeless
-            elbo = self._elbo(particles, self.vectorised)
-            evaluate = elbo.differentiable_loss if torch.is_grad_enabled() else elbo.loss
-            loss = torch.as_tensor(evaluate(self.model, self.guide, *self.args, **self.kwargs))
-        value = -float(loss.detach())
-        if not math.isfinite(value):
-            return Step(loss.new_zeros(()), math.nan, particles)
-        return Step(loss, value, 0)
-
-    def descend(
-        self, request: Request, generator: torch.Generator, descent: Descent, rates: Sequence[float]
-    ) -> list[Taken]:
-        """Evaluate, and take a step down."""
-        step = self(request, generator)
-        return [Taken(step, math.isfinite(step.elbo) and descent.follow(step.loss, rates[0]))]
-
-
 def make_objective(
     model: Callable[..., Any], guide: Callable[..., Any], args: Any, kwargs: Any, compiling: Compiling = False
 ) -> Objective:
@@ -387,7 +209,7 @@ def make_objective(
     """
     if not _has_forward_and_ladj(guide):
         return TraceObjective(model, guide, args, kwargs, "not a flow guide")
-    if _inspect(model, guide, args, kwargs).enumerated:
+    if inspect(model, guide, args, kwargs).enumerated:
         return TraceObjective(model, guide, args, kwargs, "sites are summed out")
     try:
         return DensityObjective(model, guide, args, kwargs, compiling)  # type: ignore[arg-type]

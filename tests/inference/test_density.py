@@ -13,7 +13,9 @@ from torch.testing import assert_close
 
 import pyro_flowguides as fg
 from pyro_flowguides.inference.density import LogDensity, NotVectorisedError
-from pyro_flowguides.inference.objectives import DensityObjective, Request, TraceObjective, make_objective
+from pyro_flowguides.inference.objectives import DensityObjective, make_objective
+from pyro_flowguides.inference.steps import Request
+from pyro_flowguides.inference.traces import TraceObjective
 
 
 @pytest.fixture(autouse=True)

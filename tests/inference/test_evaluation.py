@@ -13,7 +13,8 @@ import torch
 import pyro_flowguides as fg
 from pyro_flowguides.diagnostics import _chunks
 from pyro_flowguides.inference.evaluation import evaluate
-from pyro_flowguides.inference.objectives import DensityObjective, Request
+from pyro_flowguides.inference.objectives import DensityObjective
+from pyro_flowguides.inference.steps import Request
 
 DIM = 7
 

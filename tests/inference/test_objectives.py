@@ -10,7 +10,9 @@ from pyro.infer.autoguide import AutoGuideList, AutoMultivariateNormal, AutoNorm
 from torch.testing import assert_close
 
 import pyro_flowguides as fg
-from pyro_flowguides.inference.objectives import DensityObjective, Request, TraceObjective, make_objective
+from pyro_flowguides.inference.objectives import DensityObjective, make_objective
+from pyro_flowguides.inference.steps import Request
+from pyro_flowguides.inference.traces import TraceObjective
 
 Y = torch.tensor([0.7, -1.2], dtype=torch.float64)
 

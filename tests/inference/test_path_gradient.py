@@ -12,7 +12,8 @@ from torch.testing import assert_close
 
 import pyro_flowguides as fg
 from pyro_flowguides.guides.distribution import PathDistribution
-from pyro_flowguides.inference.objectives import DensityObjective, Request
+from pyro_flowguides.inference.objectives import DensityObjective
+from pyro_flowguides.inference.steps import Request
 from pyro_flowguides.transforms import on_path
 
 DIM, CONTEXT = 3, 2

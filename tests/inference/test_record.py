@@ -15,8 +15,9 @@ import pyro_flowguides as fg
 from pyro_flowguides.inference import record as recording
 from pyro_flowguides.inference.compiled import CapturedStep, CompiledSteps
 from pyro_flowguides.inference.descent import Descent, flatten
-from pyro_flowguides.inference.objectives import DensityObjective, Request
+from pyro_flowguides.inference.objectives import DensityObjective
 from pyro_flowguides.inference.record import NotRecordedError, Replay, record
+from pyro_flowguides.inference.steps import Request
 
 
 def inputs(size=5):

@@ -1,0 +1,123 @@
+"""What is asked of an objective at one step, what it answers, and what it has to know of model and guide."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from pyro import poutine
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+
+from pyro_flowguides.inference.descent import Descent
+
+__all__ = ["Objective", "Request", "Step", "Structure", "Taken", "inspect"]
+
+
+class Step(NamedTuple):
+    """One evaluation.
+
+    Attributes:
+        loss: what is to be differentiated, or its gradients by the parameters, flat, where they came with it.
+        elbo: the bound's estimate.
+        dropped: how many particles were not finite.
+        gap: half the variance of the log weights, which for a guide that is nearly exact is the gap between the bound
+            and the evidence.
+    """
+
+    loss: Tensor | Sequence[Tensor]
+    elbo: float
+    dropped: int
+    gap: float = math.nan
+
+
+@dataclass(frozen=True)
+class Request:
+    """How to evaluate an objective at one step.
+
+    Attributes:
+        particles: number of draws.
+        path: follow the path gradient where the guide offers it.
+        power: exponent of the target density, below 1 to temper it.
+        importance: 1 for the ELBO; K for the importance-weighted bound of groups of K particles.
+        remaining: how many more steps of this kind are to be expected.
+    """
+
+    particles: int
+    path: bool = True
+    power: float = 1.0
+    importance: int = 1
+    remaining: int = 0
+
+    @property
+    def key(self) -> tuple[int, bool]:
+        """What decides which operations are recorded."""
+        return self.particles, self.path
+
+
+class Taken(NamedTuple):
+    """A step down: what was found, and whether it was followed."""
+
+    step: Step
+    followed: bool
+
+
+class Objective(Protocol):
+    """Something to minimise by stochastic gradients."""
+
+    parameters: dict[str, Tensor]
+
+    @property
+    def route(self) -> str: ...
+
+    def __call__(self, request: Request, generator: torch.Generator) -> Step: ...
+
+    def descend(
+        self, request: Request, generator: torch.Generator, descent: Descent, rates: Sequence[float]
+    ) -> list[Taken]:
+        """Evaluate and take a step down, at least one, and as many more as go together.
+
+        Args:
+            request: what all of them have in common.
+            generator: of the noise.
+            descent: of all parameters.
+            rates: step sizes of the coming steps.
+        """
+
+
+class Structure(NamedTuple):
+    """What one run of guide and model shows: the unconstrained parameters of both, plates, the kinds of sites."""
+
+    parameters: dict[str, Tensor]
+    nesting: int
+    enumerated: bool
+    subsampled: bool
+
+
+def inspect(model: Callable[..., Any], guide: Callable[..., Any], args: Any, kwargs: Any) -> Structure:
+    with poutine.trace(param_only=True) as capture, torch.no_grad():
+        drawn = poutine.trace(guide).get_trace(*args, **kwargs)
+        run = poutine.trace(poutine.replay(model, trace=drawn)).get_trace(*args, **kwargs)
+    nesting, enumerated, subsampled = 0, False, False
+    sites: list[tuple[str, Any]] = [*drawn.nodes.items(), *run.nodes.items()]
+    for name, site in sites:
+        if site["type"] != "sample":
+            continue
+        nesting = max([nesting, *(-frame.dim for frame in site["cond_indep_stack"] if frame.vectorized)])
+        if site["is_observed"]:
+            continue
+        if site_is_subsample(site):
+            subsampled |= len(site["value"]) < site["fn"].size
+        elif site["infer"].get("enumerate"):
+            enumerated = True
+        elif name not in drawn:
+            raise ValueError(
+                f"fit: site {name!r} is latent in the model and not in the guide; if it is discrete and to be summed "
+                f"out, mark it with infer={{'enumerate': 'parallel'}}"
+            )
+    found: list[tuple[str, Any]] = list(capture.trace.nodes.items())
+    parameters = {name: site["value"].unconstrained() for name, site in found}
+    return Structure(parameters, nesting, enumerated, subsampled)
