@@ -12,6 +12,7 @@ import torch
 
 import pyro_flowguides as fg
 from pyro_flowguides.diagnostics import _chunks
+from pyro_flowguides.inference import run
 from pyro_flowguides.inference.evaluation import evaluate
 from pyro_flowguides.inference.objectives import DensityObjective
 from pyro_flowguides.inference.steps import Request
@@ -103,8 +104,8 @@ def test_what_the_steps_held_is_gone_when_the_fit_is_judged(monkeypatch):
         left.append(objectives[0]())
         raise ValueError("not now")
 
-    module_made = module.make_objective
-    monkeypatch.setattr(module, "make_objective", made)
+    module_made = run.make_objective
+    monkeypatch.setattr(run, "make_objective", made)
     monkeypatch.setattr(module, "diagnose", judged)
     result = fg.fit(model, fg.AutoPlanar(model), steps=5, particles=4, progress=False)
     assert result.unjudged == "not now"

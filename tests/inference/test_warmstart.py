@@ -9,7 +9,7 @@ import torch
 from torch.testing import assert_close
 
 import pyro_flowguides as fg
-from pyro_flowguides.inference.fit import _Run
+from pyro_flowguides.inference.run import Run
 from pyro_flowguides.inference.warmstart import warm_start
 
 LOG_2PI = math.log(2 * math.pi)
@@ -152,7 +152,7 @@ def scaled():
 
 def test_the_guide_is_put_at_the_posterior_before_the_first_step():
     guide = fg.AutoFlow(scaled, "planar", depth=1)
-    run = _Run(scaled, guide, (), {}, SETTINGS)
+    run = Run(scaled, guide, (), {}, SETTINGS)
     assert run._bound() < -10
     run.warm_start()
     assert run._bound() == pytest.approx(0.0, abs=0.05)
@@ -162,7 +162,7 @@ def test_the_guide_is_put_at_the_posterior_before_the_first_step():
 def test_a_guide_that_is_better_already_is_left_alone():
     """No Gaussian has a higher bound than the posterior itself."""
     guide = fg.AutoFlow(skewed, bent)
-    run = _Run(skewed, guide, (), {}, SETTINGS)
+    run = Run(skewed, guide, (), {}, SETTINGS)
     guide.set_affine(torch.zeros(2), torch.eye(2))
     with torch.no_grad():
         guide.get_transform().parts[1].logit.fill_(-1e4)  # normal tails
