@@ -30,7 +30,9 @@ __all__ = [
 #: Largest absolute log-scale of one affine step.
 LOG_SCALE_BOUND = 2.0
 #: Up to that many numbers it is quicker to iterate than to solve for one level after the other, on one core.
-TOGETHER = 8192
+TOGETHER = 4096
+#: At that many points it is tried whether a root can be refined.
+SHOWN = 16
 #: Bias of the gate: it opens to at most 1 / sigmoid(2) = 1.135 times the input.
 GATE_BIAS = LOG_SCALE_BOUND
 
@@ -42,26 +44,50 @@ def _together(w: Tensor) -> int:
     return sys.maxsize if w.is_cuda else TOGETHER
 
 
-def _affine(raw: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-    return soft_bound(raw, LOG_SCALE_BOUND), shift
+def _affine(raw: Tensor, shift: Tensor, bound: float | Tensor) -> tuple[Tensor, Tensor]:
+    return soft_bound(raw, bound), shift
 
 
-def _gated(raw: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+def _gated(raw: Tensor, shift: Tensor, bound: float | Tensor) -> tuple[Tensor, Tensor]:
     """The gate, divided by its value at the bias, so that a step starts at the identity and not as a contraction.
 
     Its logit stays within twice the bias of it, so that its logarithm stays above minus the bias: the gate never shuts.
     What it leaves open to the shift is not divided, and so not zero at the start: the shift is learned from there.
     """
-    logit = soft_bound(raw, 2 * GATE_BIAS) + GATE_BIAS
+    logit = soft_bound(raw, bound) + GATE_BIAS
     return logsigmoid(logit) - logsigmoid(raw.new_tensor(GATE_BIAS)), (-logit).sigmoid() * shift
 
 
-def _shift(raw: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+def _shift(raw: Tensor, shift: Tensor, _: float | Tensor) -> tuple[Tensor, Tensor]:
     """A shift alone ("mean only"): the log-scale is zero whatever the network says."""
     return 0 * raw, shift
 
 
-UPDATES = {"affine": _affine, "gated": _gated, "shift": _shift}
+def _place(log_scale: Tensor, shift: Tensor, w: Tensor) -> Tensor:
+    """z from its image, divided by the very scale that it was multiplied with."""
+    return (w - shift) / log_scale.exp()
+
+
+def _first(points: Tensor) -> Tensor:
+    """The first points of ``(..., B, D)``."""
+    return points[..., :SHOWN, :] if points.dim() > 1 else points
+
+
+class _Update(NamedTuple):
+    """Log-scale and shift from the two outputs of the network, the first of them bounded."""
+
+    formula: Callable[[Tensor, Tensor, float | Tensor], tuple[Tensor, Tensor]]
+    bound: float
+
+    def __call__(self, raw: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+        return self.formula(raw, shift, self.bound)
+
+
+UPDATES = {
+    "affine": _Update(_affine, LOG_SCALE_BOUND),
+    "gated": _Update(_gated, 2 * GATE_BIAS),
+    "shift": _Update(_shift, 0.0),
+}
 
 
 class _Slopes(NamedTuple):
@@ -111,21 +137,45 @@ class _Autoregressive(ConditionerFlow):
     def _sequential(self, w: Tensor, theta: Theta, known: Known = None) -> tuple[Tensor, Tensor]:
         if known is not None and not tracing(w) and not any(tensor.requires_grad for tensor in theta.values()):
             return self._attach(w, known, theta)
+        if known is None and not tracing(w) and not watched():
+            known, ladj = self._refine(self._substitute(w, theta, _together(w)), w, theta)
+            if not torch.is_grad_enabled():
+                return known, ladj
         z = self._root(w, theta, known)
         return z, self._elementwise(z, theta)[0].sum(-1)
+
+    def _substitute(self, w: Tensor, theta: Theta, together: int = 0) -> Tensor:
+        formula, number = UPDATES[self.update]
+        bound = w.new_full((), number)  # once: every operation with a number makes it a tensor
+
+        def place(raw: Tensor, shift: Tensor, w: Tensor) -> Tensor:
+            return _place(*formula(raw, shift, bound), w)
+
+        return self.conditioner.substitute(place, [w], theta, together)
+
+    @torch.no_grad()
+    def _refine(self, z: Tensor, w: Tensor, theta: Theta) -> tuple[Tensor, Tensor]:
+        """The root after a pass of the fixed point, and its log-determinant.
+
+        A substitution sums up in an order of its own. A pass rounds as :meth:`_parallel` does, and so undoes what that
+        has rounded. Where weights are so large that passes move away from the root, as the first points show at which
+        another one is made, it stays as it is.
+        """
+        log_scale, shift = self._elementwise(z, theta)
+        once = _place(log_scale, shift, w)
+        few = {name: _first(value) if name.startswith("bias") else value for name, value in theta.items()}
+        twice = _place(*self._elementwise(_first(once), few), _first(w))
+        nearer = (twice - _first(once)).abs().sum() < (_first(once) - _first(z)).abs().sum()
+        return torch.where(nearer & (once == once), once, z), log_scale.sum(-1)  # an infinity on the way leaves NaN
 
     def _root(self, w: Tensor, theta: Theta, known: Known = None) -> Tensor:
         """z, with the derivatives of the implicit function; under tracing with those of every step to it."""
         if known is None:
             if tracing(w):
-                return self.conditioner.substitute(self._place, [w], theta)
+                return self._substitute(w, theta)
             with torch.no_grad():
-                known = self.conditioner.substitute(self._place, [w], theta, _together(w))
+                known = self._substitute(w, theta)
         return implicit_root(lambda z: self._elementwise(z, theta), w, known, partial(self._solve_at, theta=theta))
-
-    def _place(self, raw: Tensor, shift: Tensor, w: Tensor) -> Tensor:
-        log_scale, shift = UPDATES[self.update](raw, shift)
-        return (w - shift) * torch.exp(-log_scale)
 
     def _solve_at(self, z: Tensor, v: Tensor, theta: Theta) -> Tensor:
         output, hidden = self.conditioner.run_and_keep(z, theta)
