@@ -110,8 +110,8 @@ class MADE(MLP):
             place: elementwise, from the outputs of some inputs and what is given for these to the inputs.
             given: one or more tensors ``(..., D)``.
             folded: the layers; biases may carry batch dimensions.
-            together: up to that many numbers, inputs times points, are iterated together, nothing being recorded for
-                derivatives; 0 for level after level, nothing written in place and nothing depending on values, to be
+            together: up to that many numbers, inputs times points, of a block are iterated; nothing is recorded for
+                derivatives. 0 for level after level, nothing written in place and nothing depending on values, to be
                 traced, recorded or differentiated.
 
         Returns:

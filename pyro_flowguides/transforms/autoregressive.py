@@ -29,7 +29,7 @@ __all__ = [
 
 #: Largest absolute log-scale of one affine step.
 LOG_SCALE_BOUND = 2.0
-#: Up to that many numbers it is quicker to iterate than to solve for one level after the other, on one core.
+#: Up to that many numbers in a block it is quicker to iterate than to solve for one level after the other, on one core.
 TOGETHER = 4096
 #: At that many points it is tried whether a root can be refined.
 SHOWN = 16
@@ -232,8 +232,8 @@ class InverseAutoregressive(_Autoregressive):
     input by sigmoid(2) = 0.88 per step), and bounded like the affine scale: both stay above :math:`e^{-2}`, so that the
     flow is invertible whatever the weights. With D = 1 the network sees nothing and the flow is one affine map.
 
-    Cost: one network pass forward; inverse the arithmetic of about one pass in many small steps
-    (:meth:`~pyro_flowguides.nn.MADE.substitute`). Starts at the identity.
+    Cost: one network pass forward; inverse the arithmetic of half a pass in many small steps
+    (:meth:`~pyro_flowguides.nn.MADE.substitute`) and a pass. Starts at the identity.
 
     Args:
         input_dim: D.
@@ -288,8 +288,8 @@ class MaskedAutoregressive(_Autoregressive):
     which is the paper's :math:`y_i = x_i e^{\alpha_i} + \mu_i` with :math:`\alpha_i = -a_i`,
     :math:`\mu_i = -m_i e^{-a_i}`. With D = 1 the flow is one affine map.
 
-    Cost: one network pass inverse; forward the arithmetic of about one pass in many small steps
-    (:meth:`~pyro_flowguides.nn.MADE.substitute`). Starts at the identity.
+    Cost: one network pass inverse; forward the arithmetic of half a pass in many small steps
+    (:meth:`~pyro_flowguides.nn.MADE.substitute`) and a pass. Starts at the identity.
 
     Args:
         input_dim: D.
