@@ -9,12 +9,11 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import logsigmoid
 
 from pyro_flowguides.nn import MADE
 from pyro_flowguides.transforms.base import ConditionerFlow, ContextFlow, Known, Theta
-from pyro_flowguides.transforms.bounds import soft_bound
 from pyro_flowguides.transforms.solve import attach, implicit_root, tracing, watched
+from pyro_flowguides.transforms.updates import UPDATES, place
 
 __all__ = [
     "ConditionalInverseAutoregressive",
@@ -27,14 +26,10 @@ __all__ = [
     "masked_autoregressive",
 ]
 
-#: Largest absolute log-scale of one affine step.
-LOG_SCALE_BOUND = 2.0
 #: Up to that many numbers in a block it is quicker to iterate than to solve for one level after the other, on one core.
 TOGETHER = 4096
 #: At that many points it is tried whether a root can be refined.
 SHOWN = 16
-#: Bias of the gate: it opens to at most 1 / sigmoid(2) = 1.135 times the input.
-GATE_BIAS = LOG_SCALE_BOUND
 
 
 def _together(w: Tensor) -> int:
@@ -44,50 +39,9 @@ def _together(w: Tensor) -> int:
     return sys.maxsize if w.is_cuda else TOGETHER
 
 
-def _affine(raw: Tensor, shift: Tensor, bound: float | Tensor) -> tuple[Tensor, Tensor]:
-    return soft_bound(raw, bound), shift
-
-
-def _gated(raw: Tensor, shift: Tensor, bound: float | Tensor) -> tuple[Tensor, Tensor]:
-    """The gate, divided by its value at the bias, so that a step starts at the identity and not as a contraction.
-
-    Its logit stays within twice the bias of it, so that its logarithm stays above minus the bias: the gate never shuts.
-    What it leaves open to the shift is not divided, and so not zero at the start: the shift is learned from there.
-    """
-    logit = soft_bound(raw, bound) + GATE_BIAS
-    return logsigmoid(logit) - logsigmoid(raw.new_tensor(GATE_BIAS)), (-logit).sigmoid() * shift
-
-
-def _shift(raw: Tensor, shift: Tensor, _: float | Tensor) -> tuple[Tensor, Tensor]:
-    """A shift alone ("mean only"): the log-scale is zero whatever the network says."""
-    return 0 * raw, shift
-
-
-def _place(log_scale: Tensor, shift: Tensor, w: Tensor) -> Tensor:
-    """z from its image, divided by the very scale that it was multiplied with."""
-    return (w - shift) / log_scale.exp()
-
-
 def _first(points: Tensor) -> Tensor:
     """The first points of ``(..., B, D)``."""
     return points[..., :SHOWN, :] if points.dim() > 1 else points
-
-
-class _Update(NamedTuple):
-    """Log-scale and shift from the two outputs of the network, the first of them bounded."""
-
-    formula: Callable[[Tensor, Tensor, float | Tensor], tuple[Tensor, Tensor]]
-    bound: float
-
-    def __call__(self, raw: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-        return self.formula(raw, shift, self.bound)
-
-
-UPDATES = {
-    "affine": _Update(_affine, LOG_SCALE_BOUND),
-    "gated": _Update(_gated, 2 * GATE_BIAS),
-    "shift": _Update(_shift, 0.0),
-}
 
 
 class _Slopes(NamedTuple):
@@ -148,10 +102,10 @@ class _Autoregressive(ConditionerFlow):
         formula, number = UPDATES[self.update]
         bound = w.new_full((), number)  # once: every operation with a number makes it a tensor
 
-        def place(raw: Tensor, shift: Tensor, w: Tensor) -> Tensor:
-            return _place(*formula(raw, shift, bound), w)
+        def placed(raw: Tensor, shift: Tensor, w: Tensor) -> Tensor:
+            return place(*formula(raw, shift, bound), w)
 
-        return self.conditioner.substitute(place, [w], theta, together)
+        return self.conditioner.substitute(placed, [w], theta, together)
 
     @torch.no_grad()
     def _refine(self, z: Tensor, w: Tensor, theta: Theta) -> tuple[Tensor, Tensor]:
@@ -162,9 +116,9 @@ class _Autoregressive(ConditionerFlow):
         another one is made, it stays as it is.
         """
         log_scale, shift = self._elementwise(z, theta)
-        once = _place(log_scale, shift, w)
+        once = place(log_scale, shift, w)
         few = {name: _first(value) if name.startswith("bias") else value for name, value in theta.items()}
-        twice = _place(*self._elementwise(_first(once), few), _first(w))
+        twice = place(*self._elementwise(_first(once), few), _first(w))
         nearer = (twice - _first(once)).abs().sum() < (_first(once) - _first(z)).abs().sum()
         return torch.where(nearer & (once == once), once, z), log_scale.sum(-1)  # an infinity on the way leaves NaN
 
