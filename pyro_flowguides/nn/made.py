@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +15,8 @@ from pyro_flowguides.nn.substitution import Block, Forward, Place, Pull, group, 
 
 __all__ = ["MADE", "layer_masks"]
 
-#: Up to this number of levels are taken together in forward substitution, by a fixed point.
-FIXED_LEVELS = 16
+#: Up to this number of levels are a block in forward substitution.
+FIXED_LEVELS = 24
 #: Up to this number of inputs, or of units that read them, are taken together in back substitution, by a triangle.
 DENSE_SIZE = 24
 
@@ -85,8 +86,7 @@ class MADE(MLP):
         self.outputs = outputs
         self.register_buffer("order", order)
         self._levels = split_levels(input_dim, hidden)
-        few = len(self._levels) <= FIXED_LEVELS
-        self._blocks = self._levels if few else group(self._levels, lambda block: block.levels <= FIXED_LEVELS)
+        self._blocks = group(self._levels, lambda block: block.levels <= FIXED_LEVELS)
         self._dense = group(self._levels, _fits_densely) if hidden else self._levels
 
     def substitute(
@@ -99,18 +99,20 @@ class MADE(MLP):
         Inputs that read the same hidden units are one level. Level after level is placed, and every unit evaluated
         once, as soon as what it reads is known.
 
-        Where there are more than a few levels and not too many numbers, blocks of levels are quicker: each is iterated
-        until nothing changes, and done again level by level should it overflow on the way. The inputs are the same.
+        Levels are taken in blocks, which what comes before enters by one product for each layer. Where there are some
+        blocks and not too many numbers, it is quicker not to take the levels of a block one by one but to iterate it
+        until nothing changes. The inputs are the same up to rounding.
 
-        Cost: at most one more level than hidden units have different degrees, with the arithmetic of half a pass
-        together; or a few passes through each block.
+        Cost: at most one more level than hidden units have different degrees, about a dozen small operations each, with
+        the arithmetic of half a pass together; or a few passes through each block.
 
         Args:
             place: elementwise, from the outputs of some inputs and what is given for these to the inputs.
             given: one or more tensors ``(..., D)``.
             folded: the layers; biases may carry batch dimensions.
-            together: up to that many numbers, inputs times points, are iterated together; 0 for level after level,
-                nothing written in place and nothing depending on values, to be traced, recorded or differentiated.
+            together: up to that many numbers, inputs times points, of a block are iterated; nothing is recorded for
+                derivatives. 0 for level after level, nothing written in place and nothing depending on values, to be
+                traced, recorded or differentiated.
 
         Returns:
             ``(..., D)``.
@@ -119,23 +121,20 @@ class MADE(MLP):
         batch = torch.broadcast_shapes(*(value.shape[:-1] for value in (*given, *biases)))
 
         def columns(value: Tensor) -> Tensor:
-            return value.expand(*batch, -1).reshape(-1, value.shape[-1]).mT
+            return value.expand(*batch, -1).reshape(-1, value.shape[-1]).mT.contiguous()
 
         biases = [bias[:, None] if bias.dim() == 1 else columns(bias) for bias in biases]
-        points = [columns(value)[self.get_buffer("order")] for value in given]
-        fits = points[0].numel() <= together * len(self._blocks)
-        widths = (self.in_features, *self.hidden_dims) if together and not fits else ()
-        room = [points[0].new_empty(width, points[0].shape[1]) for width in widths]
-        forward = Forward(weights, biases, self.outputs, self.activation, place, points, room)
+        points = [columns(value).index_select(0, self.get_buffer("order")) for value in given]
+        forward = Forward(weights, biases, self.outputs, self.activation, place, points)
         known = [points[0][:0]] * self.depth
-        for block in self._blocks if fits else self._levels:
-            settled, known = known, forward.extend(known, block)
-            if block.levels > 1 and not bool(known[0].isfinite().all()):
-                known = settled
-                for level in self._levels:
-                    if block.inputs.start <= level.inputs.start < block.inputs.stop:
-                        known = forward.extend(known, level)
-        return known[0].index_select(0, self.get_buffer("order").argsort()).mT.reshape(*batch, self.in_features)
+        if together:
+            iterable = len(self._blocks) > 1 and points[0].numel() <= together * len(self._blocks)
+            with torch.inference_mode():  # where operations start sooner
+                known = reduce(forward.iterate if iterable else forward.sweep, self._blocks, known)
+        else:
+            known = reduce(forward.step, self._levels, known)
+        x = known[0].index_select(0, self.get_buffer("order").argsort())
+        return x.mT.reshape(*batch, self.in_features).contiguous()
 
     @torch.no_grad()
     def solve_transposed(

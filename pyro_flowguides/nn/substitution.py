@@ -7,6 +7,7 @@ they are the first to read, and of the outputs.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, TypeAlias
 
@@ -22,12 +23,17 @@ Place: TypeAlias = Callable[..., Tensor]
 class Block(NamedTuple):
     """Successive inputs, and of every hidden layer the units that they are the first to read.
 
-    The inputs of one level read the same units, those of the next some more.
+    The inputs of one level read the same units, those of the next some more. Of each level there are the numbers of
+    inputs and of units in every layer.
     """
 
     inputs: slice
     units: list[slice]
-    levels: int = 1
+    sizes: list[list[int]]
+
+    @property
+    def levels(self) -> int:
+        return len(self.sizes[0])
 
 
 def split_levels(dim: int, hidden: Sequence[Tensor]) -> list[Block]:
@@ -35,9 +41,10 @@ def split_levels(dim: int, hidden: Sequence[Tensor]) -> list[Block]:
     degrees = torch.cat(list(hidden)).unique() if hidden else torch.arange(1, dim)
     inputs = [0, *degrees.tolist(), dim]
     units = [[0, 0, *torch.searchsorted(layer, degrees, right=True).tolist()] for layer in hidden]
+    bounds = ([slice(*part) for part in itertools.pairwise(layer)] for layer in (inputs, *units))
     return [
-        Block(slice(*inputs[level : level + 2]), [slice(*layer[level : level + 2]) for layer in units])
-        for level in range(len(inputs) - 1)
+        Block(first, list(rest), [[part.stop - part.start] for part in (first, *rest)])
+        for first, *rest in zip(*bounds, strict=True)
     ]
 
 
@@ -55,18 +62,15 @@ def group(levels: Iterable[Block], fits: Callable[[Block], bool]) -> list[Block]
 
 def _join(one: Block, next_: Block) -> Block:
     units = [slice(first.start, last.stop) for first, last in zip(one.units, next_.units, strict=True)]
-    return Block(slice(one.inputs.start, next_.inputs.stop), units, one.levels + next_.levels)
-
-
-def _width(part: slice) -> int:
-    return int(part.stop - part.start)
+    sizes = [first + last for first, last in zip(one.sizes, next_.sizes, strict=True)]
+    return Block(slice(one.inputs.start, next_.inputs.stop), units, sizes)
 
 
 class Forward(NamedTuple):
     """Inputs that are functions of their own outputs; the points are columns, ``(D, B)``.
 
-    ``known`` are the inputs placed so far and the units of every layer that can be evaluated from them. Where there is
-    ``room`` for all of them they are written there, instead of being copied whenever some are added.
+    There are three ways to take the next inputs and the units that are the first to read them. ``known`` are the inputs
+    placed so far and the units of every layer that can be evaluated from them; they are returned with those of a block.
     """
 
     weights: list[Tensor]
@@ -75,63 +79,89 @@ class Forward(NamedTuple):
     activation: Callable[[Tensor], Tensor]
     place: Place
     given: list[Tensor]
-    room: Sequence[Tensor] = ()
 
-    def extend(self, known: Sequence[Tensor], block: Block) -> list[Tensor]:
-        """The known inputs and units with those of a block."""
-        return self._iterate(known, block) if block.levels > 1 else self._step(known, block)
-
-    def _step(self, known: Sequence[Tensor], level: Block) -> list[Tensor]:
+    def step(self, known: Sequence[Tensor], level: Block) -> list[Tensor]:
+        """A single level, nothing being written in place."""
         inputs, *units = known
         read = inputs
         for layer, to in enumerate(level.units):
             if to.start < to.stop:
-                units[layer] = self._add(layer + 1, units[layer], self.activation(self._feed(layer, to, read)))
+                units[layer] = torch.cat([units[layer], self.activation(self._feed(layer, to, read))])
             read = units[layer]
-        outputs = self._feed(len(units), self._outputs(level), read)
-        return [self._add(0, inputs, self._placed(outputs, level)), *units]
+        outputs = self._feed(len(units), self._stages(level)[-1], read)
+        return [torch.cat([inputs, self.place(*self._each(outputs), *self._given(level))]), *units]
 
-    def _iterate(self, known: Sequence[Tensor], block: Block) -> list[Tensor]:
-        """After k passes the first k levels are final whatever the others hold; left once a pass changes no bit.
+    def sweep(self, known: Sequence[Tensor], block: Block) -> list[Tensor]:
+        """One level after the other, written in place: what is found enters all of the block that reads it at once.
 
-        What is not final may overflow on the way, and spoil the rest through weights of zero: then there are numbers
-        that are not finite in the end.
+        So all slices can be made beforehand, and a level takes few operations. What does not read it, earlier levels
+        among them, meets it with weights of zero.
         """
-        stages = [*block.units, self._outputs(block)]
-        fed = [self._feed(layer, to, read) for layer, (to, read) in enumerate(zip(stages, known, strict=True))]
-        inner = [
-            weight[to, len(read) : len(read) + part.stop - part.start]
-            for weight, to, read, part in zip(self.weights, stages, known, [block.inputs, *block.units], strict=True)
-        ]
+        entering, (widths, *sizes) = self._enter(block, known), block.sizes
+        columns = zip(*map(_columns, self._within(block), block.sizes), strict=True)
+        units = list(zip(*map(_rows, entering, sizes), strict=True)) or [()] * block.levels
+        values = zip(*(_rows(value, widths) for value in (*self._each(entering[-1]), *self._given(block))), strict=True)
+        found: list[list[Tensor]] = []
+        for reached, (first, *weights), read in zip(units, columns, values, strict=True):
+            new: list[Tensor] = []
+            for part, weight, later in zip(reached, weights, entering[1:], strict=True):
+                new.append(self.activation(part))
+                later.addmm_(weight, new[-1])
+            placed = self.place(*read)
+            entering[0].addmm_(first, placed)
+            found.append([placed, *new])
+        return [torch.cat([part, *new]) for part, *new in zip(known, *found, strict=True)]
+
+    def iterate(self, known: Sequence[Tensor], block: Block) -> list[Tensor]:
+        """All levels together, until a pass changes no bit: after k passes the first k are final whatever others hold.
+
+        What is not final may overflow on the way, and spoil the rest through weights of zero. Then there are numbers
+        that are not finite in the end, and it is done again one level after the other.
+        """
+        entering, inner, given = self._enter(block, known), self._within(block), self._given(block)
         placed: list[Tensor] = []
         for _ in range(block.levels):
             units: list[Tensor] = []
-            entering = torch.addmm(fed[0], inner[0], placed[-1]) if placed else fed[0]
-            for settled, weight in zip(fed[1:], inner[1:], strict=True):
-                units.append(self.activation(entering))
-                entering = torch.addmm(settled, weight, units[-1])
-            placed = [*placed[-1:], self._placed(entering, block)]
-            if torch.equal(placed[0], placed[-1]) and len(placed) > 1:
+            fed = torch.addmm(entering[0], inner[0], placed[-1]) if placed else entering[0]
+            for settled, weight in zip(entering[1:], inner[1:], strict=True):
+                units.append(self.activation(fed))
+                fed = torch.addmm(settled, weight, units[-1])
+            placed = [*placed[-1:], self.place(*self._each(fed), *given)]
+            if len(placed) > 1 and torch.equal(*placed):
                 break
-        added = enumerate(zip(known, [placed[-1], *units], strict=True))
-        return [self._add(stage, *pair) for stage, pair in added]
+        if not bool(placed[-1].isfinite().all()):
+            return self.sweep(known, block)
+        return [torch.cat(pair) for pair in zip(known, [placed[-1], *units], strict=True)]
 
-    def _add(self, stage: int, known: Tensor, new: Tensor) -> Tensor:
-        if not self.room:
-            return torch.cat([known, new])
-        size = len(known) + len(new)
-        self.room[stage][len(known) : size] = new
-        return self.room[stage][:size]
+    def _stages(self, block: Block) -> list[slice]:
+        """The units of every layer, and the outputs."""
+        return [*block.units, slice(block.inputs.start * self.outputs, block.inputs.stop * self.outputs)]
 
-    def _outputs(self, block: Block) -> slice:
-        return slice(block.inputs.start * self.outputs, block.inputs.stop * self.outputs)
+    def _enter(self, block: Block, known: Sequence[Tensor]) -> list[Tensor]:
+        """What enters the units and outputs of a block from what is known."""
+        return [self._feed(layer, *pair) for layer, pair in enumerate(zip(self._stages(block), known, strict=True))]
+
+    def _within(self, block: Block) -> list[Tensor]:
+        """The weights by which a block reads its own inputs and units."""
+        stages = zip(self._stages(block), [block.inputs, *block.units], strict=True)
+        return [weight[pair] for weight, pair in zip(self.weights, stages, strict=True)]
 
     def _feed(self, layer: int, to: slice, read: Tensor) -> Tensor:
         return torch.addmm(self.biases[layer][to], self.weights[layer][to, : len(read)], read)
 
-    def _placed(self, outputs: Tensor, block: Block) -> Tensor:
-        each = outputs.unflatten(0, (-1, self.outputs)).unbind(1)
-        return self.place(*each, *(value[block.inputs] for value in self.given))
+    def _each(self, outputs: Tensor) -> tuple[Tensor, ...]:
+        return outputs.unflatten(0, (-1, self.outputs)).unbind(1)
+
+    def _given(self, block: Block) -> list[Tensor]:
+        return [value[block.inputs] for value in self.given]
+
+
+def _rows(value: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
+    return value.unsafe_split_with_sizes(sizes)
+
+
+def _columns(weight: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
+    return weight.unsafe_split_with_sizes(sizes, 1)
 
 
 class Pull(NamedTuple):

@@ -9,12 +9,11 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import logsigmoid
 
 from pyro_flowguides.nn import MADE
 from pyro_flowguides.transforms.base import ConditionerFlow, ContextFlow, Known, Theta
-from pyro_flowguides.transforms.bounds import soft_bound
 from pyro_flowguides.transforms.solve import attach, implicit_root, tracing, watched
+from pyro_flowguides.transforms.updates import UPDATES, place
 
 __all__ = [
     "ConditionalInverseAutoregressive",
@@ -27,12 +26,10 @@ __all__ = [
     "masked_autoregressive",
 ]
 
-#: Largest absolute log-scale of one affine step.
-LOG_SCALE_BOUND = 2.0
-#: Up to that many numbers it is quicker to iterate than to solve for one level after the other, on one core.
-TOGETHER = 8192
-#: Bias of the gate: it opens to at most 1 / sigmoid(2) = 1.135 times the input.
-GATE_BIAS = LOG_SCALE_BOUND
+#: Up to that many numbers in a block it is quicker to iterate than to solve for one level after the other, on one core.
+TOGETHER = 4096
+#: At that many points it is tried whether a root can be refined.
+SHOWN = 16
 
 
 def _together(w: Tensor) -> int:
@@ -42,26 +39,9 @@ def _together(w: Tensor) -> int:
     return sys.maxsize if w.is_cuda else TOGETHER
 
 
-def _affine(raw: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-    return soft_bound(raw, LOG_SCALE_BOUND), shift
-
-
-def _gated(raw: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-    """The gate, divided by its value at the bias, so that a step starts at the identity and not as a contraction.
-
-    Its logit stays within twice the bias of it, so that its logarithm stays above minus the bias: the gate never shuts.
-    What it leaves open to the shift is not divided, and so not zero at the start: the shift is learned from there.
-    """
-    logit = soft_bound(raw, 2 * GATE_BIAS) + GATE_BIAS
-    return logsigmoid(logit) - logsigmoid(raw.new_tensor(GATE_BIAS)), (-logit).sigmoid() * shift
-
-
-def _shift(raw: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-    """A shift alone ("mean only"): the log-scale is zero whatever the network says."""
-    return 0 * raw, shift
-
-
-UPDATES = {"affine": _affine, "gated": _gated, "shift": _shift}
+def _first(points: Tensor) -> Tensor:
+    """The first points of ``(..., B, D)``."""
+    return points[..., :SHOWN, :] if points.dim() > 1 else points
 
 
 class _Slopes(NamedTuple):
@@ -111,21 +91,45 @@ class _Autoregressive(ConditionerFlow):
     def _sequential(self, w: Tensor, theta: Theta, known: Known = None) -> tuple[Tensor, Tensor]:
         if known is not None and not tracing(w) and not any(tensor.requires_grad for tensor in theta.values()):
             return self._attach(w, known, theta)
+        if known is None and not tracing(w) and not watched():
+            known, ladj = self._refine(self._substitute(w, theta, _together(w)), w, theta)
+            if not torch.is_grad_enabled():
+                return known, ladj
         z = self._root(w, theta, known)
         return z, self._elementwise(z, theta)[0].sum(-1)
+
+    def _substitute(self, w: Tensor, theta: Theta, together: int = 0) -> Tensor:
+        formula, number = UPDATES[self.update]
+        bound = w.new_full((), number)  # once: every operation with a number makes it a tensor
+
+        def placed(raw: Tensor, shift: Tensor, w: Tensor) -> Tensor:
+            return place(*formula(raw, shift, bound), w)
+
+        return self.conditioner.substitute(placed, [w], theta, together)
+
+    @torch.no_grad()
+    def _refine(self, z: Tensor, w: Tensor, theta: Theta) -> tuple[Tensor, Tensor]:
+        """The root after a pass of the fixed point, and its log-determinant.
+
+        A substitution sums up in an order of its own. A pass rounds as :meth:`_parallel` does, and so undoes what that
+        has rounded. Where weights are so large that passes move away from the root, as the first points show at which
+        another one is made, it stays as it is.
+        """
+        log_scale, shift = self._elementwise(z, theta)
+        once = place(log_scale, shift, w)
+        few = {name: _first(value) if name.startswith("bias") else value for name, value in theta.items()}
+        twice = place(*self._elementwise(_first(once), few), _first(w))
+        nearer = (twice - _first(once)).abs().sum() < (_first(once) - _first(z)).abs().sum()
+        return torch.where(nearer & (once == once), once, z), log_scale.sum(-1)  # an infinity on the way leaves NaN
 
     def _root(self, w: Tensor, theta: Theta, known: Known = None) -> Tensor:
         """z, with the derivatives of the implicit function; under tracing with those of every step to it."""
         if known is None:
             if tracing(w):
-                return self.conditioner.substitute(self._place, [w], theta)
+                return self._substitute(w, theta)
             with torch.no_grad():
-                known = self.conditioner.substitute(self._place, [w], theta, _together(w))
+                known = self._substitute(w, theta)
         return implicit_root(lambda z: self._elementwise(z, theta), w, known, partial(self._solve_at, theta=theta))
-
-    def _place(self, raw: Tensor, shift: Tensor, w: Tensor) -> Tensor:
-        log_scale, shift = UPDATES[self.update](raw, shift)
-        return (w - shift) * torch.exp(-log_scale)
 
     def _solve_at(self, z: Tensor, v: Tensor, theta: Theta) -> Tensor:
         output, hidden = self.conditioner.run_and_keep(z, theta)
@@ -182,8 +186,8 @@ class InverseAutoregressive(_Autoregressive):
     input by sigmoid(2) = 0.88 per step), and bounded like the affine scale: both stay above :math:`e^{-2}`, so that the
     flow is invertible whatever the weights. With D = 1 the network sees nothing and the flow is one affine map.
 
-    Cost: one network pass forward; inverse the arithmetic of about one pass in many small steps
-    (:meth:`~pyro_flowguides.nn.MADE.substitute`). Starts at the identity.
+    Cost: one network pass forward; inverse the arithmetic of half a pass in many small steps
+    (:meth:`~pyro_flowguides.nn.MADE.substitute`) and a pass. Starts at the identity.
 
     Args:
         input_dim: D.
@@ -238,8 +242,8 @@ class MaskedAutoregressive(_Autoregressive):
     which is the paper's :math:`y_i = x_i e^{\alpha_i} + \mu_i` with :math:`\alpha_i = -a_i`,
     :math:`\mu_i = -m_i e^{-a_i}`. With D = 1 the flow is one affine map.
 
-    Cost: one network pass inverse; forward the arithmetic of about one pass in many small steps
-    (:meth:`~pyro_flowguides.nn.MADE.substitute`). Starts at the identity.
+    Cost: one network pass inverse; forward the arithmetic of half a pass in many small steps
+    (:meth:`~pyro_flowguides.nn.MADE.substitute`) and a pass. Starts at the identity.
 
     Args:
         input_dim: D.

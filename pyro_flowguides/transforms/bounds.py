@@ -29,6 +29,6 @@ def above_minus_one(s: Tensor) -> Tensor:
     return s * shrink(s)
 
 
-def soft_bound(value: Tensor, bound: float) -> Tensor:
+def soft_bound(value: Tensor, bound: float | Tensor) -> Tensor:
     r"""Bounded smoothly to :math:`\pm` ``bound``, the identity near zero: :math:`b \tanh(v / b)`."""
     return bound * (value / bound).tanh()

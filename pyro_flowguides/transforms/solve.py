@@ -100,7 +100,7 @@ def tanh_newton(k: Tensor, q: Tensor, steps: int) -> Tensor:
 def autoregressive_root(elementwise: Elementwise, w: Tensor, rank: Tensor, known: Tensor | None = None) -> Tensor:
     r"""The root :math:`z` of :math:`e^{a(z)} \odot z + m(z) = w`, where :math:`a_i, m_i` read only earlier coordinates.
 
-    Jacobi iteration :math:`z \leftarrow (w - m(z)) e^{-a(z)}`: after :math:`k` passes the first :math:`k` coordinates
+    Jacobi iteration :math:`z \leftarrow (w - m(z)) / e^{a(z)}`: after :math:`k` passes the first :math:`k` coordinates
     are final whatever the others hold, so that D passes give what solving for one coordinate after the other gives.
     It stops before, at the first iterate that satisfies the equations to rounding: what is returned early has been put
     to the test itself. Coordinates that are not final may grow without bound on the way. They are kept within the
@@ -163,8 +163,8 @@ def attach(pull: Callable[..., Tensor], w: Tensor, *values: Tensor) -> tuple[Ten
 def _jacobi(elementwise: Elementwise, z: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
     """One pass, and the size of the rounding error it carries."""
     log_scale, shift = elementwise(z)
-    inverse_scale = torch.exp(-log_scale)
-    return (w - shift) * inverse_scale, (w.abs() + shift.abs()) * inverse_scale
+    scale = log_scale.exp()
+    return (w - shift) / scale, (w.abs() + shift.abs()) / scale
 
 
 def _bounded(z: Tensor, final: Tensor) -> Tensor:

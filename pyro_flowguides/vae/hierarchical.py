@@ -17,9 +17,9 @@ from pyro_flowguides.nn.gated import halved, image_size
 from pyro_flowguides.nn.leading import over_leading
 from pyro_flowguides.nn.precision import at_least_single
 from pyro_flowguides.nn.resnet import RESIDUAL_SCALE, UpsampleConv2d
-from pyro_flowguides.transforms.autoregressive import UPDATES
 from pyro_flowguides.transforms.bounds import soft_bound
 from pyro_flowguides.transforms.solve import autoregressive_root
+from pyro_flowguides.transforms.updates import UPDATES
 from pyro_flowguides.vae.base import VAE, Terms
 from pyro_flowguides.vae.likelihoods import Likelihood
 

@@ -40,7 +40,7 @@ def naive_solve(flow, w):
     z = torch.zeros_like(w)
     for i in formula(flow)[0].conditioner.order.tolist():
         log_scale, shift = a_and_m(z)
-        z[..., i] = (w[..., i] - shift[..., i]) * torch.exp(-log_scale[..., i])
+        z[..., i] = (w[..., i] - shift[..., i]) / log_scale[..., i].exp()
     return z
 
 
@@ -55,7 +55,7 @@ def solve_for(flow, w):
 
 def substitute(flow, w, together):
     module, theta = formula(flow)
-    return module.conditioner.substitute(module._place, [w], theta, together)
+    return module._substitute(w, theta, together)
 
 
 #: Level after level, the same in place, any number of levels together.
@@ -86,23 +86,49 @@ class count_passes:
 @pytest.mark.usefixtures("_small_blocks")
 @pytest.mark.parametrize("together", TOGETHER)
 @pytest.mark.parametrize("scale", SCALES)
-@pytest.mark.parametrize("dim", DIMS)
+@pytest.mark.parametrize("dim", [dim for dim in DIMS if dim > 1])
 @pytest.mark.parametrize("case", AUTOREGRESSIVE, ids=name)
 @torch.no_grad()
 def test_substitution_is_as_accurate_as_one_coordinate_after_the_other(case, dim, scale, together):
     """In single precision, judged in double precision, on points the flow did not produce, far ones included.
 
-    Either way sums up in its own order: errors are compared by their median and their upper decile.
+    Either way sums up in its own order: errors are compared by their median and their upper decile. In few dimensions
+    points share scales, and so their rounding: there are more flows. In one dimension they share all there is.
     """
-    flow = case.flow(dim, scale, (600,), hidden_dims=[7, 20])
-    w = torch.randn(600, dim) * torch.tensor([1e-3, 1.0, 1.0, 10.0, 1e3, 1e6]).repeat(100)[:, None]
-    single, v = copy.deepcopy(flow).float(), w.float()
-    levels = torch.tensor([0.5, 0.9])
     errors = []
-    for z in (substitute(single, v, together), naive_solve(single, v)):
-        size = v.abs() + elementwise(single)(z)[1].abs()
-        errors.append((residual(flow, z.double(), v.double()) / size.double()).quantile(levels))
-    assert (errors[0] <= 1.25 * errors[1]).all()
+    for seed in range(16 if dim < 5 else 1):
+        flow = case.flow(dim, scale, (600,), seed=seed, hidden_dims=[7, 20])
+        w = torch.randn(600, dim) * torch.tensor([1e-3, 1.0, 1.0, 10.0, 1e3, 1e6]).repeat(100)[:, None]
+        single, v = copy.deepcopy(flow).float(), w.float()
+        for z in (substitute(single, v, together), naive_solve(single, v)):
+            size = v.abs() + elementwise(single)(z)[1].abs()
+            errors.append(residual(flow, z.double(), v.double()) / size.double())
+    ours, naive = (torch.stack(errors[k::2]).quantile(torch.tensor([0.5, 0.9])) for k in (0, 1))
+    assert (ours <= 1.25 * naive).all()
+
+
+@pytest.mark.parametrize("scale", [0.3, 1.0, 5.0])
+@pytest.mark.parametrize("formula", [InverseAutoregressive, MaskedAutoregressive])
+@torch.no_grad()
+def test_round_trips_in_single_precision(formula, scale):
+    """Of one coordinate after the other the passes round as the parallel direction has: it cancels that, and so does
+    what refines a substitution. Where weights are too large for this, the equation is solved as well all the same.
+    """
+    errors, residuals = [], []
+    for _ in range(20):
+        flow = formula(20, [32, 32]).float()
+        for parameter in flow.parameters():
+            parameter.normal_(0, scale / parameter.shape[-1] ** 0.5)
+        z, theta = torch.randn(200, 20, dtype=torch.float32), flow.theta()
+        w = flow._parallel(z, theta)[0]
+        size = w.abs() + flow._elementwise(z, theta)[1].abs()
+        for found in (flow._sequential(w, theta)[0], naive_solve(flow, w)):
+            errors.append((found - z).square().mean().sqrt())
+            residuals.append(residual(copy.deepcopy(flow).double(), found.double(), w.double()) / size)
+    if scale <= 1:
+        assert torch.stack(errors[::2]).mean() <= 1.1 * torch.stack(errors[1::2]).mean()
+    ours, naive = (torch.stack(residuals[k::2]).quantile(torch.tensor([0.5, 0.9, 0.99])) for k in (0, 1))
+    assert (ours <= 1.25 * naive).all()
 
 
 @pytest.mark.usefixtures("_small_blocks")
@@ -112,8 +138,8 @@ def test_substitution_is_as_accurate_as_one_coordinate_after_the_other(case, dim
 def test_levels_taken_together_change_nothing(case, scale):
     flow, w = case.flow(32, scale, (6,)), torch.randn(6, 32)
     expected, in_place, z = (substitute(flow, w, together) for together in TOGETHER)
-    assert torch.equal(in_place, expected)
-    torch.testing.assert_close(z, expected, rtol=1e-6, atol=1e-6)
+    for other in (in_place, z):
+        torch.testing.assert_close(other, expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("case", AUTOREGRESSIVE, ids=name)
@@ -179,13 +205,13 @@ def test_few_passes_for_small_weights(case, scale, most, monkeypatch):
 
 @pytest.mark.parametrize("case", AUTOREGRESSIVE, ids=name)
 @pytest.mark.parametrize("grad", [False, True])
-def test_a_whole_inversion_adds_one_pass_for_the_log_det_and_one_for_the_gradient(case, grad, monkeypatch):
+def test_a_whole_inversion_adds_two_passes_to_refine_the_root_and_two_for_the_gradient(case, grad, monkeypatch):
     flow = case.flow(8, 3.0, (4,))
     slow = flow.forward_and_ladj if flow.fast == "inverse" else flow.inverse_and_ladj
     counter = count_passes(flow, monkeypatch)
     with torch.set_grad_enabled(grad):
         slow(torch.randn(4, 8))
-    assert counter.passes == 1 + grad
+    assert counter.passes == 2 + 2 * grad
 
 
 @pytest.mark.parametrize("case", AUTOREGRESSIVE, ids=name)
