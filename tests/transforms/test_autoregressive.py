@@ -107,6 +107,22 @@ def test_substitution_is_as_accurate_as_one_coordinate_after_the_other(case, dim
     assert (ours <= 1.25 * naive).all()
 
 
+@pytest.mark.parametrize("together", TOGETHER)
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("case", AUTOREGRESSIVE, ids=name)
+@torch.no_grad()
+def test_a_single_dimension_is_solved_to_rounding(case, scale, together):
+    """In single precision, as :func:`naive_solve` does up to the order in which the network sums up."""
+    errors = []
+    for seed in range(16):
+        flow = case.flow(1, scale, (60,), seed=seed, hidden_dims=[7, 20])
+        single, v = copy.deepcopy(flow).float(), torch.randn(60, 1).float() * torch.logspace(-3, 6, 60)[:, None].float()
+        size = v.abs() + elementwise(single)(v)[1].abs()
+        for z in (substitute(single, v, together), naive_solve(single, v)):
+            errors.append((residual(flow, z.double(), v.double()) / size.double()).max())
+    assert max(errors[::2]) <= 4 * max(errors[1::2])
+
+
 @pytest.mark.parametrize("scale", [0.3, 1.0, 5.0])
 @pytest.mark.parametrize("formula", [InverseAutoregressive, MaskedAutoregressive])
 @torch.no_grad()
