@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 __all__ = ["NotRecordedError", "Replay", "assert_same", "in_short", "record"]
 
 #: What compiling costs, in seconds per operation, and the share of a replay that it saves: on one core, with inductor.
-COMPILE_SECONDS, COMPILE_SAVES = 0.03, 0.6
+COMPILE_SECONDS, COMPILE_SAVES = 0.04, 0.6
 #: Most operations of a recording: longer ones take so long to record that a usual number of replays does not repay it.
 MOST_OPERATIONS = 4000
 #: Replays that are timed before it is known what compiling would save.
