@@ -93,7 +93,8 @@ def counts(table: pd.DataFrame) -> str:
         verdicts = rows["verdict"].value_counts()
         cells = [str(int(column.sum())) for column in [*reached.values(), together]]
         for column in ("seconds", "cpu_seconds"):
-            cells += [f"{rows[column].median():.1f}", f"{rows[column].max():.1f}"]
+            known = rows[column].dropna()
+            cells += [f"{known.median():.1f}", f"{known.max():.1f}"]
         kinds = ("good", "usable with importance resampling", "do not trust")
         cells += [" / ".join(str(verdicts.get(kind, 0)) for kind in kinds)]
         cells += [str(verdicts.get("failed", 0)), str(int(rows["violation"].sum()))]

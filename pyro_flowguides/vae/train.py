@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from pyro_flowguides.inference import checkpoint as checkpoints
+from pyro_flowguides.inference.record import in_short
 from pyro_flowguides.vae import report
 from pyro_flowguides.vae.base import VAE, Terms
 from pyro_flowguides.vae.data import Feed, Images, derive_seed, load_images
@@ -131,7 +133,17 @@ class _Bound(nn.Module):
         super().__init__()
         self.vae = vae
         self.unit = vae.likelihood.high / (levels - 1)
-        self.terms: Callable[..., Terms] = torch.compile(vae.terms) if compiled else vae.terms
+        self.compiled: Callable[..., Terms] | None = torch.compile(vae.terms) if compiled else None
+
+    def terms(self, x: Tensor, samples: int) -> Terms:
+        """Compiled if that was asked for, and not any more once it has failed, of which a warning tells."""
+        if self.compiled is not None:
+            try:
+                return self.compiled(x, samples)
+            except Exception as error:  # whatever a compiler may raise; what the model raises is raised again below
+                self.compiled = None
+                warnings.warn(f"train: goes on without compiling: {in_short(error)}", stacklevel=2)
+        return self.vae.terms(x, samples)
 
     def data(self, pixels: Tensor) -> Tensor:
         """Pixels in the units of the likelihood: in [0, 1], or whole numbers up to 255."""

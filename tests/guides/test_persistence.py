@@ -229,7 +229,7 @@ for kind in KINDS:
     from_store = draw(guide, SCHOOLS)
     pyro.clear_param_store()
     guide = make_guide(kind, schools)
-    guide.load_state_dict(torch.load(f"{sys.argv[1]}/{kind}.state"))
+    guide.load_state_dict(torch.load(f"{sys.argv[1]}/{kind}.state", weights_only=True))
     from_state = draw(guide, SCHOOLS)
     pyro.clear_param_store()
     guide = torch.load(f"{sys.argv[1]}/{kind}.guide", weights_only=False)
@@ -249,7 +249,7 @@ def test_everything_saved_is_restored_in_a_fresh_process(tmp_path):
         torch.save(guide, tmp_path / f"{kind}.guide")
     subprocess.run([sys.executable, "-W", "error", "-c", CHILD, str(tmp_path)], check=True, cwd=ROOT, timeout=120)
     for kind in KINDS:
-        for found in torch.load(tmp_path / f"{kind}.draws"):
+        for found in torch.load(tmp_path / f"{kind}.draws", weights_only=True):
             assert_close(found, expected[kind], rtol=1e-12, atol=1e-12, msg=kind)
 
 

@@ -255,5 +255,5 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path, monkeypatch):
     pyro.clear_param_store()
     monkeypatch.setattr(sys, "argv", [str(script), str(tmp_path / "whole")])
     runpy.run_path(str(script))
-    whole, resumed = torch.load(tmp_path / "whole"), torch.load(tmp_path / "resumed")
+    whole, resumed = (torch.load(tmp_path / name, weights_only=True) for name in ("whole", "resumed"))
     assert same(whole, resumed)

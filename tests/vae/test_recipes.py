@@ -63,6 +63,7 @@ def test_every_model_with_its_defaults(model):
 
 
 @pytest.mark.parametrize("model", ["iafvae", "hierarchical"])
+@pytest.mark.skipif(torch.__version__ < (2, 5), reason="its compiler fails")
 def test_a_training_step_compiles_to_one_graph(model):
     options = {
         "iafvae": {"hidden": [8], "prior": "maf", "prior_options": {"depth": 1}, "posterior_options": {"depth": 1}},

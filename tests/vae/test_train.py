@@ -347,12 +347,28 @@ def test_shards_must_suit_the_processes_and_the_batch(tmp_path):
         train(small(tmp_path, shards=3))
 
 
+@pytest.mark.skipif(torch.__version__ < (2, 5), reason="its compiler fails")
 def test_compiling_changes_nothing_but_rounding(tmp_path, monkeypatch):
     # The graph is captured and differentiated, but not turned into machine code, which takes a minute.
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     changes = {"epochs": 1, "iw_images": 0, "shards": 2}
     eager, compiled = train(small(tmp_path / "eager", **changes)), train(small(tmp_path / "c", **changes, compile=True))
     assert compiled["test"]["elbo"] == pytest.approx(eager["test"]["elbo"], abs=1e-2)
+
+
+def test_a_compiler_that_fails_is_reported_and_training_goes_on(tmp_path, monkeypatch):
+    def compile_(function):
+        def fails(*_):
+            raise AssertionError("no graph of this\nand much more")
+
+        return fails
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    changes = {"epochs": 1, "iw_images": 0}
+    eager = train(small(tmp_path / "eager", **changes))
+    with pytest.warns(UserWarning, match="train: goes on without compiling: no graph of this$"):
+        compiled = train(small(tmp_path / "c", **changes, compile=True))
+    assert compiled["test"] == eager["test"]
 
 
 @pytest.mark.skipif("FLOWGUIDES_DATA" not in os.environ, reason="needs FLOWGUIDES_DATA")

@@ -207,6 +207,7 @@ def test_the_training_program(tmp_path):
 
 
 @pytest.mark.parametrize("decoder", ["pixelcnn++"])
+@pytest.mark.skipif(torch.__version__ < (2, 5), reason="its compiler fails")
 def test_a_training_step_compiles_to_one_graph(decoder):
     vae, x = vlae(decoder=decoder, decoder_options={"filters": 4}), bits(3, 1, 4, 4)
     vae.eval()
