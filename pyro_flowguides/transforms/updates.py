@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -16,6 +17,8 @@ __all__ = ["UPDATES", "Update", "place"]
 LOG_SCALE_BOUND = 2.0
 #: Bias of the gate: it opens to at most 1 / sigmoid(2) = 1.135 times the input.
 GATE_BIAS = LOG_SCALE_BOUND
+#: Logarithm of the gate at its bias.
+LOG_OPEN = -math.log1p(math.exp(-GATE_BIAS))
 
 
 def _affine(raw: Tensor, shift: Tensor, bound: float | Tensor) -> tuple[Tensor, Tensor]:
@@ -29,7 +32,7 @@ def _gated(raw: Tensor, shift: Tensor, bound: float | Tensor) -> tuple[Tensor, T
     What it leaves open to the shift is not divided, and so not zero at the start: the shift is learned from there.
     """
     logit = soft_bound(raw, bound) + GATE_BIAS
-    return logsigmoid(logit) - logsigmoid(raw.new_tensor(GATE_BIAS)), (-logit).sigmoid() * shift
+    return logsigmoid(logit) - LOG_OPEN, (-logit).sigmoid() * shift
 
 
 def _shift(raw: Tensor, shift: Tensor, _: float | Tensor) -> tuple[Tensor, Tensor]:
