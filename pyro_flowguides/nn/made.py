@@ -18,7 +18,7 @@ __all__ = ["MADE", "layer_masks"]
 #: Up to this number of levels are a block in forward substitution.
 FIXED_LEVELS = 24
 #: Up to this number of inputs, or of units that read them, are taken together in back substitution, by a triangle.
-DENSE_SIZE = 24
+DENSE_SIZE = 16
 
 
 def layer_masks(degrees: Sequence[Tensor], outputs: int) -> list[Tensor]:
