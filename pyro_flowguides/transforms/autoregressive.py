@@ -28,8 +28,6 @@ __all__ = [
 
 #: Up to that many numbers in a block it is quicker to iterate than to solve for one level after the other, on one core.
 TOGETHER = 4096
-#: At that many points it is tried whether a root can be refined.
-SHOWN = 16
 
 
 def _together(w: Tensor) -> int:
@@ -37,11 +35,6 @@ def _together(w: Tensor) -> int:
     if watched():
         return 0
     return sys.maxsize if w.is_cuda else TOGETHER
-
-
-def _first(points: Tensor) -> Tensor:
-    """The first points of ``(..., B, D)``."""
-    return points[..., :SHOWN, :] if points.dim() > 1 else points
 
 
 class _Slopes(NamedTuple):
@@ -109,18 +102,18 @@ class _Autoregressive(ConditionerFlow):
 
     @torch.no_grad()
     def _refine(self, z: Tensor, w: Tensor, theta: Theta) -> tuple[Tensor, Tensor]:
-        """The root after a pass of the fixed point, and its log-determinant.
+        """The root after two passes of the fixed point, and its log-determinant.
 
         A substitution sums up in an order of its own. A pass rounds as :meth:`_parallel` does, and so undoes what that
-        has rounded. Where weights are so large that passes move away from the root, as the first points show at which
-        another one is made, it stays as it is.
+        has rounded. Points whose second pass does not move less than the first stay as they are: weights are so large
+        there that passes move away from the root.
         """
-        log_scale, shift = self._elementwise(z, theta)
-        once = place(log_scale, shift, w)
-        few = {name: _first(value) if name.startswith("bias") else value for name, value in theta.items()}
-        twice = place(*self._elementwise(_first(once), few), _first(w))
-        nearer = (twice - _first(once)).abs().sum() < (_first(once) - _first(z)).abs().sum()
-        return torch.where(nearer & (once == once), once, z), log_scale.sum(-1)  # an infinity on the way leaves NaN
+        before, shift = self._elementwise(z, theta)
+        once = place(before, shift, w)
+        after, shift = self._elementwise(once, theta)
+        twice = place(after, shift, w)
+        nearer = (twice - once).abs().sum(-1) < (once - z).abs().sum(-1)  # not so where there is an infinity on the way
+        return torch.where(nearer[..., None], twice, z), torch.where(nearer, after.sum(-1), before.sum(-1))
 
     def _root(self, w: Tensor, theta: Theta, known: Known = None) -> Tensor:
         """z, with the derivatives of the implicit function; under tracing with those of every step to it."""
@@ -187,7 +180,7 @@ class InverseAutoregressive(_Autoregressive):
     flow is invertible whatever the weights. With D = 1 the network sees nothing and the flow is one affine map.
 
     Cost: one network pass forward; inverse the arithmetic of half a pass in many small steps
-    (:meth:`~pyro_flowguides.nn.MADE.substitute`) and a pass. Starts at the identity.
+    (:meth:`~pyro_flowguides.nn.MADE.substitute`) and two passes. Starts at the identity.
 
     Args:
         input_dim: D.
@@ -243,7 +236,7 @@ class MaskedAutoregressive(_Autoregressive):
     :math:`\mu_i = -m_i e^{-a_i}`. With D = 1 the flow is one affine map.
 
     Cost: one network pass inverse; forward the arithmetic of half a pass in many small steps
-    (:meth:`~pyro_flowguides.nn.MADE.substitute`) and a pass. Starts at the identity.
+    (:meth:`~pyro_flowguides.nn.MADE.substitute`) and two passes. Starts at the identity.
 
     Args:
         input_dim: D.
