@@ -12,7 +12,7 @@ import torch
 from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoIAFNormal
 from speed_gap import NEAR, RATE, Target, until_near
-from speed_torch import DEVICE, FLOWS, by_weights, observations, round_trip
+from speed_torch import DEVICE, FLOWS, observations, round_trip
 from speed_torch import RATE as STEP_RATE
 from speed_workers import Job, LeftOut, not_below
 from torch import Tensor
@@ -91,7 +91,6 @@ def _svi(model: Model, guide: Any, particles: int, rate: float) -> SVI:
 
 def _flow(dim: int, hidden: int) -> Any:
     flow: Any = fg.flows.iaf(dim, depth=FLOWS, hidden_dims=(hidden, hidden))
-    by_weights(flow)
     return flow
 
 

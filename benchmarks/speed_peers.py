@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from speed_torch import FLOWS, by_weights, round_trip, stack, train
+from speed_torch import FLOWS, round_trip, stack, train
 from speed_workers import WIDE_LIMIT, Job, LeftOut
 from torch import Tensor, nn
 
@@ -74,7 +74,6 @@ def normflows_steps(dim: int, particles: int, hidden: int) -> Job:
 
 
 def _inverse(flow: Any, dim: int, batch: int) -> Job:
-    by_weights(flow)
     return round_trip(flow, lambda z: flow(z)[0], flow.inverse, dim, batch)
 
 

@@ -62,7 +62,7 @@ def test_by_hand_is_a_flow_with_the_right_log_determinant():
     by_hand = importlib.import_module("speed_torch")
     torch.manual_seed(0)
     layers = torch.nn.ModuleList(by_hand.Layer(4, 8, backwards) for backwards in (False, True, False)).double()
-    by_hand.by_weights(layers)
+    by_hand.draw_weights(layers, 0)
     for layer in layers:
         layer.masks = [mask.double() for mask in layer.masks]
     x = torch.randn(1, 4, dtype=torch.float64)
