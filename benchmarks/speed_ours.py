@@ -61,8 +61,8 @@ def our_steps(dim: int, particles: int, hidden: int, compiling: bool = False) ->
     guide = fg.AutoIAF(model, hidden_dim=[hidden, hidden], num_transforms=FLOWS)
     guide()
     objective = DensityObjective(model, guide, (), {}, compiling)
-    descent, generator = Descent(list(objective.parameters.values())), torch.Generator().manual_seed(0)
-    request = Request(particles, path=False)
+    descent = Descent(list(objective.parameters.values()))
+    request, generator = Request(particles, path=False), torch.Generator(objective.device).manual_seed(0)
 
     def steps() -> int:
         return len(objective.descend(request, generator, descent, [STEP_RATE] * Schedule.WINDOW))

@@ -61,9 +61,9 @@ class DensityObjective:
             self.density.check(self.draw(self.noise(3, torch.Generator().manual_seed(0)))[0])
 
     def noise(self, particles: int, generator: torch.Generator) -> Tensor:
-        """Draws of the base ``(S, D)``."""
-        noise = torch.randn(particles, self.guide.latent_dim, generator=generator, dtype=self.dtype, device="cpu")
-        return noise.to(self.device)
+        """Draws of the base ``(S, D)``, made where the generator is."""
+        shape, device = (particles, self.guide.latent_dim), generator.device
+        return torch.randn(shape, generator=generator, dtype=self.dtype, device=device).to(self.device)
 
     def draw(self, noise: Tensor, path: bool = False) -> tuple[Tensor, Tensor]:
         """Draws ``(S, D)`` and their log q ``(S,)``, with the path gradient or the total one."""

@@ -72,7 +72,8 @@ class Run:
         #: Near the evidence there is nothing left to gain, unless the evidence itself can be raised.
         self.gap_tells = self.importance == 1 and all(id(parameter) in of_guide for parameter in parameters)
         self.descent = Descent(parameters)
-        self.generator = torch.Generator().manual_seed(self.seed)
+        # Normal numbers for a step on a GPU would take longer to make elsewhere than the step.
+        self.generator = torch.Generator(self.descent.vectors[0].device).manual_seed(self.seed)
         self.history: list[float] = []
         self.dropped = self.barren = self.averaged = 0
         self.mean: list[Tensor] = []
@@ -248,6 +249,8 @@ class Run:
         ]
         if changed:
             raise ValueError(f"fit: {path} is a checkpoint of a fit with other settings ({', '.join(changed)})")
+        if state["generator"].shape != self.generator.get_state().shape:
+            raise ValueError(f"fit: {path} is a checkpoint of a fit on another kind of device; go on there")
         with torch.no_grad():
             for name, parameter in own.items():
                 parameter.copy_(saved[name])

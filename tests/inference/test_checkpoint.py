@@ -212,6 +212,15 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path, options):
         fit(tmp_path / "file", **{"steps": 10, **options})
 
 
+def test_a_checkpoint_of_another_device_is_refused(tmp_path):
+    """Generators of other devices have states of other sizes."""
+    fit(tmp_path / "file", steps=10)
+    state = checkpoint.load(tmp_path / "file")
+    checkpoint.save(tmp_path / "file", {**state, "generator": state["generator"][:16]})
+    with pytest.raises(ValueError, match="on another kind of device"):
+        fit(tmp_path / "file", steps=10)
+
+
 SCRIPT = """
 import sys, torch
 sys.path.insert(0, {root!r})
