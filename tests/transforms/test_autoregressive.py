@@ -107,20 +107,16 @@ def test_substitution_is_as_accurate_as_one_coordinate_after_the_other(case, dim
     assert (ours <= 1.25 * naive).all()
 
 
-@pytest.mark.parametrize("together", TOGETHER)
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("case", AUTOREGRESSIVE, ids=name)
 @torch.no_grad()
-def test_a_single_dimension_is_solved_to_rounding(case, scale, together):
-    """In single precision, as :func:`naive_solve` does up to the order in which the network sums up."""
-    errors = []
+def test_a_single_dimension_is_solved_to_the_last_bit(case, scale):
+    """What refines a substitution is there all that :func:`naive_solve` does."""
     for seed in range(16):
-        flow = case.flow(1, scale, (60,), seed=seed, hidden_dims=[7, 20])
-        single, v = copy.deepcopy(flow).float(), torch.randn(60, 1).float() * torch.logspace(-3, 6, 60)[:, None].float()
-        size = v.abs() + elementwise(single)(v)[1].abs()
-        for z in (substitute(single, v, together), naive_solve(single, v)):
-            errors.append((residual(flow, z.double(), v.double()) / size.double()).max())
-    assert max(errors[::2]) <= 4 * max(errors[1::2])
+        single = case.flow(1, scale, (60,), seed=seed, hidden_dims=[7, 20]).float()
+        v = torch.randn(60, 1).float() * torch.logspace(-3, 6, 60)[:, None].float()
+        module, theta = formula(single)
+        assert torch.equal(module._sequential(v, theta)[0], naive_solve(single, v))
 
 
 @pytest.mark.parametrize("scale", [0.3, 1.0, 5.0])
@@ -154,8 +150,8 @@ def test_round_trips_in_single_precision(formula, scale):
 def test_levels_taken_together_change_nothing(case, scale):
     flow, w = case.flow(32, scale, (6,)), torch.randn(6, 32)
     expected, in_place, z = (substitute(flow, w, together) for together in TOGETHER)
-    for other in (in_place, z):
-        torch.testing.assert_close(other, expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(in_place, expected, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(z, expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("case", AUTOREGRESSIVE, ids=name)
