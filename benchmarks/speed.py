@@ -78,7 +78,9 @@ STUDIES = {
         ),
         quick=steps((10, 32, HIDDEN), (100, 32, HIDDEN)),
     ),
-    "inverse": Study(inverses(10, 100, 500), quick=inverses(10, 100), facts=("error32", "error64")),
+    "inverse": Study(
+        inverses(10, 100, 500), quick=inverses(10, 100), facts=("error32", "largest32", "error64", "largest64")
+    ),
     "vae": Study(
         vaes(("normal", 100), ("normal", 500), ("iaf", 100), ("iaf", 500)),
         quick=vaes(("iaf", 100)),

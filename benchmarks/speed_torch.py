@@ -158,23 +158,22 @@ def round_trip(
 ) -> Job:
     """The inverse at images of normal draws, in float32; and how well the draws are found, also in float64.
 
-    The root mean square error, in the median over some draws of the weights.
+    The root mean square error and the largest one, in the median over some draws of the weights.
     """
     x = torch.randn(batch, dim, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     flow.to(DEVICE)
 
     @torch.no_grad()
-    def error(dtype: torch.dtype) -> float:
+    def errors(dtype: torch.dtype, bits: int) -> dict[str, float]:
         flow.to(dtype)
-        start = x.to(dtype)
-        return float((inverse(forward(start)) - start).square().mean().sqrt())
+        error = inverse(forward(x.to(dtype))) - x.to(dtype)
+        return {f"error{bits}": float(error.square().mean().sqrt()), f"largest{bits}": float(error.abs().max())}
 
-    errors: dict[str, list[float]] = {"error64": [], "error32": []}
+    found = []
     for seed in range(DRAWS):
         draw_weights(flow, seed)
-        errors["error64"].append(error(torch.float64))
-        errors["error32"].append(error(torch.float32))
-    medians = {name: statistics.median(found) for name, found in errors.items()}
+        found.append(errors(torch.float64, 64) | errors(torch.float32, 32))
+    medians = {name: statistics.median(each[name] for each in found) for name in found[0]}
     with torch.no_grad():
         y = forward(x.float())
 

@@ -17,7 +17,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from pyro_flowguides.inference.descent import BETAS, EPSILON, GRADIENT_NORM, Descent, pieces
 from pyro_flowguides.inference.record import assert_same
 
-__all__ = ["CapturedStep", "CompiledSteps", "ways"]
+__all__ = ["CapturedStep", "CompiledSteps", "attempts"]
 
 #: Steps of one call, where a step is so short that what a call costs besides counts.
 TOGETHER = 50
@@ -30,7 +30,7 @@ STATE = 4
 CPU_OPTIONS = {"cpp_wrapper": True, "cpp_wrapper_build_separate": True, "cpp_cache_precompile_headers": False}
 
 
-def ways(descent: Descent) -> list[Callable[..., CompiledSteps]]:
+def attempts(descent: Descent) -> list[Callable[..., CompiledSteps]]:
     """What to make of a recording, the best first: more is asked of a compiler there, which may fail."""
     one = partial(CompiledSteps, together=1)
     if any(vector.is_cuda for vector in descent.vectors):

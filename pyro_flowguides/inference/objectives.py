@@ -10,11 +10,11 @@ import torch
 from pyro.infer.autoguide import AutoContinuous
 from torch import Tensor
 
-from pyro_flowguides.inference.compiled import CompiledSteps, ways
+from pyro_flowguides.inference.compiled import CompiledSteps, attempts
 from pyro_flowguides.inference.density import LogDensity, NotVectorisedError
 from pyro_flowguides.inference.descent import Descent, flatten, grouped
 from pyro_flowguides.inference.record import NotRecordedError, Replay, in_short, record
-from pyro_flowguides.inference.steps import Objective, Request, Step, Taken, inspect
+from pyro_flowguides.inference.steps import Objective, Request, Step, Taken, find_structure
 from pyro_flowguides.inference.traces import TraceObjective
 from pyro_flowguides.transforms import on_path
 
@@ -54,7 +54,7 @@ class DensityObjective:
         self._recordings: dict[tuple[int, bool], Replay] = {}
         self._compiled: dict[tuple[int, bool], CompiledSteps] = {}
         self.density = LogDensity(model, guide, args, kwargs)
-        self.parameters = inspect(model, guide, args, kwargs).parameters
+        self.parameters = find_structure(model, guide, args, kwargs).parameters
         like = next(self.guide.get_transform().parameters())
         self.dtype, self.device = like.dtype, like.device
         with torch.no_grad():
@@ -124,9 +124,9 @@ class DensityObjective:
 
     def _compile(self, recording: Any, descent: Descent, request: Request, noise: Tensor) -> None:
         """The best that the compiler can do."""
-        for way in ways(descent):
+        for attempt in attempts(descent):
             try:
-                self._compiled[request.key] = way(recording, descent, noise, noise.new_tensor(request.power))
+                self._compiled[request.key] = attempt(recording, descent, noise, noise.new_tensor(request.power))
                 return
             except Exception as error:  # whatever a compiler or its tools may raise
                 failure = in_short(error)
@@ -209,7 +209,7 @@ def make_objective(
     """
     if not _has_forward_and_ladj(guide):
         return TraceObjective(model, guide, args, kwargs, "not a flow guide")
-    if inspect(model, guide, args, kwargs).enumerated:
+    if find_structure(model, guide, args, kwargs).enumerated:
         return TraceObjective(model, guide, args, kwargs, "sites are summed out")
     try:
         return DensityObjective(model, guide, args, kwargs, compiling)  # type: ignore[arg-type]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pyro_flowguides.inference.descent import Descent
 
-__all__ = ["Objective", "Request", "Step", "Structure", "Taken", "inspect"]
+__all__ = ["Objective", "Request", "Step", "Structure", "Taken", "find_structure"]
 
 
 class Step(NamedTuple):
@@ -97,7 +97,7 @@ class Structure(NamedTuple):
     subsampled: bool
 
 
-def inspect(model: Callable[..., Any], guide: Callable[..., Any], args: Any, kwargs: Any) -> Structure:
+def find_structure(model: Callable[..., Any], guide: Callable[..., Any], args: Any, kwargs: Any) -> Structure:
     with poutine.trace(param_only=True) as capture, torch.no_grad():
         drawn = poutine.trace(guide).get_trace(*args, **kwargs)
         run = poutine.trace(poutine.replay(model, trace=drawn)).get_trace(*args, **kwargs)

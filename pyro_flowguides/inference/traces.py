@@ -13,7 +13,7 @@ from pyro.infer import Trace_ELBO, TraceEnum_ELBO
 
 from pyro_flowguides.diagnostics import log_weights
 from pyro_flowguides.inference.descent import Descent
-from pyro_flowguides.inference.steps import Request, Step, Taken, inspect
+from pyro_flowguides.inference.steps import Request, Step, Taken, find_structure
 
 __all__ = ["TraceObjective"]
 
@@ -40,7 +40,7 @@ class TraceObjective:
         vectorise: bool = True,
     ) -> None:
         self.model, self.guide, self.args, self.kwargs = model, guide, args, kwargs
-        self.structure = inspect(model, guide, args, kwargs)
+        self.structure = find_structure(model, guide, args, kwargs)
         self.parameters = self.structure.parameters
         self.vectorised = vectorise and self._vectorises()
         self.route = f"Pyro traces ({why}{'' if self.vectorised else '; one particle at a time'})"

@@ -105,11 +105,12 @@ def test_a_diagnosis_is_that_of_the_draws_held(
 ) -> None:
     model, guide = programs.schools_model, make()
     monkeypatch.setattr(_chunks, "_CHUNK_NUMBERS", at_once * numbers_per_draw(model, guide))
-    runs = []
-    for run in (log_weights, defensive_log_weights, diagnose):
+    looks: list[Callable[..., Any]] = [log_weights, defensive_log_weights, diagnose]
+    found = []
+    for look in looks:
         pyro.set_rng_seed(3)
-        runs.append(run(model, guide, num_samples=100))  # type: ignore[operator]
-    own, both, report = runs
+        found.append(look(model, guide, num_samples=100))
+    own, both, report = found
     expected = judge(own, both, inspect_program(model, guide, (), {}).widening)
     assert report.wider is not None
     assert dataclasses.asdict(report.wider) == pytest.approx(dataclasses.asdict(expected.wider), rel=1e-10)

@@ -42,7 +42,7 @@ def test_every_flow(flow, data):
 
 @pytest.mark.parametrize("flow", ["planar", "iaf"])
 def test_compiled(flow, data, monkeypatch):
-    monkeypatch.setattr(objectives, "ways", lambda _: [CapturedStep])  # and nothing else if it cannot be captured
+    monkeypatch.setattr(objectives, "attempts", lambda _: [CapturedStep])  # and nothing else if it cannot be captured
     assert fit(fg.AutoFlow(regression, flow).cuda(), data, compile=True).route == "batched densities, compiled"
 
 

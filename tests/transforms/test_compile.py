@@ -3,10 +3,17 @@
 import pytest
 import torch
 
-from pyro_flowguides.transforms import InverseAutoregressive, OrthogonalSylvester, Planar, TriangularSylvester, solve
+from pyro_flowguides.transforms import (
+    InverseAutoregressive,
+    MaskedAutoregressive,
+    OrthogonalSylvester,
+    Planar,
+    TriangularSylvester,
+    solve,
+)
 from tests.transforms.families import CONTEXT_DIM, DEFAULT, name, randomise
 
-pytestmark = pytest.mark.skipif(torch.__version__ < (2, 5), reason="its compiler knows no buffers made on the way")
+AUTOREGRESSIVE = InverseAutoregressive, MaskedAutoregressive
 
 
 @pytest.fixture(autouse=True)
@@ -17,6 +24,8 @@ def _forget_compiled_code():
 
 
 def compare(case, direction, dim, backend):
+    if torch.__version__ < (2, 5) and (case.conditional or case.family in AUTOREGRESSIVE):
+        pytest.skip("its compiler knows little of buffers")
     module = case.build(dim, 0.5)
     x = torch.randn(4, dim, requires_grad=True)
     context = torch.randn(4, CONTEXT_DIM, requires_grad=True)
