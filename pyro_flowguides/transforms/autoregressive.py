@@ -28,6 +28,8 @@ __all__ = [
 
 #: Up to that many numbers in a block it is quicker to iterate than to solve for one level after the other, on one core.
 TOGETHER = 4096
+#: Passes at most after a substitution: two where weights are ordinary, all of them where the round trip is lost by far.
+PASSES = 12
 
 
 def _together(w: Tensor) -> int:
@@ -102,18 +104,23 @@ class _Autoregressive(ConditionerFlow):
 
     @torch.no_grad()
     def _refine(self, z: Tensor, w: Tensor, theta: Theta) -> tuple[Tensor, Tensor]:
-        """The root after two passes of the fixed point, and its log-determinant.
+        """The root after some passes of the fixed point, and its log-determinant.
 
         A substitution sums up in an order of its own. A pass rounds as :meth:`_parallel` does, and so undoes what that
-        has rounded. Points whose second pass does not move less than the first stay as they are: weights are so large
-        there that passes move away from the root.
+        has rounded. There are two, and more as long as they move all points together by more than rounding. Points
+        whose last pass does not move less than the first stay as they are: weights are so large there that passes move
+        away from the root.
         """
-        before, shift = self._elementwise(z, theta)
-        once = place(before, shift, w)
-        after, shift = self._elementwise(once, theta)
-        twice = place(after, shift, w)
-        nearer = (twice - once).abs().sum(-1) < (once - z).abs().sum(-1)  # not so where there is an infinity on the way
-        return torch.where(nearer[..., None], twice, z), torch.where(nearer, after.sum(-1), before.sum(-1))
+        moves, ladjs, points = [], [], [z]
+        for _ in range(PASSES):
+            log_scale, shift = self._elementwise(points[-1], theta)
+            points.append(place(log_scale, shift, w))
+            ladjs.append(log_scale.sum(-1))
+            moves.append(points[-1] - points[-2])
+            if len(moves) > 1 and not moves[-1].norm() > torch.finfo(z.dtype).eps * points[-1].norm():
+                break
+        nearer = moves[-1].abs().sum(-1) < moves[0].abs().sum(-1)  # not so where there is an infinity on the way
+        return torch.where(nearer[..., None], points[-1], z), torch.where(nearer, ladjs[-1], ladjs[0])
 
     def _root(self, w: Tensor, theta: Theta, known: Known = None) -> Tensor:
         """z, with the derivatives of the implicit function; under tracing with those of every step to it."""
@@ -180,7 +187,7 @@ class InverseAutoregressive(_Autoregressive):
     flow is invertible whatever the weights. With D = 1 the network sees nothing and the flow is one affine map.
 
     Cost: one network pass forward; inverse the arithmetic of half a pass in many small steps
-    (:meth:`~pyro_flowguides.nn.MADE.substitute`) and two passes. Starts at the identity.
+    (:meth:`~pyro_flowguides.nn.MADE.substitute`) and two passes, more at large weights. Starts at the identity.
 
     Args:
         input_dim: D.
@@ -236,7 +243,7 @@ class MaskedAutoregressive(_Autoregressive):
     :math:`\mu_i = -m_i e^{-a_i}`. With D = 1 the flow is one affine map.
 
     Cost: one network pass inverse; forward the arithmetic of half a pass in many small steps
-    (:meth:`~pyro_flowguides.nn.MADE.substitute`) and two passes. Starts at the identity.
+    (:meth:`~pyro_flowguides.nn.MADE.substitute`) and two passes, more at large weights. Starts at the identity.
 
     Args:
         input_dim: D.

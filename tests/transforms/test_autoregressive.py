@@ -119,12 +119,12 @@ def test_a_single_dimension_is_solved_to_the_last_bit(case, scale):
         assert torch.equal(module._sequential(v, theta)[0], naive_solve(single, v))
 
 
-@pytest.mark.parametrize("scale", [0.3, 1.0, 5.0])
+@pytest.mark.parametrize("scale", [0.3, 1.0, 2.0, 3.0, 5.0])
 @pytest.mark.parametrize("formula", [InverseAutoregressive, MaskedAutoregressive])
 @torch.no_grad()
 def test_round_trips_in_single_precision(formula, scale):
     """Of one coordinate after the other the passes round as the parallel direction has: it cancels that, and so does
-    what refines a substitution. Where weights are too large for this, the equation is solved as well all the same.
+    what refines a substitution.
     """
     errors, residuals = [], []
     for _ in range(20):
@@ -137,8 +137,7 @@ def test_round_trips_in_single_precision(formula, scale):
         for found in (flow._sequential(w, theta)[0], naive_solve(flow, w)):
             errors.append((found - z).square().mean().sqrt())
             residuals.append(residual(copy.deepcopy(flow).double(), found.double(), w.double()) / size)
-    if scale <= 1:
-        assert torch.stack(errors[::2]).mean() <= 1.1 * torch.stack(errors[1::2]).mean()
+    assert (torch.stack(errors[::2]) / torch.stack(errors[1::2])).median() <= 1.05
     ours, naive = (torch.stack(residuals[k::2]).quantile(torch.tensor([0.5, 0.9, 0.99])) for k in (0, 1))
     assert (ours <= 1.25 * naive).all()
 
@@ -217,13 +216,16 @@ def test_few_passes_for_small_weights(case, scale, most, monkeypatch):
 
 @pytest.mark.parametrize("case", AUTOREGRESSIVE, ids=name)
 @pytest.mark.parametrize("grad", [False, True])
-def test_a_whole_inversion_adds_two_passes_to_refine_the_root_and_two_for_the_gradient(case, grad, monkeypatch):
-    flow = case.flow(8, 3.0, (4,))
+@pytest.mark.parametrize(("scale", "most"), [(0.3, 4), (3.0, autoregressive.PASSES)])
+def test_a_whole_inversion_adds_few_passes_to_refine_the_root_and_two_for_the_gradient(
+    case, grad, scale, most, monkeypatch
+):
+    flow = case.flow(8, scale, (4,))
     slow = flow.forward_and_ladj if flow.fast == "inverse" else flow.inverse_and_ladj
     counter = count_passes(flow, monkeypatch)
     with torch.set_grad_enabled(grad):
         slow(torch.randn(4, 8))
-    assert counter.passes == 2 + 2 * grad
+    assert 2 <= counter.passes - 2 * grad <= most
 
 
 @pytest.mark.parametrize("case", AUTOREGRESSIVE, ids=name)
