@@ -17,12 +17,14 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from pyro_flowguides.inference.descent import BETAS, EPSILON, GRADIENT_NORM, Descent, pieces
 from pyro_flowguides.inference.record import assert_same
 
-__all__ = ["CapturedStep", "CompiledSteps", "attempts"]
+__all__ = ["CapturedSteps", "CompiledSteps", "attempts"]
 
 #: Steps of one call, where a step is so short that what a call costs besides counts.
 TOGETHER = 50
 #: Up to that many parameters.
 FEW_PARAMETERS = 2**17
+#: Numbers in the draws of all steps of one graph.
+CAPTURED_NUMBERS = 2**23
 #: The parts of a descent's state.
 STATE = 4
 #: Inductor's, as far as it knows them. What calls the kernels is compiled apart from them and optimised less, which
@@ -34,7 +36,7 @@ def attempts(descent: Descent) -> list[Callable[..., CompiledSteps]]:
     """What to make of a recording, the best first: more is asked of a compiler there, which may fail."""
     one = partial(CompiledSteps, together=1)
     if any(vector.is_cuda for vector in descent.vectors):
-        return [CapturedStep, one]
+        return [CapturedSteps, one]
     few = sum(vector.numel() for vector in descent.vectors) <= FEW_PARAMETERS
     return [partial(CompiledSteps, together=TOGETHER), one] if few else [one]
 
@@ -90,7 +92,7 @@ class CompiledSteps:
             rates: step sizes.
         """
         (state,) = self.descent.state()
-        (found,) = self._run(*state, *self._given(draws, shared, rates, int(state[-1])))
+        found, *_ = self._run(*state, *self._given(draws, shared, rates, int(state[-1])))
         self.descent.moved()
         return found[: len(draws)]
 
@@ -115,11 +117,12 @@ class CompiledSteps:
             *self.recording.buffers(),
         ]
 
-    def _once(self, *inputs: Tensor) -> tuple[Tensor]:
-        state, (draws, factors, _, *constant) = inputs[:STATE], inputs[STATE:]
-        found, *after = self._step(*state, draws[0], factors[0], *constant)
+    def _once(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """One step, if any are left; what it gives, and how many are left if it was taken."""
+        state, (draws, factors, left, *constant) = inputs[:STATE], inputs[STATE:]
+        found, *after = self._step(left > 0, *state, draws[0], factors[0], *constant)
         _replace(state, after)
-        return (found[None],)
+        return found[None], torch.where(found[0].isfinite(), left - 1, 0)
 
     def _loop(self, *inputs: Tensor) -> tuple[Tensor]:
         from torch._higher_order_ops.while_loop import while_loop_op
@@ -130,9 +133,9 @@ class CompiledSteps:
         def goes_on(place: Tensor, taken: Tensor, *others: Tensor) -> Tensor:
             return taken & (place < others[-1])
 
-        def body(place: Tensor, _: Tensor, found: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+        def body(place: Tensor, taken: Tensor, found: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
             state, (draws, factors, places, *constant, _) = others[:STATE], others[STATE:]
-            here, *after = self._step(*state, draws[place[None]][0], factors[place[None]][0], *constant)
+            here, *after = self._step(taken, *state, draws[place[None]][0], factors[place[None]][0], *constant)
             found = torch.where((places == place)[:, None], here, found)
             return place + 1, here[0].isfinite(), found, *after
 
@@ -143,14 +146,22 @@ class CompiledSteps:
         return (found,)
 
     def _step(
-        self, vector: Tensor, first: Tensor, second: Tensor, count: Tensor, draw: Tensor, factors: Tensor, *rest: Tensor
+        self,
+        wanted: Tensor,
+        vector: Tensor,
+        first: Tensor,
+        second: Tensor,
+        count: Tensor,
+        draw: Tensor,
+        factors: Tensor,
+        *rest: Tensor,
     ) -> tuple[Tensor, ...]:
-        """What the recording gives and the state after a step, the same as before where it cannot be taken."""
+        """What the recording gives and the state after a step, the same as before where none is wanted or possible."""
         shared, buffers = rest[: len(rest) - len(self.names)], rest[len(rest) - len(self.names) :]
         inputs = (draw, *shared, *pieces(vector, self.group))
         found, gradient = functional_call(self.recording, dict(zip(self.names, buffers, strict=True)), inputs)
         norm = gradient.norm()
-        finite = (found[0] + norm).isfinite()
+        finite = wanted & (found[0] + norm).isfinite()
         gradient = torch.where(finite, gradient * (GRADIENT_NORM / norm).clamp(max=1.0), 0.0)
         weight = finite.to(first)
         first = first.lerp(gradient, (1 - BETAS[0]) * weight)
@@ -179,8 +190,8 @@ def _replace(state: Sequence[Tensor], after: Sequence[Tensor]) -> None:
         value.copy_(new)
 
 
-class CapturedStep(CompiledSteps):
-    """One compiled step as a CUDA graph, which starts all of its kernels at once.
+class CapturedSteps(CompiledSteps):
+    """Some compiled steps as one CUDA graph, which starts all of their kernels at once.
 
     A graph finds what it works on at fixed places: those of the descent's state and of the first inputs, into which
     later ones are copied.
@@ -189,16 +200,26 @@ class CapturedStep(CompiledSteps):
         recording, descent, draw, *shared: as for :class:`CompiledSteps`.
 
     Raises:
-        RuntimeError: if something in the step cannot be captured.
+        RuntimeError: if something in a step cannot be captured.
         Exception: as there.
     """
 
     def __init__(self, recording: fx.GraphModule, descent: Descent, draw: Tensor, *shared: Tensor) -> None:
         super().__init__(recording, descent, draw, *shared, together=1)
+        self.together = max(1, min(TOGETHER, CAPTURED_NUMBERS // draw.numel()))
         self.places = [*descent.state()[0], *self._given([draw], shared, [1e-3], 0)]
         self.graph = torch.cuda.CUDAGraph()
         with torch.no_grad(), torch.cuda.graph(self.graph):
-            self.found = self.compiled(*self.places)
+            self.found = self._one_by_one(*self.places)
+
+    def _one_by_one(self, *inputs: Tensor) -> tuple[Tensor]:
+        """As many steps as are left, the first of which that cannot be taken leaves none."""
+        state, (draws, factors, left, *constant) = inputs[:STATE], inputs[STATE:]
+        found = []
+        for draw, factor in zip(draws.split(1), factors.split(1), strict=True):
+            one, left = self.compiled(*state, draw, factor, left, *constant)
+            found.append(one)
+        return (torch.cat(found),)
 
     def _run(self, *inputs: Tensor) -> Sequence[Tensor]:
         for place, value in zip(self.places, inputs, strict=True):

@@ -242,7 +242,7 @@ def assert_same(found: Sequence[Tensor | None], expected: Sequence[Tensor | None
     for one, other in zip(found, expected, strict=True):
         if one is None or other is None or not other.numel():
             continue
-        tolerance = torch.finfo(other.dtype).eps ** 0.5
+        tolerance = torch.finfo(other.dtype).eps ** 0.5 if other.is_floating_point() else 0.0
         size = float(other.detach().nan_to_num(posinf=0.0, neginf=0.0).abs().max())
         if not torch.allclose(one, other, rtol=tolerance, atol=tolerance * size, equal_nan=True):
             raise NotRecordedError(f"its recording differs by {float((one - other).detach().abs().max()):.3g}")

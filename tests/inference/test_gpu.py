@@ -8,7 +8,7 @@ import torch
 import pyro_flowguides as fg
 from pyro_flowguides.flows import FLOWS
 from pyro_flowguides.inference import checkpoint, objectives
-from pyro_flowguides.inference.compiled import CapturedStep
+from pyro_flowguides.inference.compiled import CapturedSteps
 
 pytestmark = pytest.mark.gpu
 
@@ -42,7 +42,7 @@ def test_every_flow(flow, data):
 
 @pytest.mark.parametrize("flow", ["planar", "iaf"])
 def test_compiled(flow, data, monkeypatch):
-    monkeypatch.setattr(objectives, "attempts", lambda _: [CapturedStep])  # and nothing else if it cannot be captured
+    monkeypatch.setattr(objectives, "attempts", lambda _: [CapturedSteps])  # and nothing else if it cannot be captured
     assert fit(fg.AutoFlow(regression, flow).cuda(), data, compile=True).route == "batched densities, compiled"
 
 
