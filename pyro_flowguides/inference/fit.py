@@ -103,11 +103,10 @@ def fit(
         temper: exponent of the target at the first step, in (0, 1); it rises to 1 over three quarters of the
             exploration, so that a multimodal target is met while it is still flat.
         compile: ``True`` to compile the steps of flow guides (loss, gradients and optimiser as one function of torch's
-            inductor, which on a CPU takes up to 50 short steps in one call, and on a GPU are captured as one CUDA graph).
-            It takes 10 to 30 seconds on one core, 3 to 7 where an earlier run has left its results on the disk, and
-            then saves more than half of each step, up to four fifths of a short one. ``"auto"`` compiles only where
-            the remaining steps will repay it. Where compiling fails the fit goes on without; ``route`` in the result
-            says what was done.
+            inductor; up to 50 short steps go in one call, which on a GPU is a CUDA graph). It takes 10 to 30 seconds on
+            one core, 3 to 7 where an earlier run has left its results on the disk, and then saves more than half of
+            each step, up to four fifths of a short one. ``"auto"`` compiles only where the remaining steps will repay
+            it. Where compiling fails the fit goes on without; ``route`` in the result says what was done.
         seed: of everything random in the fit; the global generator is restored afterwards.
         checkpoint: file to save to and, if it exists, to resume from, exactly.
         checkpoint_every: steps between saves.
