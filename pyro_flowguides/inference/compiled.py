@@ -102,7 +102,7 @@ class CompiledSteps:
     def _given(
         self, draws: Sequence[Tensor], shared: Sequence[Tensor], rates: Sequence[float], taken: int
     ) -> list[Tensor]:
-        """Draws, what Adam multiplies its averages by, both filled up; the number of steps; what is shared.
+        """Draws, what Adam multiplies its averages by, both filled up; the number of steps; units; what is shared.
 
         The averages start at zero, so that those after t steps are divided by their share of what is not the start.
         """
@@ -113,6 +113,7 @@ class CompiledSteps:
             torch.stack([*draws, *[draws[0]] * missing]),
             draws[0].new_tensor(factors + factors[:1] * missing),
             torch.tensor(len(draws), device=draws[0].device),
+            *self.descent.units,
             *shared,
             *self.recording.buffers(),
         ]
@@ -154,12 +155,14 @@ class CompiledSteps:
         count: Tensor,
         draw: Tensor,
         factors: Tensor,
+        units: Tensor,
         *rest: Tensor,
     ) -> tuple[Tensor, ...]:
         """What the recording gives and the state after a step, the same as before where none is wanted or possible."""
         shared, buffers = rest[: len(rest) - len(self.names)], rest[len(rest) - len(self.names) :]
         inputs = (draw, *shared, *pieces(vector, self.group))
         found, gradient = functional_call(self.recording, dict(zip(self.names, buffers, strict=True)), inputs)
+        gradient = gradient * units
         norm = gradient.norm()
         finite = wanted & (found[0] + norm).isfinite()
         gradient = torch.where(finite, gradient * (GRADIENT_NORM / norm).clamp(max=1.0), 0.0)
@@ -167,7 +170,7 @@ class CompiledSteps:
         first = first.lerp(gradient, (1 - BETAS[0]) * weight)
         second = second.lerp(gradient.square(), (1 - BETAS[1]) * weight)
         step = factors[0] * first / ((second * factors[1]).sqrt() + EPSILON)
-        vector = vector - torch.where(finite, step, 0.0)
+        vector = vector - torch.where(finite, step * units, 0.0)
         return torch.where(finite, found, torch.nan), vector, first, second, count + finite
 
 

@@ -39,10 +39,13 @@ def pieces(vector: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
 
 
 class Descent:
-    """Adam with clipped gradients on parameters that are views of one vector (one for each device and dtype).
+    r"""Adam with clipped gradients on parameters that are views of one vector (one for each device and dtype).
 
     A step is then one kernel, however many parameters there are, and a recorded gradient comes as one tensor. The
-    parameters are the same objects as before; :meth:`release` gives them memory of their own again.
+    parameters are the same objects as before; :meth:`release` gives them memory of their own again. Steps are those of
+    Adam on the parameters in units of their own, which are one unless :meth:`measure` is told better:
+
+    .. math:: \phi = u \odot \phi', \qquad \frac{\partial}{\partial \phi'} = u \odot \frac{\partial}{\partial \phi}
 
     Args:
         parameters: leaves that require gradients.
@@ -60,9 +63,18 @@ class Descent:
             for parameter, value, slot in parts:
                 parameter.data, parameter.grad = value, slot
         vectors = [vector.detach() for vector in self.vectors]
+        self.units = [torch.ones_like(vector) for vector in vectors]
+        self._steps = [torch.zeros_like(vector) for vector in vectors]
         #: Averages of the gradients and of their squares, and the numbers of steps.
         self.first, self.second = ([torch.zeros_like(vector) for vector in vectors] for _ in range(2))
         self.counts = [vector.new_zeros((), dtype=torch.float32) for vector in vectors]
+
+    def measure(self, parameter: Tensor, units: Tensor) -> None:
+        """Measure the numbers of one parameter in these units, positive and in its shape."""
+        for group, vector in zip(self.groups, self.units, strict=True):
+            for other, piece in zip(group, pieces(vector, group), strict=True):
+                if other is parameter:
+                    piece.copy_(units)
 
     def follow(self, gradients: Tensor | Sequence[Tensor], rate: float) -> bool:
         """Step down; stay, and say so, where the gradient is not finite.
@@ -76,6 +88,7 @@ class Descent:
                 slots.zero_()
             gradients.backward()
             gradients = self._gradients
+        gradients = [gradient.mul_(unit) for gradient, unit in zip(gradients, self.units, strict=True)]
         norm = math.hypot(*(float(gradient.norm()) for gradient in gradients))
         if not math.isfinite(norm):
             return False
@@ -87,8 +100,10 @@ class Descent:
     @torch.no_grad()
     def _step(self, gradients: Sequence[Tensor], rate: float) -> None:
         """As a function: the class would load a compiler at its first use, which takes a second."""
+        for step in self._steps:
+            step.zero_()
         adam(
-            self.vectors,
+            self._steps,
             list(gradients),
             *(self.first, self.second, [], self.counts),
             fused=True,
@@ -100,6 +115,8 @@ class Descent:
             eps=EPSILON,
             maximize=False,
         )
+        for vector, step, unit in zip(self.vectors, self._steps, self.units, strict=True):
+            vector.addcmul_(step, unit)
         self.moved()
 
     def moved(self) -> None:

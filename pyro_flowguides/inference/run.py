@@ -108,11 +108,13 @@ class Run:
         now = self._bound()
         if math.isfinite(best.elbo) and not now >= best.elbo:
             if isinstance(best, Gaussian):
+                scale = best.scale_tril.diagonal()
                 guide.set_affine(best.loc, best.scale_tril)
             else:
-                low_rank = best.gaussian
+                low_rank, scale = best.gaussian, best.gaussian.scale
                 guide.set_low_rank_affine(low_rank.loc, low_rank.scale, low_rank.directions, low_rank.log_stretch)
             guide.set_tails(min(TAIL_WEIGHT, TOTAL_TAIL_WEIGHT / len(start)))
+            self.descent.measure(guide.location, scale)  # or a step would be far for a narrow posterior
             self.start = f"{best.origin} (ELBO {best.elbo:.2f})"
 
     # -- the loop --------------------------------------------------------------------------------------------------
@@ -225,6 +227,7 @@ class Run:
                 # Detached, because Pyro hangs references on its parameters that cannot be written.
                 "parameters": {name: value.detach() for name, value in self.objective.parameters.items()},
                 "moments": [moments for _, *moments in self.descent.state()],
+                "units": self.descent.units,
                 "schedule": self.schedule.state(),
                 "generator": self.generator.get_state(),
                 "global_generator": torch.get_rng_state(),
@@ -257,6 +260,8 @@ class Run:
         for (_, *moments), kept in zip(self.descent.state(), state["moments"], strict=True):
             for moment, saved_moment in zip(moments, kept, strict=True):
                 moment.copy_(saved_moment)
+        for units, saved_units in zip(self.descent.units, state["units"], strict=True):
+            units.copy_(saved_units)
         self.schedule = Schedule(**state["schedule"])
         self.generator.set_state(state["generator"])
         torch.set_rng_state(state["global_generator"])

@@ -29,6 +29,7 @@ def descended(model, args, compiling, requests, scale=1.0):
             parameter.add_(scale * torch.randn_like(parameter))
     objective, generator = DensityObjective(model, guide, args, {}, compiling), torch.Generator().manual_seed(0)
     descent = Descent(objective.parameters.values())
+    descent.measure(guide.location, torch.linspace(0.1, 3.0, len(guide.location)))
     steps = [taken for request in requests for taken in objective.descend(request, generator, descent, [0.01])]
     assert objective.route == f"batched densities, {'compiled' if compiling else 'recorded'}"
     return [(step.elbo, step.gap, step.dropped) for step, _ in steps], descent.values()[0], guide
@@ -80,6 +81,7 @@ def test_a_call_takes_many_compiled_steps_and_stops_where_one_cannot_be_taken():
     guide(data)
     objective = DensityObjective(correlated, guide, (data,), {}, True)
     descent, generator = Descent(objective.parameters.values()), torch.Generator().manual_seed(0)
+    descent.measure(guide.location, torch.linspace(0.1, 3.0, len(guide.location)))
     found, calls = [], []
     while len(found) < 60:
         taken = objective.descend(request, generator, descent, [0.01] * (60 - len(found)))
@@ -144,6 +146,7 @@ def test_captured_steps_work_at_fixed_places_and_stop_where_one_cannot_be_taken(
     guide(*data)
     objective = DensityObjective(model, guide, data, {}, True)
     descent, generator = Descent(objective.parameters.values()), torch.Generator().manual_seed(0)
+    descent.measure(guide.location, torch.linspace(0.1, 3.0, len(guide.location)))
     found, calls = [], []
     while len(found) < 60:
         left = 20 - len(found) % 20

@@ -38,6 +38,22 @@ def test_it_is_adam_with_clipped_gradients(dtypes, scale):
         assert_close(one, other, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("scale", [0.1, 100.0], ids=["small", "clipped"])
+def test_a_parameter_in_units_takes_the_steps_of_its_measure(scale):
+    """Clipping sees the gradient by the measure, too."""
+    measured, measures = make_parameters(), make_parameters()
+    units = [torch.full_like(value.detach(), 1.0 + 9 * (value.ndim == 2)) for value in measures]
+    for value, unit in zip(measured, units, strict=True):
+        value.detach().mul_(unit)
+    in_units, plain = Descent(measured), Descent(measures)
+    in_units.measure(measured[2], units[2])
+    for step in range(20):
+        in_units.follow(loss(measured, scale), 0.1 / (1 + step))
+        plain.follow(loss([value * unit for value, unit in zip(measures, units, strict=True)], scale), 0.1 / (1 + step))
+    for value, measure, unit in zip(measured, measures, units, strict=True):
+        assert_close(value, measure * unit, rtol=1e-12, atol=1e-12)
+
+
 def test_a_loss_and_its_gradients_are_followed_alike():
     first, second = make_parameters(), make_parameters()
     by_loss, by_gradient = Descent(first), Descent(second)

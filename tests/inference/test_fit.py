@@ -95,6 +95,23 @@ def test_mean_field_ends_at_its_own_optimum():
     assert result.diagnosis.elbo == pytest.approx(LOG_Z - gap, abs=0.02 + 4 * result.diagnosis.elbo_se)
 
 
+@pytest.mark.parametrize("compiling", [False, True])
+@pytest.mark.parametrize("narrow", [1e-2, 1e-6])
+def test_scales_of_the_posterior_change_nothing(narrow, compiling):
+    """A posterior as narrow as that of a million observations, beside a coordinate with large numbers."""
+    torch.set_default_dtype(torch.float64)
+    pyro.set_rng_seed(0)
+
+    def model():
+        fine = pyro.sample("fine", dist.Normal(3.0, narrow))
+        coarse = pyro.sample("coarse", dist.Normal(0.0, 1 / narrow))
+        pyro.factor("correlation", -0.5 * (fine - 3) / narrow * coarse * narrow)
+
+    result = fg.fit(model, fg.AutoPlanar(model), compile=compiling, progress=False)
+    assert result.diagnosis.elbo == pytest.approx(-0.5 * math.log(1 - 0.25), abs=0.03)
+    assert result.diagnosis.verdict == "good"
+
+
 def test_without_a_warm_start_it_gets_there_too():
     guide = fg.AutoFlow(regression, "planar", depth=1)
     result = fit(regression, guide, X, Y, steps=300, learning_rate=0.05, warm_start=False)
