@@ -26,9 +26,9 @@ class NotVectorisedError(ValueError):
 
 
 class _Score(Messenger):
-    """Gives latent sites their values and adds up log densities per particle, recording nothing else."""
+    """Gives latent sites their values and adds up log densities, recording nothing else; per particle, if there are."""
 
-    def __init__(self, values: Mapping[str, Tensor], particles: int) -> None:
+    def __init__(self, values: Mapping[str, Tensor], particles: int | None = None) -> None:
         super().__init__()
         self.values, self.particles = values, particles
         self.total: Tensor | float = 0.0
@@ -41,17 +41,18 @@ class _Score(Messenger):
         msg["value"], msg["done"] = self.values[msg["name"]], True
 
     def _pyro_post_sample(self, msg: Any) -> None:
-        if site_is_subsample(msg):
-            return
-        log_prob = scale_and_mask(msg["fn"].log_prob(msg["value"]), msg["scale"], msg["mask"])
-        if isinstance(log_prob, Tensor):
-            if log_prob.dim() == 0 or log_prob.shape[0] != self.particles:
-                raise NotVectorisedError(
-                    f"site {msg['name']!r} has log densities of shape {tuple(log_prob.shape)} for {self.particles} "
-                    f"particles"
-                )
-            log_prob = log_prob.reshape(self.particles, -1).sum(-1)
-        self.total = self.total + log_prob
+        if not site_is_subsample(msg):
+            log_prob = scale_and_mask(msg["fn"].log_prob(msg["value"]), msg["scale"], msg["mask"])
+            self.total = self.total + (self._sum(msg["name"], log_prob) if isinstance(log_prob, Tensor) else log_prob)
+
+    def _sum(self, name: str, log_prob: Tensor) -> Tensor:
+        if self.particles is None:
+            return log_prob.sum()
+        if log_prob.dim() == 0 or log_prob.shape[0] != self.particles:
+            raise NotVectorisedError(
+                f"site {name!r} has log densities of shape {tuple(log_prob.shape)} for {self.particles} particles"
+            )
+        return log_prob.reshape(self.particles, -1).sum(-1)
 
 
 class LogDensity:
@@ -59,8 +60,10 @@ class LogDensity:
 
     .. math:: \log p(z) = \log p(x, \theta(z)) + \log|\det \partial \theta / \partial z|
 
-    The model runs once per call, inside an outermost plate of particles; only densities are collected. A particle at
-    which a matrix cannot be factorised has the density NaN.
+    The model runs once per call, inside an outermost plate of particles; only densities are collected. A model that was
+    written for one particle, for which :meth:`check` finds that it does not broadcast, runs as it is and is mapped over
+    the particles, each operation taking all of them (``torch.func.vmap``). A particle at which a matrix cannot be
+    factorised has the density NaN.
 
     Args:
         model: a Pyro model.
@@ -71,7 +74,7 @@ class LogDensity:
         ``z (S, D) -> (S,)``.
 
     Raises:
-        NotVectorisedError: by :meth:`check`, if the model does not broadcast over particles.
+        NotVectorisedError: by :meth:`check`, if the model can take several particles in neither way.
         ValueError: if a latent site of the model is not in the guide.
     """
 
@@ -81,7 +84,8 @@ class LogDensity:
         self.model, self.args, self.kwargs = model, args, kwargs
         self.guide: Any = guide
         prototype: Any = guide.prototype_trace
-        trace: Any = poutine.trace(self._alone()).get_trace()
+        values = {name: site["value"] for name, site in prototype.iter_stochastic_nodes()}
+        trace: Any = poutine.trace(poutine.condition(model, data=values)).get_trace(*args, **kwargs)
         frames = [
             frame
             for node in (*trace.nodes.values(), *prototype.nodes.values())
@@ -89,22 +93,8 @@ class LogDensity:
             for frame in node["cond_indep_stack"]
         ]
         self.nesting = max((-frame.dim for frame in frames if frame.vectorized), default=0)
-
-    def _alone(self) -> Callable[[], Any]:
-        values = {name: site["value"] for name, site in self.guide.prototype_trace.iter_stochastic_nodes()}
-        return lambda: poutine.condition(self.model, data=values)(*self.args, **self.kwargs)
-
-    def constrain(self, z: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """``z (S, D)`` -> site values ``(S, 1, ..., batch, event)`` and the summed log-Jacobian ``(S,)``."""
-        latent = z.reshape(z.shape[0], *(1,) * self.nesting, z.shape[-1])
-        values, ladj = {}, z.new_zeros(z.shape[0])
-        for site, unconstrained in self.guide._unpack_latent(latent):
-            transform = biject_to(site["fn"].support)
-            value = transform(unconstrained)
-            log_jacobian = transform.log_abs_det_jacobian(unconstrained, value)
-            values[site["name"]] = value
-            ladj = ladj + log_jacobian.reshape(z.shape[0], -1).sum(-1)
-        return values, ladj
+        #: All particles at once, whatever happens to one of them.
+        self.together: Callable[[Tensor], Tensor] = self._in_plate
 
     def __call__(self, z: Tensor) -> Tensor:
         try:
@@ -114,33 +104,68 @@ class LogDensity:
                 return z.new_full((1,), math.nan)
             return torch.cat([self(half) for half in z.chunk(2)])
 
-    def together(self, z: Tensor) -> Tensor:
-        """All particles at once, whatever happens to one of them."""
-        values, ladj = self.constrain(z)
-        score = _Score(values, z.shape[0])
-        with pyro.validation_enabled(False), score, pyro.plate(PARTICLES, z.shape[0], dim=-1 - self.nesting):
+    def _constrain(self, latent: Tensor) -> tuple[dict[str, Tensor], list[Tensor]]:
+        """``(..., D)`` -> site values ``(..., batch, event)`` and their log-Jacobians."""
+        values, ladjs = {}, []
+        for site, unconstrained in self.guide._unpack_latent(latent):
+            transform = biject_to(site["fn"].support)
+            values[site["name"]] = transform(unconstrained)
+            ladjs.append(transform.log_abs_det_jacobian(unconstrained, values[site["name"]]))
+        return values, ladjs
+
+    def _in_plate(self, z: Tensor) -> Tensor:
+        particles = z.shape[0]
+        values, ladjs = self._constrain(z.reshape(particles, *(1,) * self.nesting, z.shape[-1]))
+        score = _Score(values, particles)
+        with pyro.validation_enabled(False), score, pyro.plate(PARTICLES, particles, dim=-1 - self.nesting):
             self.model(*self.args, **self.kwargs)
-        return ladj + score.total
+        return sum((ladj.reshape(particles, -1).sum(-1) for ladj in ladjs), z.new_zeros(particles)) + score.total
+
+    def _mapped(self, z: Tensor) -> Tensor:
+        mapped: Tensor = torch.func.vmap(self._alone, randomness="same")(z)
+        return mapped
+
+    def _alone(self, z: Tensor) -> Tensor:
+        """Of one latent vector ``(D,)``, the model being run as Pyro runs it."""
+        values, ladjs = self._constrain(z)
+        score = _Score(values)
+        with pyro.validation_enabled(False), score:
+            self.model(*self.args, **self.kwargs)
+        return sum((ladj.sum() for ladj in ladjs), z.new_zeros(())) + score.total
 
     @torch.no_grad()
     def check(self, z: Tensor) -> None:
         """Compare a batch of particles with the same particles one at a time."""
-        try:
-            together, alone = self._seeded(z), torch.cat([self._seeded(row[None]) for row in z])
-        except NotVectorisedError:
-            raise
-        except Exception as error:  # a program may fail in any way under a plate it was not written for
-            first = (str(error).splitlines() or [""])[0]
-            raise NotVectorisedError(f"the model cannot run on a batch of particles: {first}") from error
-        tolerance = torch.finfo(z.dtype).eps ** 0.5  # sums of large terms lose many digits, wrong sums all of them
-        if not torch.allclose(together, alone, rtol=tolerance, atol=tolerance, equal_nan=True):
-            raise NotVectorisedError(
-                f"the model's log density of a batch of particles differs from that of single particles by "
-                f"{(together - alone).abs().max():.3g}: it does not broadcast over a leftmost dimension"
-            )
+        alone = torch.stack([_seeded(self._alone, row) for row in z])
+        reasons = []
+        for together in (self._in_plate, self._mapped):
+            reason = _difference(together, z, alone)
+            if not reason:
+                self.together = together
+                return
+            reasons.append(reason)
+        raise NotVectorisedError(reasons[0])
 
-    def _seeded(self, z: Tensor) -> Tensor:
-        """The density with the same random numbers, those of subsampling, at every call."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            return self(z)
+
+def _difference(together: Callable[[Tensor], Tensor], z: Tensor, alone: Tensor) -> str:
+    """Why a function does not do for a batch of particles; nothing if it does."""
+    try:
+        found = _seeded(together, z)
+    except NotVectorisedError as error:
+        return str(error)
+    except Exception as error:  # a program may fail in any way under a plate it was not written for
+        return f"the model cannot run on a batch of particles: {(str(error).splitlines() or [''])[0]}"
+    tolerance = torch.finfo(z.dtype).eps ** 0.5  # sums of large terms lose many digits, wrong sums all of them
+    if torch.allclose(found, alone, rtol=tolerance, atol=tolerance, equal_nan=True):
+        return ""
+    return (
+        f"the model's log density of a batch of particles differs from that of single particles by "
+        f"{(found - alone).abs().max():.3g}: it does not broadcast over a leftmost dimension"
+    )
+
+
+def _seeded(density: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
+    """With the same random numbers, those of subsampling, at every call."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return density(z)
