@@ -1,9 +1,11 @@
-"""Runs over many draws: together under a plate when that gives the right numbers, one by one when it does not."""
+"""Runs over many draws: under a plate when that gives the right numbers, else mapped over them, else one by one."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from pyro import poutine
@@ -111,18 +113,31 @@ def _free_values(program: Program, part: Values, index: int) -> Values:
 
 # --- the model ------------------------------------------------------------------------------------------------------
 
+#: How a model runs on many draws: under a plate of them, mapped over them, or on each by itself.
+TOGETHER, MAPPED, ALONE = "together", "mapped", "draw by draw"
 
-def score_model(program: Program, values: Values, chunk_size: int) -> tuple[Tensor, str]:
+
+class Scores(NamedTuple):
+    """The model's log density at given draws.
+
+    Attributes:
+        log_p: with enumerated sites summed out and −inf outside the support, (S,).
+        how: how the model was run: "together", under a plate of draws, "mapped" or "draw by draw".
+        note: why it was not run together; empty if it was.
+    """
+
+    log_p: Tensor
+    how: str
+    note: str
+
+
+def score_model(program: Program, values: Values, chunk_size: int) -> Scores:
     """The model's log density at given draws.
 
     Args:
         program: the program.
         values: value of each latent site, (S, *shape).
         chunk_size: number of draws that are run together.
-
-    Returns:
-        log p, with enumerated sites summed out and −inf outside the support, (S,); and why the model was run draw by
-        draw (empty if it was not).
     """
     num_draws = next(iter(values.values())).shape[0]
     reduce = marginal_log_prob if program.enumerated else joint_log_prob
@@ -131,22 +146,24 @@ def score_model(program: Program, values: Values, chunk_size: int) -> tuple[Tens
     def collect(trace: Trace, layout: Layout) -> Values:
         return {_DENSITY: reduce(trace, layout)}
 
-    def together() -> Iterator[Values]:
-        for chunk in chunks(num_draws, chunk_size):
-            chosen = {name: value[chunk] for name, value in values.items()}
-            size = chunk.stop - chunk.start
-            part = _run_together(program, chosen, size, collect, enumerate_sites=enumerate_sites)
-            for index in _some(part[_DENSITY]):
-                alone = _run_alone(program, chosen, index, collect, enumerate_sites=enumerate_sites)
-                _compare(program, part, alone, index)
-            yield part
+    def checked(how: str, chunk: slice) -> Values:
+        chosen = {name: value[chunk] for name, value in values.items()}
+        part = _RUNS[how](program, chosen, chunk.stop - chunk.start, collect, enumerate_sites=enumerate_sites)
+        for index in _some(part[_DENSITY]):
+            alone = _run_alone(program, chosen, index, collect, enumerate_sites=enumerate_sites)
+            _compare(program, part, alone, index)
+        return part
 
-    try:
-        return gather(together(), num_draws)[_DENSITY], ""
-    except Exception as error:  # whatever a program raises under a plate it was not written for
-        note = f"the model was run draw by draw ({_describe(error)})"
+    why = ""
+    for how in _RUNS:
+        try:
+            checked(how, slice(0, min(_CHECKED_DRAWS, num_draws)))  # all by all of many draws would not fit in memory
+            log_p = gather((checked(how, chunk) for chunk in chunks(num_draws, chunk_size)), num_draws)[_DENSITY]
+            return Scores(log_p, how, why and f"the model was mapped over the draws ({why})")
+        except Exception as error:  # whatever a program raises where it was not written for many draws
+            why = why or _describe(error)
     runs = (_run_alone(program, values, index, collect, enumerate_sites=enumerate_sites) for index in range(num_draws))
-    return gather(runs, num_draws)[_DENSITY], note
+    return Scores(gather(runs, num_draws)[_DENSITY], ALONE, f"the model was run draw by draw ({why})")
 
 
 def run_model(
@@ -156,7 +173,7 @@ def run_model(
     collect: Collect,
     chunk_size: int,
     *,
-    vectorized: bool,
+    how: str,
     handlers: Sequence[Messenger] = (),
 ) -> Values:
     """Run the model on given draws and collect something of each run.
@@ -167,20 +184,20 @@ def run_model(
         num_draws: number of draws S.
         collect: maps a trace and its layout to named tensors whose first dimension is that of the draws.
         chunk_size: number of draws that are run together.
-        vectorized: whether the model may be run on many draws at once, as ``score_model`` has found.
+        how: how the model is to be run, as ``score_model`` has found.
         handlers: handlers that act on the model.
 
     Returns:
         The named tensors, each (S, ...).
     """
 
-    def together() -> Iterator[Values]:
+    def at_once() -> Iterator[Values]:
         for chunk in chunks(num_draws, chunk_size):
             chosen = {name: value[chunk] for name, value in values.items()}
-            yield _run_together(program, chosen, chunk.stop - chunk.start, collect, handlers=handlers)
+            yield _RUNS[how](program, chosen, chunk.stop - chunk.start, collect, handlers=handlers)
 
     alone = (_run_alone(program, values, index, collect, handlers=handlers) for index in range(num_draws))
-    return gather(together() if vectorized else alone, num_draws)
+    return gather(at_once() if how in _RUNS else alone, num_draws)
 
 
 def _run_together(
@@ -205,10 +222,32 @@ def _run_together(
     return collect(trace, layout)
 
 
-def _run_alone(
+def _run_mapped(
     program: Program,
     values: Values,
-    index: int,
+    num_draws: int,
+    collect: Collect,
+    *,
+    enumerate_sites: bool = False,
+    handlers: Sequence[Messenger] = (),
+) -> Values:
+    """The model as it is for one draw, each of its operations taking all of them."""
+    run = partial(_run_single, program, collect=collect, enumerate_sites=enumerate_sites, handlers=handlers)
+
+    def mapped(_: Tensor, chosen: Values) -> Values:
+        return {name: value[0] for name, value in run(chosen).items()}
+
+    found: Values = torch.func.vmap(mapped, randomness="different")(torch.arange(num_draws), values)
+    return found
+
+
+def _run_alone(program: Program, values: Values, index: int, collect: Collect, **options: Any) -> Values:
+    return _run_single(program, {name: value[index] for name, value in values.items()}, collect, **options)
+
+
+def _run_single(
+    program: Program,
+    values: Values,
     collect: Collect,
     *,
     enumerate_sites: bool = False,
@@ -216,14 +255,12 @@ def _run_alone(
 ) -> Values:
     layout = Layout(None, program.nesting)
     trace = trace_program(
-        program.model,
-        program.arguments,
-        layout,
-        {name: value[index] for name, value in values.items()},
-        enumerate_sites=enumerate_sites,
-        handlers=handlers,
+        program.model, program.arguments, layout, values, enumerate_sites=enumerate_sites, handlers=handlers
     )
     return collect(trace, layout)
+
+
+_RUNS: dict[str, Callable[..., Values]] = {TOGETHER: _run_together, MAPPED: _run_mapped}
 
 
 # --- comparisons ----------------------------------------------------------------------------------------------------

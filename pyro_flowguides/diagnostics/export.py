@@ -18,7 +18,7 @@ from torch import Tensor
 from . import _arviz
 from ._densities import scored_sites
 from ._program import Program, SiteInfo, inspect_program
-from ._running import Collect, run_model
+from ._running import ALONE, Collect, run_model
 from ._traces import DoesNotVectorize, Layout, SampleObserved, Values, evaluation
 from .resampling import resample as resample_draws
 from .weights import WeightedDraws, weigh
@@ -166,7 +166,7 @@ class _Runs:
         return self._run({}, collect, sample_observed=True)
 
     def _run(self, values: Values, collect: Collect, *, sample_observed: bool = False) -> Values:
-        def run(*, vectorized: bool) -> Values:
+        def run(how: str) -> Values:
             with evaluation():
                 return run_model(
                     self.program,
@@ -174,16 +174,16 @@ class _Runs:
                     self.weighted.num_samples,
                     collect,
                     self.program.default_chunk_size,
-                    vectorized=vectorized,
+                    how=how,
                     handlers=[SampleObserved()] if sample_observed else [],
                 )
 
-        if self.weighted.model_note:
-            return run(vectorized=False)
         try:
-            return run(vectorized=True)
-        except DoesNotVectorize:
-            return run(vectorized=False)
+            return run(self.weighted.model_run)
+        except (DoesNotVectorize, RuntimeError):  # a distribution may draw what it can score at once only one by one
+            if self.weighted.model_run == ALONE:
+                raise
+            return run(ALONE)
 
 
 def _split_sites(trace: Trace, layout: Layout, sites: Mapping[str, SiteInfo]) -> Values:

@@ -86,6 +86,7 @@ def resample(weighted: WeightedDraws, num_draws: int, *, replace: bool = True) -
         log_w=weighted.log_w[chosen],
         point_sites=weighted.point_sites,
         guide_note=weighted.guide_note,
+        model_run=weighted.model_run,
         model_note=weighted.model_note,
     )
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ._program import Program, inspect_program
-from ._running import sample_guide, score_model
+from ._running import ALONE, TOGETHER, sample_guide, score_model
 from ._traces import evaluation
 
 
@@ -27,7 +27,8 @@ class WeightedDraws:
         log_w: log p(x, z) − log q(z), shape (S,); −inf where p is zero, NaN where either density is undefined.
         point_sites: continuous sites whose draws are all the same: the guide has no density there.
         guide_note: why the guide was run draw by draw; empty if it was run on many draws at once.
-        model_note: the same for the model.
+        model_run: how the model was run: "together", under a plate of draws, "mapped" over them or "draw by draw".
+        model_note: why the model was not run under a plate of draws; empty if it was.
     """
 
     draws: dict[str, Tensor]
@@ -36,6 +37,7 @@ class WeightedDraws:
     log_w: Tensor
     point_sites: tuple[str, ...] = ()
     guide_note: str = ""
+    model_run: str = TOGETHER
     model_note: str = ""
 
     @property
@@ -56,7 +58,7 @@ class WeightedDraws:
     @property
     def vectorized(self) -> bool:
         """Whether model and guide were run on many draws at once."""
-        return not (self.guide_note or self.model_note)
+        return not self.guide_note and self.model_run != ALONE
 
 
 def log_weights(
@@ -73,8 +75,9 @@ def log_weights(
 
     Model and guide run on many draws at once, under a plate outside all others. A few draws of each chunk, the
     extreme ones among them, are then run by themselves; if shapes or numbers differ (a sum without a dimension, an
-    index from the left, a branch on a value), everything that was affected is run draw by draw instead, which is slow
-    and right. Discrete sites of the model that are marked for parallel enumeration, and are not in the guide, are
+    index from the left), the model is run as it is for one draw and mapped over the draws by ``torch.func.vmap``; if
+    that cannot be (a branch on a value), or it is the guide, everything that was affected is run draw by draw, which is
+    slow and right. Discrete sites of the model that are marked for parallel enumeration, and are not in the guide, are
     summed out. Auxiliary sites of the guide count with their density, which is right when the other sites follow
     from them one to one, as in Pyro's autoguides.
 
@@ -124,16 +127,17 @@ def weigh_guide(
         raise ValueError("model and guide share no latent site")
     with evaluation():
         drawn = sample_guide(program, num_samples, size, wide=wide)
-        log_p, note = score_model(program, drawn.values, size)
+        scores = score_model(program, drawn.values, size)
     constant = {name for name, value in drawn.values.items() if num_samples > 1 and bool((value == value[:1]).all())}
     weighted = WeightedDraws(
         draws=drawn.values,
-        log_p=log_p,
+        log_p=scores.log_p,
         log_q=drawn.log_q,
-        log_w=log_weight(log_p, drawn.log_q),
+        log_w=log_weight(scores.log_p, drawn.log_q),
         point_sites=point_sites(program, constant),
         guide_note=drawn.note,
-        model_note=note,
+        model_note=scores.note,
+        model_run=scores.how,
     )
     return weighted, drawn.log_ratio
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import pyro
@@ -14,7 +15,7 @@ from pyro.infer.autoguide import AutoContinuous
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
-from torch.distributions import biject_to
+from torch.distributions import Distribution, biject_to
 
 __all__ = ["LogDensity", "NotVectorisedError"]
 
@@ -42,7 +43,8 @@ class _Score(Messenger):
 
     def _pyro_post_sample(self, msg: Any) -> None:
         if not site_is_subsample(msg):
-            log_prob = scale_and_mask(msg["fn"].log_prob(msg["value"]), msg["scale"], msg["mask"])
+            with _unvalidated(msg["fn"]):
+                log_prob = scale_and_mask(msg["fn"].log_prob(msg["value"]), msg["scale"], msg["mask"])
             self.total = self.total + (self._sum(msg["name"], log_prob) if isinstance(log_prob, Tensor) else log_prob)
 
     def _sum(self, name: str, log_prob: Tensor) -> Tensor:
@@ -53,6 +55,22 @@ class _Score(Messenger):
                 f"site {name!r} has log densities of shape {tuple(log_prob.shape)} for {self.particles} particles"
             )
         return log_prob.reshape(self.particles, -1).sum(-1)
+
+
+@contextmanager
+def _unvalidated(fn: Distribution) -> Iterator[None]:
+    """No validation by a distribution and its parts, which keep the setting that there was when they were expanded."""
+    parts = [fn]
+    for part in parts:
+        parts += [value for value in vars(part).values() if isinstance(value, Distribution)]
+    validating = [part for part in parts if part.__dict__.get("_validate_args")]
+    for part in validating:
+        part._validate_args = False
+    try:
+        yield
+    finally:
+        for part in validating:
+            part._validate_args = True
 
 
 class LogDensity:

@@ -288,8 +288,9 @@ def _export(program: Program, guide: AutoContinuous, chains: Sequence[_Chain]) -
     num_samples = chains[0].num_samples
     with evaluation():
         draws = _constrain(program, guide, torch.cat([chain.noise for chain in chains]))
-        log_p, note = score_model(program, draws, program.default_chunk_size)
-    weighted = WeightedDraws(draws, log_p, log_p, torch.zeros_like(log_p), model_note=note)
+        scores = score_model(program, draws, program.default_chunk_size)
+    log_p, none = scores.log_p, torch.zeros_like(scores.log_p)
+    weighted = WeightedDraws(draws, log_p, log_p, none, model_run=scores.how, model_note=scores.note)
     groups, notes = _groups(program, weighted)
     stats = {name: torch.cat([chain.stats[name] for chain in chains]) for name in chains[0].stats}
     groups["sample_stats"] = stats | {"lp": log_p}

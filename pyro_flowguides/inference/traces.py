@@ -52,7 +52,8 @@ class TraceObjective:
                 # That it runs does not prove it right. Weights of minibatches cannot be compared.
                 if self.structure.subsampled:
                     return True
-                return log_weights(self.model, self.guide, *self.args, num_samples=3, **self.kwargs).vectorized
+                weighted = log_weights(self.model, self.guide, *self.args, num_samples=3, **self.kwargs)
+                return not (weighted.guide_note or weighted.model_note)
         except Exception:  # a program may fail in any way under a plate it was not written for
             return False
 

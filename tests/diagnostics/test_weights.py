@@ -134,17 +134,44 @@ def _branches_on_a_value(data: Tensor) -> None:
         pyro.sample("x", dist.Normal(z, scale), obs=data)
 
 
-@pytest.mark.parametrize("model", [_sums_over_everything, _indexes_from_the_left, _branches_on_a_value])
-def test_wrong_broadcast_falls_back(model: object) -> None:
+@pytest.mark.parametrize(
+    ("model", "how"),
+    [
+        (_sums_over_everything, "mapped"),
+        (_indexes_from_the_left, "mapped"),
+        (_branches_on_a_value, "draw by draw"),
+    ],
+)
+def test_wrong_broadcast_falls_back(model: object, how: str) -> None:
     def guide(data: Tensor) -> None:
         prior = dist.Normal(0.8, 0.5)
         pyro.sample("z", prior.expand([1]).to_event(1) if model is _indexes_from_the_left else prior)
 
     weighted = log_weights(model, guide, DATA, num_samples=40)
-    assert not weighted.vectorized
-    assert weighted.model_note.startswith("the model was run draw by draw")
+    assert weighted.model_run == how
+    assert weighted.vectorized is (how == "mapped")
+    assert weighted.model_note.startswith("the model was mapped" if how == "mapped" else "the model was run draw by")
     assert not weighted.guide_note
     torch.testing.assert_close(weighted.log_p, _sequentially(model, weighted, DATA), rtol=1e-5, atol=1e-5)
+
+
+def test_all_draws_by_all_draws_are_not_made_to_find_a_wrong_broadcast() -> None:
+    """A plate that takes the dimension of the draws for its own: noticed on a few draws."""
+    shapes = set()
+
+    def model() -> None:
+        z = pyro.sample("z", dist.Normal(torch.zeros(5), 1.0).to_event(1))
+        with pyro.plate("data", 5):
+            x = dist.Normal(z, 1.0)
+            shapes.add(x.batch_shape)
+            pyro.sample("x", x, obs=torch.zeros(5))
+
+    def guide() -> None:
+        pyro.sample("z", dist.Normal(torch.zeros(5), 1.0).to_event(1))
+
+    weighted = log_weights(model, guide, num_samples=500)
+    assert weighted.model_run == "mapped"
+    assert max(shape.numel() for shape in shapes) < 500
 
 
 def test_guide_that_mixes_draws_falls_back() -> None:

@@ -149,8 +149,8 @@ def schools_moments():
     return mu.item(), mu_sd.item(), log.item(), log_sd.item()
 
 
-@pytest.mark.parametrize(("dim", "recordable"), [(0, False), (-1, True)], ids=["left", "right"])
-def test_a_model_that_counts_dimensions_from_the_left_is_not_recorded(dim, recordable):
+@pytest.mark.parametrize("dim", [0, -1], ids=["left", "right"])
+def test_a_model_that_counts_dimensions_from_the_left_is_recorded_as_it_is(dim):
     """With a leading dimension of particles, even of one, it would be another density without any error."""
 
     def model():
@@ -160,7 +160,23 @@ def test_a_model_that_counts_dimensions_from_the_left_is_not_recorded(dim, recor
 
     guide = AutoMultivariateNormal(model)
     guide()
-    assert (_recorded_potential(model, guide, (), {}) is not None) is recordable
+    potential = _recorded_potential(model, guide, (), {})
+    transform = guide.get_transform()
+    for noise in torch.randn(5, 2):
+        z = transform(noise)
+        trace = pyro.poutine.trace(pyro.poutine.condition(model, data={"z": z})).get_trace()
+        expected = -(trace.log_prob_sum() + transform.log_abs_det_jacobian(noise, z))
+        torch.testing.assert_close(potential({NOISE: noise}), expected.detach())
+
+
+def test_a_model_with_a_branch_is_not_recorded():
+    def model():
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        pyro.factor("f", z.sum() if float(z[..., 0].sum()) > 0 else -z.sum())
+
+    guide = AutoMultivariateNormal(model)
+    guide()
+    assert _recorded_potential(model, guide, (), {}) is None
 
 
 @pytest.mark.slow
