@@ -115,12 +115,7 @@ class LogDensity:
         self.together: Callable[[Tensor], Tensor] = self._in_plate
 
     def __call__(self, z: Tensor) -> Tensor:
-        try:
-            return self.together(z)
-        except torch.linalg.LinAlgError:  # one particle's matrix takes the whole batch down
-            if z.shape[0] == 1:
-                return z.new_full((1,), math.nan)
-            return torch.cat([self(half) for half in z.chunk(2)])
+        return _by_halves(self.together, z)
 
     def _constrain(self, latent: Tensor) -> tuple[dict[str, Tensor], list[Tensor]]:
         """``(..., D)`` -> site values ``(..., batch, event)`` and their log-Jacobians."""
@@ -154,7 +149,7 @@ class LogDensity:
     @torch.no_grad()
     def check(self, z: Tensor) -> None:
         """Compare a batch of particles with the same particles one at a time."""
-        alone = torch.stack([_seeded(self._alone, row) for row in z])
+        alone = torch.cat([_seeded(lambda row: self._alone(row[0])[None], row[None]) for row in z])
         reasons = []
         for together in (self._in_plate, self._mapped):
             reason = _difference(together, z, alone)
@@ -186,4 +181,14 @@ def _seeded(density: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
     """With the same random numbers, those of subsampling, at every call."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
+        return _by_halves(density, z)
+
+
+def _by_halves(density: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
+    """Of a batch that one particle's matrix takes down, NaN for that particle alone."""
+    try:
         return density(z)
+    except torch.linalg.LinAlgError:
+        if z.shape[0] == 1:
+            return z.new_full((1,), math.nan)
+        return torch.cat([_by_halves(density, half) for half in z.chunk(2)])
