@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -64,7 +65,7 @@ class Descent:
                 parameter.data, parameter.grad = value, slot
         vectors = [vector.detach() for vector in self.vectors]
         self.units = [torch.ones_like(vector) for vector in vectors]
-        self._steps = [torch.zeros_like(vector) for vector in vectors]
+        self._measured: list[tuple[int, slice]] = []
         #: Averages of the gradients and of their squares, and the numbers of steps.
         self.first, self.second = ([torch.zeros_like(vector) for vector in vectors] for _ in range(2))
         self.counts = [vector.new_zeros((), dtype=torch.float32) for vector in vectors]
@@ -75,6 +76,16 @@ class Descent:
             for other, piece in zip(group, pieces(vector, group), strict=True):
                 if other is parameter:
                     piece.copy_(units)
+        self.set_units(self.units)
+
+    def set_units(self, units: Sequence[Tensor]) -> None:
+        """Those of all parameters, one vector for each group."""
+        self._measured = []
+        for place, (vector, given) in enumerate(zip(self.units, units, strict=True)):
+            vector.copy_(given)
+            ends = itertools.accumulate((parameter.numel() for parameter in self.groups[place]), initial=0)
+            parts = (slice(*ends) for ends in itertools.pairwise(ends))
+            self._measured += [(place, part) for part in parts if not bool((vector[part] == 1).all())]
 
     def follow(self, gradients: Tensor | Sequence[Tensor], rate: float) -> bool:
         """Step down; stay, and say so, where the gradient is not finite.
@@ -88,7 +99,8 @@ class Descent:
                 slots.zero_()
             gradients.backward()
             gradients = self._gradients
-        gradients = [gradient.mul_(unit) for gradient, unit in zip(gradients, self.units, strict=True)]
+        for place, part in self._measured:
+            gradients[place][part].mul_(self.units[place][part])
         norm = math.hypot(*(float(gradient.norm()) for gradient in gradients))
         if not math.isfinite(norm):
             return False
@@ -99,11 +111,16 @@ class Descent:
 
     @torch.no_grad()
     def _step(self, gradients: Sequence[Tensor], rate: float) -> None:
-        """As a function: the class would load a compiler at its first use, which takes a second."""
-        for step in self._steps:
-            step.zero_()
+        """As a function: the class would load a compiler at its first use, which takes a second.
+
+        What has units is moved from zero, so that its step is seen, and then put where it was.
+        """
+        measured = [(self.vectors[place][part], self.units[place][part]) for place, part in self._measured]
+        before = [value.clone() for value, _ in measured]
+        for value, _ in measured:
+            value.zero_()
         adam(
-            self._steps,
+            self.vectors,
             list(gradients),
             *(self.first, self.second, [], self.counts),
             fused=True,
@@ -115,8 +132,8 @@ class Descent:
             eps=EPSILON,
             maximize=False,
         )
-        for vector, step, unit in zip(self.vectors, self._steps, self.units, strict=True):
-            vector.addcmul_(step, unit)
+        for (step, units), old in zip(measured, before, strict=True):
+            step.mul_(units).add_(old)
         self.moved()
 
     def moved(self) -> None:

@@ -260,8 +260,7 @@ class Run:
         for (_, *moments), kept in zip(self.descent.state(), state["moments"], strict=True):
             for moment, saved_moment in zip(moments, kept, strict=True):
                 moment.copy_(saved_moment)
-        for units, saved_units in zip(self.descent.units, state["units"], strict=True):
-            units.copy_(saved_units)
+        self.descent.set_units(state["units"])
         self.schedule = Schedule(**state["schedule"])
         self.generator.set_state(state["generator"])
         torch.set_rng_state(state["global_generator"])

@@ -112,14 +112,15 @@ class _Autoregressive(ConditionerFlow):
         away from the root.
         """
         moves, ladjs, points = [], [], [z]
+        rounding = torch.finfo(z.dtype).eps * z.norm()
         for _ in range(PASSES):
             log_scale, shift = self._elementwise(points[-1], theta)
             points.append(place(log_scale, shift, w))
             ladjs.append(log_scale.sum(-1))
-            moves.append(points[-1] - points[-2])
-            if len(moves) > 1 and not moves[-1].norm() > torch.finfo(z.dtype).eps * points[-1].norm():
+            moves.append((points[-1] - points[-2]).norm(dim=-1))
+            if len(moves) > 1 and not moves[-1].norm() > rounding:
                 break
-        nearer = moves[-1].abs().sum(-1) < moves[0].abs().sum(-1)  # not so where there is an infinity on the way
+        nearer = moves[-1] < moves[0]  # not so where there is an infinity on the way
         return torch.where(nearer[..., None], points[-1], z), torch.where(nearer, ladjs[-1], ladjs[0])
 
     def _root(self, w: Tensor, theta: Theta, known: Known = None) -> Tensor:
