@@ -111,17 +111,20 @@ class _Autoregressive(ConditionerFlow):
         whose last pass does not move less than the first stay as they are: weights are so large there that passes move
         away from the root.
         """
-        moves, ladjs, points = [], [], [z]
-        rounding = torch.finfo(z.dtype).eps * z.norm()
+        moves, log_scales, points = [], [], [z]
+        rounding = 2 * torch.finfo(z.dtype).eps * z.norm()
         for _ in range(PASSES):
             log_scale, shift = self._elementwise(points[-1], theta)
+            log_scales.append(log_scale)
             points.append(place(log_scale, shift, w))
-            ladjs.append(log_scale.sum(-1))
             moves.append((points[-1] - points[-2]).norm(dim=-1))
             if len(moves) > 1 and not moves[-1].norm() > rounding:
                 break
         nearer = moves[-1] < moves[0]  # not so where there is an infinity on the way
-        return torch.where(nearer[..., None], points[-1], z), torch.where(nearer, ladjs[-1], ladjs[0])
+        if bool(nearer.all()):
+            return points[-1], log_scales[-1].sum(-1)
+        nearer = nearer[..., None]
+        return torch.where(nearer, points[-1], z), torch.where(nearer, log_scales[-1], log_scales[0]).sum(-1)
 
     def _root(self, w: Tensor, theta: Theta, known: Known = None) -> Tensor:
         """z, with the derivatives of the implicit function; under tracing with those of every step to it."""
