@@ -90,6 +90,11 @@ def fit(
     falling step size, more particles and the path gradient to the end
     (:class:`~pyro_flowguides.inference.schedule.Schedule`). The last iterates are averaged where that is better.
 
+    A step needs the model's density of many particles at once. A model that broadcasts over an outermost plate is run
+    under one; a model written for one particle (``x @ slope``, a layer with random weights) is mapped over them by
+    ``torch.func.vmap``, which costs little more. Only where neither gives the numbers of single runs, as with a branch
+    on a latent value, particles run one after the other through Pyro's traces; ``route`` in the result says so.
+
     Args:
         model, guide: as for ``pyro.infer.SVI``.
         args, kwargs: the model's arguments.
