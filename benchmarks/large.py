@@ -30,8 +30,8 @@ from row_files import append_row, read_rows
 from speed_ours import make_model
 
 import pyro_flowguides as fg
-from pyro_flowguides.inference.descent import Descent
-from pyro_flowguides.inference.objectives import DensityObjective
+from pyro_flowguides.inference.density_objective import DensityObjective
+from pyro_flowguides.inference.flat_adam import Descent
 from pyro_flowguides.inference.steps import Request
 
 matplotlib.use("Agg")
@@ -87,7 +87,7 @@ def whole_fit(flow: str, dim: int, rounds: int) -> dict[str, float]:
     model = make_model(dim)
     begin = time.process_time()
     result = fg.fit(
-        model, fg.AutoFlow(model, flow, **FLOWS[flow]), steps=FIT_STEPS, particles=PARTICLES, progress=False
+        model, fg.AutoFlow(model, flow, **FLOWS[flow]), steps=FIT_STEPS, num_particles=PARTICLES, progress=False
     )
     assert result.diagnosis is not None, result.unjudged
     return {"fit_s": time.process_time() - begin}

@@ -1,4 +1,4 @@
-"""NUTS through a trained flow against plain NUTS, on the centred eight schools.
+"""NUTS through a trained flow against plain NUTS, on the centered eight schools.
 
     python benchmarks/neutra.py --output benchmarks/results/neutra.md
 
@@ -81,7 +81,7 @@ def transported(seed: int, arguments: argparse.Namespace) -> Chain:
     fg.fit(model, guide, seed=seed, progress=False, **SCHOOLS)
     fitted = time.process_time()
     data = fg.neutra_mcmc(
-        model, guide, num_samples=arguments.draws, warmup=arguments.warmup, seed=seed, progress=False, **SCHOOLS
+        model, guide, num_samples=arguments.draws, warmup_steps=arguments.warmup, seed=seed, progress=False, **SCHOOLS
     )
     seconds = time.process_time() - fitted
     draws = {name: data["posterior"][name].values for name in ("mu", "tau", "theta")}
@@ -142,7 +142,7 @@ def report(arguments: argparse.Namespace, text: str) -> Any:
     command = (
         f"python benchmarks/neutra.py --draws {arguments.draws} --warmup {arguments.warmup} --seeds {arguments.seeds}"
     )
-    return f"""# NeuTra on the centred eight schools
+    return f"""# NeuTra on the centered eight schools
 
 `{command}`, {datetime.date.today()}, torch {torch.__version__},
 Pyro {pyro.__version__}, one thread on {processor()}, float64, processor time.

@@ -352,7 +352,7 @@ def run_all(run: Callable[[Any], Any], jobs: Iterable[Any], processes: int) -> I
     os.environ |= {"OMP_NUM_THREADS": "1", "NPROC": "1"}  # NPROC: threads of XLA
     method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     context = multiprocessing.get_context(method)
-    context.set_forkserver_preload(["pyro_flowguides", "arviz", "pandas", "torch._dynamo"])  # the last by optimisers
+    context.set_forkserver_preload(["pyro_flowguides", "arviz", "pandas", "torch._dynamo"])  # the last by optimizers
     with context.Pool(processes, maxtasksperchild=1) as pool:
         yield from pool.imap_unordered(run, jobs, chunksize=1)
 

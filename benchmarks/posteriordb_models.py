@@ -9,7 +9,7 @@ are published:
     posterior.to_reference(samples)                              # Pyro sites -> the names of the reference draws
     posterior.from_reference(posterior.reference)                # and back, to score those draws
 
-Every model has the density of its Stan program up to a constant (Stan drops normalisers that Pyro keeps), a fixed
+Every model has the density of its Stan program up to a constant (Stan drops normalizers that Pyro keeps), a fixed
 support at every site, and broadcasts over batch dimensions to the left, so that it runs under ``vectorize_particles``.
 Flat priors are :class:`~pyro.distributions.ImproperUniform`; where they are flat on a simplex, a Dirichlet of ones.
 """
@@ -41,7 +41,7 @@ def flat(support: constraints.Constraint, *event_shape: int) -> dist.ImproperUni
 
 
 class Restricted(dist.TorchDistribution):
-    """A distribution of vectors cut to ``support``: unnormalised, as Stan leaves it, and sampled by rejection."""
+    """A distribution of vectors cut to ``support``: unnormalized, as Stan leaves it, and sampled by rejection."""
 
     arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
 
@@ -80,7 +80,7 @@ def eight_schools_centered(y: Tensor, sigma: Tensor) -> None:
 
 
 def eight_schools_noncentered(y: Tensor, sigma: Tensor) -> None:
-    """The eight schools (Rubin 1981) in standardised effects (Papaspiliopoulos, Roberts & Sköld 2007)."""
+    """The eight schools (Rubin 1981) in standardized effects (Papaspiliopoulos, Roberts & Sköld 2007)."""
     mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
     tau = pyro.sample("tau", dist.HalfCauchy(5.0))
     with pyro.plate("schools", len(y)):
@@ -212,7 +212,7 @@ def _add_theta(sites: Values) -> Values:
     return {**sites, "theta": sites["mu"] + sites["tau"] * sites["theta_trans"]}
 
 
-def _standardise_theta(parameters: Values) -> Values:
+def _standardize_theta(parameters: Values) -> Values:
     rest = {name: parameters[name] for name in ("mu", "tau")}
     return {**rest, "theta_trans": (parameters["theta"] - rest["mu"][..., None]) / rest["tau"][..., None]}
 
@@ -242,7 +242,7 @@ class Program:
 PROGRAMS = {
     "arK": Program(ar_k),
     "eight_schools_centered": Program(eight_schools_centered),
-    "eight_schools_noncentered": Program(eight_schools_noncentered, _add_theta, _standardise_theta),
+    "eight_schools_noncentered": Program(eight_schools_noncentered, _add_theta, _standardize_theta),
     "garch11": Program(garch11, _split_weights, _join_weights),
     "gp_regr": Program(gp_regr),
     "hmm_example": Program(hmm_example),

@@ -83,7 +83,7 @@ def run_job(job: Job) -> Result:
 
 
 def load_libraries(guide: str) -> None:
-    """Those that the competitors import when they first need them: the verdict, optimisers, and NumPyro."""
+    """Those that the competitors import when they first need them: the verdict, optimizers, and NumPyro."""
     modules = ["arviz", "torch._dynamo", *(["posteriordb_numpyro"] if guide in posteriordb.NUMPYRO_PEERS else [])]
     for module in modules:
         importlib.import_module(module)

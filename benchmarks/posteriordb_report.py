@@ -222,12 +222,12 @@ def plot(table: pd.DataFrame, path: Path) -> None:
     figure = Figure(figsize=(11, 1.5 + 0.6 * len(posteriors)), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     groups = _groups(fits, "guide")
-    colours = matplotlib.colormaps["tab20"]
+    colors = matplotlib.colormaps["tab20"]
     for place, (guide, rows) in enumerate(groups):
         offset = 0.6 * (place / max(1, len(groups) - 1) - 0.5)
         heights = [posteriors.index(name) + offset for name in rows["posterior"]]
         marker = "o" if guide in FLOWS else "s"
-        style = {"color": colours(place % 20), "marker": marker, "s": 22, "label": guide}
+        style = {"color": colors(place % 20), "marker": marker, "s": 22, "label": guide}
         left.scatter(rows["gap"].clip(lower=LEAST_GAP), heights, **style)
         right.scatter(rows["khat"].clip(upper=MOST_KHAT), heights, **style)
     left.set_xscale("log")

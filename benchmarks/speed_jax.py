@@ -102,15 +102,15 @@ def flowjax_steps(dim: int, particles: int, hidden: int) -> Job:
         invert=False,
     )
     params, static = eqx.partition(flow, eqx.is_inexact_array, is_leaf=lambda leaf: isinstance(leaf, NonTrainable))
-    optimiser, loss = optax.adam(STEP_RATE), ElboLoss(log_joint, particles)
+    optimizer, loss = optax.adam(STEP_RATE), ElboLoss(log_joint, particles)
 
     def advance_once(state: Any) -> Any:
         params, opt_state, key = state
         key, now = random.split(key)
-        params, opt_state, _ = step(params, static, now, optimizer=optimiser, opt_state=opt_state, loss_fn=loss)
+        params, opt_state, _ = step(params, static, now, optimizer=optimizer, opt_state=opt_state, loss_fn=loss)
         return params, opt_state, key
 
-    return Job(_Stepper(advance_once, (params, optimiser.init(params), random.key(1))), warm_up=3)
+    return Job(_Stepper(advance_once, (params, optimizer.init(params), random.key(1))), warm_up=3)
 
 
 def numpyro_gap(dim: int, target: str, log_evidence: float, seconds: float) -> Job:

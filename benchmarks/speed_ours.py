@@ -18,14 +18,14 @@ from speed_workers import Job, LeftOut, not_below
 from torch import Tensor
 
 import pyro_flowguides as fg
-from pyro_flowguides.inference.descent import Descent
-from pyro_flowguides.inference.objectives import DensityObjective
+from pyro_flowguides.inference.density_objective import DensityObjective
+from pyro_flowguides.inference.flat_adam import Descent
 from pyro_flowguides.inference.schedule import Schedule
 from pyro_flowguides.inference.steps import Request
 
 Model = Callable[[], None]
 pyro.enable_validation(False)
-# The modules that an optimiser loads at first use are no part of the first step.
+# The modules that an optimizer loads at first use are no part of the first step.
 torch.optim.Adam([torch.zeros(1, requires_grad=True)], fused=True)
 
 
@@ -144,7 +144,7 @@ def our_gap(
     facts: dict[str, Any] = {}
 
     def call() -> None:
-        result = fg.fit(model, fg.AutoIAF(model), particles=Target.particles, compile=compiling, progress=False)
+        result = fg.fit(model, fg.AutoIAF(model), num_particles=Target.particles, compile=compiling, progress=False)
         assert result.diagnosis is not None
         gap = log_evidence - result.diagnosis.elbo
         facts.update(near=gap < NEAR, seconds=result.seconds, steps=result.steps, gap=gap)

@@ -212,8 +212,8 @@ DASHES = ("-", "--", ":")
 def style(competitor: str, competitors: Sequence[str]) -> dict[str, Any]:
     kind = next(kind for kind in STYLES if competitor.startswith(kind))
     variant = [other for other in competitors if other.startswith(kind)].index(competitor)
-    colour, marker = STYLES[kind]
-    return {"color": colour, "marker": marker, "linestyle": DASHES[variant % len(DASHES)]}
+    color, marker = STYLES[kind]
+    return {"color": color, "marker": marker, "linestyle": DASHES[variant % len(DASHES)]}
 
 
 def lines(axes: Any, rows: Table, key: str, title: str) -> None:

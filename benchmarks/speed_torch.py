@@ -69,14 +69,14 @@ class Layer(nn.Module):
 
 def train(parameters: Any, flow: Map, dim: int, particles: int) -> Callable[[], None]:
     """A step of Adam on the ELBO of a flow that maps noise to draws and their log-determinants."""
-    optimiser, data = torch.optim.Adam(parameters, lr=RATE, fused=True), observations(dim)
+    optimizer, data = torch.optim.Adam(parameters, lr=RATE, fused=True), observations(dim)
 
     def step() -> None:
         z, ladj = flow(torch.randn(particles, dim, device=DEVICE))
         loss = -(log_joint(z, data) + ladj).mean()
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
 
     return step
 

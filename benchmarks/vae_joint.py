@@ -3,7 +3,7 @@
     python benchmarks/vae_joint.py --data mnist10k.npz
     python benchmarks/vae_joint.py --data freyfaces.npz --shape 28 20
 
-Gated convolutional networks; Bernoulli pixels (dynamically binarised) for MNIST, discretised logistic pixels for grey
+Gated convolutional networks; Bernoulli pixels (dynamically binarized) for MNIST, discretized logistic pixels for grey
 images. Every variant has the same networks, batches and number of epochs, and is evaluated with averaged weights. Every
 data set, variant, seed and number of epochs is one row of ``vae_joint.csv``; a program that was interrupted continues
 where it stopped. Rows of other sizes do not mix: give another ``--output``.
@@ -25,8 +25,8 @@ from machine import processor
 from row_files import append_row, read_rows
 from torch import Tensor
 
-from pyro_flowguides.vae import EMA, MODELS, VAE, Objective
-from pyro_flowguides.vae.data import Feed, Images, derive_seed, load_images
+from pyro_flowguides.vae import EMA, MODELS, VAE, ELBOLoss
+from pyro_flowguides.vae.training.data import Feed, Images, derive_seed, load_images
 
 BATCH_SIZE = 100
 CLIP = 10.0
@@ -50,18 +50,18 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def train(vae: VAE, feed: Feed, options: argparse.Namespace) -> float:
     """Milliseconds of processor time per step."""
     steps = options.epochs * feed.steps_per_epoch
-    optimiser = torch.optim.Adamax(vae.parameters(), lr=options.learning_rate)
-    objective, ema = Objective(warmup_steps=steps // 4), EMA(vae, AVERAGING)
+    optimizer = torch.optim.Adamax(vae.parameters(), lr=options.learning_rate)
+    objective, ema = ELBOLoss(warmup_steps=steps // 4), EMA(vae, AVERAGING)
     begin = time.process_time()
     for step in range(steps):
         pyro.set_rng_seed(derive_seed(feed.seed, "noise", step) % 2**32)
         with torch.autocast("cpu", torch.bfloat16, enabled=options.bf16):
             loss, _ = objective(vae.terms(feed.shard(step, 0).float()), step)
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.param_groups[0]["lr"] = options.learning_rate * min(1.0, (step + 1) / RISE)
+        optimizer.param_groups[0]["lr"] = options.learning_rate * min(1.0, (step + 1) / RISE)
         if torch.nn.utils.clip_grad_norm_(vae.parameters(), CLIP).isfinite():
-            optimiser.step()
+            optimizer.step()
             ema.update(vae)
     with torch.no_grad():
         for name, parameter in vae.named_parameters():
@@ -93,7 +93,7 @@ def run(variant: str, images: Images, seed: int, options: argparse.Namespace) ->
         **VARIANTS[variant],
     )
     spent = train(vae, feed, options)
-    test = (images.binarised() if binary else images).test[: options.test_images]
+    test = (images.binarized() if binary else images).test[: options.test_images]
     return {
         "data": Path(options.data).stem,
         "variant": variant,

@@ -38,9 +38,16 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import pyro_flowguides as fg
-from pyro_flowguides.nn import DenseDecoder, DenseEncoder, GaussianEncoder
-from pyro_flowguides.vae import VAE, Bernoulli, ImportanceWeightedObjective, NormalPosterior, Objective, StandardNormal
-from pyro_flowguides.vae.data import Feed, Images, derive_seed, load_images
+from pyro_flowguides.vae import (
+    VAE,
+    Bernoulli,
+    ELBOLoss,
+    ImportanceWeightedLoss,
+    NormalPosterior,
+    StandardNormal,
+)
+from pyro_flowguides.vae.networks import DenseDecoder, DenseEncoder, GaussianEncoder
+from pyro_flowguides.vae.training.data import Feed, Images, derive_seed, load_images
 
 LATENT_DIM = 10
 HIDDEN = (300, 300)
@@ -128,16 +135,16 @@ def make_vae(posterior: Callable[[int], nn.Module], shape: tuple[int, ...], seed
     return VAE(encoder, decoder, Bernoulli(), posterior(HIDDEN[-1]), StandardNormal(LATENT_DIM), data_shape=shape)
 
 
-def optimise(vae: VAE, feed: Feed, epochs: int, learning_rate: float, objective: nn.Module, samples: int) -> None:
+def optimize(vae: VAE, feed: Feed, epochs: int, learning_rate: float, objective: nn.Module, samples: int) -> None:
     parameters = [parameter for parameter in vae.parameters() if parameter.requires_grad]
-    optimiser = torch.optim.Adam(parameters, lr=learning_rate)
+    optimizer = torch.optim.Adam(parameters, lr=learning_rate)
     for step in range(epochs * feed.steps_per_epoch):
         x = feed.shard(step, 0).float()
         seeded(feed.seed, "noise", step)
         loss, _ = objective(vae.terms(x, samples), step)
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
 
 
 @torch.no_grad()
@@ -150,7 +157,7 @@ def negative_elbo(vae: VAE, pixels: Tensor, samples: int) -> float:
 
 def train_decoder(feed: Feed, shape: tuple[int, ...], seed: int, epochs: int) -> dict[str, Tensor]:
     vae = make_vae(FAMILIES[DIAGONAL].make, shape, seed)
-    optimise(vae, feed, epochs, 1e-3, ImportanceWeightedObjective(), samples=10)
+    optimize(vae, feed, epochs, 1e-3, ImportanceWeightedLoss(), samples=10)
     return vae.decoder.state_dict()
 
 
@@ -162,7 +169,7 @@ def run(family: str, decoder: dict[str, Tensor], feed: Feed, fixed: Images, epoc
         vae.decoder.load_state_dict(decoder)
         vae.decoder.requires_grad_(False)
         begin = time.perf_counter()
-        optimise(vae, feed, epochs, learning_rate, Objective(), samples=1)
+        optimize(vae, feed, epochs, learning_rate, ELBOLoss(), samples=1)
         seconds += time.perf_counter() - begin
         valid[learning_rate] = negative_elbo(vae, fixed.valid, VALID_SAMPLES)
         if valid[learning_rate] == min(valid.values()):
@@ -194,7 +201,7 @@ def run_missing(
     path: Path, images: Images, seeds: Iterable[int], families: Iterable[str], epochs: int, decoder_epochs: int
 ) -> None:
     done = {(row["family"], row["seed"]) for row in read(path)}
-    fixed = images.binarised()
+    fixed = images.binarized()
     for seed in seeds:
         missing = [family for family in families if (family, seed) not in done]
         if not missing:
@@ -221,7 +228,7 @@ class Summary:
     parameters: int
 
 
-def summarise(rows: list[dict[str, Any]]) -> list[Summary]:
+def summarize(rows: list[dict[str, Any]]) -> list[Summary]:
     by_family: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in sorted(rows, key=lambda row: row["seed"]):
         by_family[row["family"]].append(row)
@@ -264,8 +271,8 @@ def draw(path: Path, summaries: list[Summary]) -> None:
     shown = [summary for summary in summaries if summary.family != DIAGONAL]
     figure, axes = plt.subplots(figsize=(8, 0.4 * len(shown) + 1), layout="constrained")
     for place, summary in enumerate(reversed(shown)):
-        colour = "C1" if summary.family.startswith("Pyro") else "C0"
-        axes.barh(place, statistics.mean(summary.gain), color=colour, alpha=0.6)
+        color = "C1" if summary.family.startswith("Pyro") else "C0"
+        axes.barh(place, statistics.mean(summary.gain), color=color, alpha=0.6)
         axes.plot(summary.gain, [place] * len(summary.gain), "k.")
         reference = FAMILIES[summary.family].reference
         if reference and not summary.family.startswith("Pyro"):
@@ -291,7 +298,7 @@ def main() -> None:
         images = load_images(options.data)
         families = [DIAGONAL, *(family for family in options.families if family != DIAGONAL)]
         run_missing(path, images, options.seeds, families, options.epochs, options.decoder_epochs)
-    summaries = summarise(read(path))
+    summaries = summarize(read(path))
     note = (
         f"`python benchmarks/vae_posteriors.py --data {Path(options.data).name} --seeds "
         f"{' '.join(map(str, options.seeds))}`, "

@@ -4,7 +4,7 @@
 
 An MLP VAE with 64 latents on batches of 100 images of 28 × 28, with a Gaussian and with flow posteriors. The loops take
 steps in turns, and what is measured is the time of the processor, so that what else the machine does matters little.
-Then the flow part of Householder-Sylvester layers with amortised parameters, against the same layers with Q made by
+Then the flow part of Householder-Sylvester layers with amortized parameters, against the same layers with Q made by
 multiplying D × D reflection matrices.
 """
 
@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pyro_flowguides.transforms import ConditionalHouseholderSylvester
-from pyro_flowguides.vae import MODELS, VAE, Objective
+from pyro_flowguides.vae import MODELS, VAE, ELBOLoss
 
 DATA_SHAPE, LATENT_DIM, BATCH, LEARNING_RATE = (1, 28, 28), 64, 100, 1e-3
 POSTERIORS = ("normal", "planar", "iaf")
@@ -50,13 +50,13 @@ def medians(jobs: dict[str, Job], rounds: int, warm_up: int = 10) -> dict[str, l
 
 
 def ours(vae: VAE, x: Tensor) -> Job:
-    optimiser, objective = torch.optim.Adam(vae.parameters(), lr=LEARNING_RATE), Objective()
+    optimizer, objective = torch.optim.Adam(vae.parameters(), lr=LEARNING_RATE), ELBOLoss()
 
     def step() -> float:
         loss, _ = objective(vae.terms(x), step=0)
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
         return loss.item()
 
     return step
@@ -64,7 +64,7 @@ def ours(vae: VAE, x: Tensor) -> Job:
 
 def by_hand(vae: VAE, x: Tensor) -> Job:
     """The same step in plain torch: the modules of the VAE, every formula written out."""
-    optimiser = torch.optim.Adam(vae.parameters(), lr=LEARNING_RATE)
+    optimizer = torch.optim.Adam(vae.parameters(), lr=LEARNING_RATE)
     flow: Any = getattr(vae.posterior, "flow", None)
 
     def step() -> float:
@@ -79,9 +79,9 @@ def by_hand(vae: VAE, x: Tensor) -> Job:
         logits = vae.decoder(z)[..., 0]
         reconstruction = F.binary_cross_entropy_with_logits(logits, x, reduction="sum")
         loss = (reconstruction + (log_q - log_p).sum()) / len(x)
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
         return loss.item()
 
     return step
@@ -212,7 +212,7 @@ interleaved rounds; a ratio is the median of the ratios within a round.
 
 ## Householder-Sylvester: vectors against matrices
 
-Forward and backward of one amortised layer with D = M, batch {BATCH}; the flow part is what is left without the
+Forward and backward of one amortized layer with D = M, batch {BATCH}; the flow part is what is left without the
 hypernetwork.
 
 {layers}

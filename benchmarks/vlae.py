@@ -5,11 +5,11 @@
 Four studies, each of them written to --output under its name and the date, a table and for some a figure:
 
 compare   a VAE, one with an IAF posterior, one with an autoregressive prior, a PixelCNN alone and a VLAE, with the same
-          encoder and the same number of steps, on statically binarised images: negative log-likelihood of test images
+          encoder and the same number of steps, on statically binarized images: negative log-likelihood of test images
           by importance sampling, its standard error over images, and the difference from the plain VAE of the same seed
 window    a VLAE for several windows, without free bits and with them: divergence, likelihood, what the latent vector of
           another image costs, reconstructions and decompressions
-frey      bits per dimension of grey images with discretised logistic pixels
+frey      bits per dimension of grey images with discretized logistic pixels
 speed     images per second of training and of sampling, for every decoder, and against a full pass per pixel
 
 The defaults are a small configuration for a quarter of an hour on one core. That of the paper, for a GPU:
@@ -41,10 +41,10 @@ import torch
 from matplotlib.axes import Axes
 from torch import Tensor, nn
 
-from pyro_flowguides.nn import AutoregressiveNetwork
-from pyro_flowguides.vae import EMA, MODELS, VAE, VLAE, Autoregressive, Objective, Terms
-from pyro_flowguides.vae.data import load_images
-from pyro_flowguides.vae.vlae import make_decoder
+from pyro_flowguides.vae import EMA, MODELS, VAE, VLAE, Autoregressive, ELBOLoss, Terms
+from pyro_flowguides.vae.decoders import AutoregressiveNetwork
+from pyro_flowguides.vae.models.vlae import make_decoder
+from pyro_flowguides.vae.training.data import load_images
 
 STUDIES = ("compare", "window", "frey", "speed")
 BATCH_SIZE, CLIP = 100, 10.0
@@ -63,7 +63,7 @@ class Alone(nn.Module):
     def _log_prob(self, x: Tensor) -> Tensor:
         return Autoregressive(self.network, self.pixels, validate_args=False).log_prob(x)
 
-    def initialise(self, x: Tensor) -> None:
+    def initialize(self, x: Tensor) -> None:
         """Nothing starts from data."""
 
     def terms(self, x: Tensor, num_samples: int = 1) -> Terms:
@@ -117,18 +117,18 @@ class Fit(NamedTuple):
 def fit(model: Model, train: Tensor, options: argparse.Namespace, steps: int, free_bits: float, warmup: int = 0) -> Fit:
     """Train, the weight of the divergence rising over the steps of the warm-up."""
     model = model.to(options.device)
-    model.initialise(train[:BATCH_SIZE].to(options.device))
-    optimiser = torch.optim.Adamax(model.parameters(), lr=options.learning_rate)
-    ema, objective, kl = EMA(model, options.ema), Objective(warmup, free_bits), []
+    model.initialize(train[:BATCH_SIZE].to(options.device))
+    optimizer = torch.optim.Adamax(model.parameters(), lr=options.learning_rate)
+    ema, objective, kl = EMA(model, options.ema), ELBOLoss(warmup, free_bits), []
     begin = time.process_time()
     for step in range(steps):
         x = train[torch.randint(len(train), (BATCH_SIZE,))].to(options.device)
         loss, metrics = objective(model.terms(x), step)
         kl.append(metrics["kl"].detach())
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-        optimiser.step()
+        optimizer.step()
         ema.update(model)
     used = 1000 * (time.process_time() - begin) / steps
     with torch.no_grad():
@@ -358,7 +358,7 @@ def seconds(job: Callable[[], Any], repeats: int = 3, warm_up: int = 1) -> float
 
 
 def binary(path: str) -> tuple[Tensor, Tensor]:
-    images = load_images(path).binarised()
+    images = load_images(path).binarized()
     return images.train.float(), images.test.float()
 
 
@@ -369,7 +369,7 @@ def grey(path: str, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", help="binary or grey images, binarised once: an .npz file or a folder of IDX files")
+    parser.add_argument("--data", help="binary or grey images, binarized once: an .npz file or a folder of IDX files")
     parser.add_argument("--faces", help="grey images of 28×20 for the study frey")
     parser.add_argument("--studies", nargs="+", default=list(STUDIES), choices=STUDIES)
     parser.add_argument("--steps", type=int, default=500, help="training steps on --data")

@@ -1,7 +1,7 @@
 """Eight schools (Rubin 1981): which guide captures the funnel?
 
-Compares two of Pyro's guides with three flow guides on the centred and the non-centred model by ``fg.compare``, fits
-the centred model once more through plain ``pyro.infer.SVI``, prints the tables, and plots (mu, log tau) of each guide
+Compares two of Pyro's guides with three flow guides on the centered and the non-centered model by ``fg.compare``, fits
+the centered model once more through plain ``pyro.infer.SVI``, prints the tables, and plots (mu, log tau) of each guide
 beside a NUTS reference.
 
     python examples/eight_schools.py --output demo_output
@@ -37,7 +37,7 @@ GUIDES = ["normal", "mvn", "planar", "sylvester", "iaf"]
 Draws = dict[str, Tensor]
 
 
-def centred(effect: Tensor, standard_error: Tensor) -> None:
+def centered(effect: Tensor, standard_error: Tensor) -> None:
     """The schools' effects around their mean, as one would write it down: a funnel in (theta, log tau)."""
     mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
     tau = pyro.sample("tau", dist.HalfCauchy(5.0))
@@ -46,7 +46,7 @@ def centred(effect: Tensor, standard_error: Tensor) -> None:
         pyro.sample("y", dist.Normal(theta, standard_error), obs=effect)
 
 
-def noncentred(effect: Tensor, standard_error: Tensor) -> None:
+def noncentered(effect: Tensor, standard_error: Tensor) -> None:
     """The same posterior of (mu, tau), with the effects measured in units of tau."""
     mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
     tau = pyro.sample("tau", dist.HalfCauchy(5.0))
@@ -55,7 +55,7 @@ def noncentred(effect: Tensor, standard_error: Tensor) -> None:
         pyro.sample("y", dist.Normal(mu + tau * z, standard_error), obs=effect)
 
 
-MODELS = {"centred": centred, "non-centred": noncentred}
+MODELS = {"centered": centered, "non-centered": noncentered}
 
 
 def compare(
@@ -76,17 +76,17 @@ def draw(guide: Any, model: Any, data: tuple[Tensor, Tensor]) -> Draws:
 
 
 def plain_svi(data: tuple[Tensor, Tensor], steps: int, particles: int = 16) -> str:
-    """The same guide without ``fit``: an optimiser, an ELBO and a loop, as with any of Pyro's autoguides."""
+    """The same guide without ``fit``: an optimizer, an ELBO and a loop, as with any of Pyro's autoguides."""
     torch.set_num_threads(1)
     pyro.set_rng_seed(0)
-    guide = fg.AutoIAF(centred)  # was: AutoNormal(centred)
-    optimiser = pyro.optim.ClippedAdam({"lr": 0.02, "lrd": 0.02 ** (1 / steps)})
-    svi = SVI(centred, guide, optimiser, Trace_ELBO(particles, vectorize_particles=True, max_plate_nesting=1))
+    guide = fg.AutoIAF(centered)  # was: AutoNormal(centered)
+    optimizer = pyro.optim.ClippedAdam({"lr": 0.02, "lrd": 0.02 ** (1 / steps)})
+    svi = SVI(centered, guide, optimizer, Trace_ELBO(particles, vectorize_particles=True, max_plate_nesting=1))
     start = time.perf_counter()
     for _ in range(steps):
         svi.step(*data)
     seconds = time.perf_counter() - start
-    found = fg.diagnose(centred, guide, *data)
+    found = fg.diagnose(centered, guide, *data)
     return (
         f"plain SVI, AutoIAF, {steps} steps: ELBO {found.elbo:.2f} ± {found.elbo_se:.2f}, k-hat {found.khat:.2f}, "
         f"ESS {100 * found.ess_fraction:.0f} %, {seconds:.1f} s; {found.verdict}"
@@ -94,10 +94,10 @@ def plain_svi(data: tuple[Tensor, Tensor], steps: int, particles: int = 16) -> s
 
 
 def reference(data: tuple[Tensor, Tensor], warmup: int, draws: int) -> Draws:
-    """NUTS on the non-centred model, which it explores without trouble; the posterior of (mu, tau) is the same."""
+    """NUTS on the non-centered model, which it explores without trouble; the posterior of (mu, tau) is the same."""
     torch.set_num_threads(1)
     pyro.set_rng_seed(0)
-    kernel = NUTS(noncentred, jit_compile=True, ignore_jit_warnings=True)
+    kernel = NUTS(noncentered, jit_compile=True, ignore_jit_warnings=True)
     mcmc = MCMC(kernel, num_samples=draws, warmup_steps=warmup, disable_progbar=True)
     mcmc.run(*data)
     return dict(mcmc.get_samples())

@@ -48,8 +48,8 @@ def main() -> None:
     guides = {"AutoNormal": AutoNormal, "AutoIAF": fg.AutoIAF}
     guide = guides[arguments.guide](model)  # the one changed line
 
-    optimiser = pyro.optim.ClippedAdam({"lr": 0.02, "lrd": 0.02 ** (1 / arguments.steps)})
-    svi = SVI(model, guide, optimiser, Trace_ELBO(num_particles=8, vectorize_particles=True, max_plate_nesting=1))
+    optimizer = pyro.optim.ClippedAdam({"lr": 0.02, "lrd": 0.02 ** (1 / arguments.steps)})
+    svi = SVI(model, guide, optimizer, Trace_ELBO(num_particles=8, vectorize_particles=True, max_plate_nesting=1))
     for step in range(arguments.steps):
         loss = svi.step(x, y)
         if step % 500 == 0:

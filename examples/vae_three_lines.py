@@ -83,8 +83,8 @@ def digits() -> tuple[Tensor, Tensor]:
 
 def train(vae: PlainVAE, data: Tensor, epochs: int, batch_size: int = 100) -> None:
     steps = epochs * (len(data) // batch_size)
-    optimiser = pyro.optim.ClippedAdam({"lr": 3e-3, "lrd": 0.05 ** (1 / steps)})
-    svi = SVI(vae.model, vae.guide, optimiser, Trace_ELBO())
+    optimizer = pyro.optim.ClippedAdam({"lr": 3e-3, "lrd": 0.05 ** (1 / steps)})
+    svi = SVI(vae.model, vae.guide, optimizer, Trace_ELBO())
     for _ in range(epochs):
         for batch in torch.randperm(len(data)).split(batch_size):
             svi.step(data[batch])

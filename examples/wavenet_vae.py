@@ -1,6 +1,6 @@
 """A VAE for time series whose decoder is a WaveNet: what a latent vector holds of a neuron's membrane potential.
 
-The recording (12,000 values, from matplotlib's sample data) is cut into pieces of 96 values, and quantised to 256
+The recording (12,000 values, from matplotlib's sample data) is cut into pieces of 96 values, and quantized to 256
 levels. The WaveNet predicts each value from the last 16; the latent vector can say what such a window cannot: the level
 and the speed at which it rises. It is constant over a piece, and a causal convolution that reads constant features does
 not know what time it is, so that it cannot say when the neuron fires.

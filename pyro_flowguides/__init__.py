@@ -1,6 +1,12 @@
 """Flow posteriors for Pyro: transforms, recipes and autoguides, trained with reverse KL, and an honest verdict."""
 
-from pyro_flowguides import diagnostics, flows, inference, nn, transforms
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from pyro_flowguides import diagnostics, flows, guides, inference, nn, programs, studies, transforms
 from pyro_flowguides.diagnostics import (
     Agreement,
     Diagnosis,
@@ -25,16 +31,11 @@ from pyro_flowguides.guides import (
     AutoSylvester,
     FlowPosterior,
 )
-from pyro_flowguides.inference import (
-    VSBC,
-    Comparison,
-    FitDivergedError,
-    FitResult,
-    compare,
-    fit,
-    neutra_mcmc,
-    vsbc,
-)
+from pyro_flowguides.inference import FitDivergedError, FitResult, fit
+from pyro_flowguides.studies import VSBC, Comparison, compare, neutra_mcmc, vsbc
+
+if TYPE_CHECKING:
+    from pyro_flowguides import vae
 
 __version__ = "0.1.0"
 
@@ -61,6 +62,7 @@ __all__ = [
     "diagnostics",
     "fit",
     "flows",
+    "guides",
     "importance_resample",
     "inference",
     "neutra_mcmc",
@@ -69,7 +71,17 @@ __all__ = [
     "plot_khat",
     "plot_pairs",
     "plot_ppc",
+    "programs",
+    "studies",
     "to_inference_data",
     "transforms",
+    "vae",
     "vsbc",
 ]
+
+
+def __getattr__(name: str) -> ModuleType:
+    """Import ``pyro_flowguides.vae`` on first use: nothing else needs it."""
+    if name == "vae":
+        return importlib.import_module("pyro_flowguides.vae")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

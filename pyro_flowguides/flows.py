@@ -40,14 +40,14 @@ def _order(input_dim: int, layer: int) -> range:
     return range(input_dim) if layer % 2 == 0 else range(input_dim)[::-1]
 
 
-def _amortised(
-    family: type[T.AmortisedFlow],
+def _amortized(
+    family: type[T.AmortizedFlow],
     input_dim: int,
     context_dim: int,
     hidden_dims: Sequence[int] | None = None,
     **options: Any,
 ) -> Flow | ConditionalFlow:
-    """A layer whose parameters a context, if there is one, amortises; ``hidden_dims`` are the hypernetwork's."""
+    """A layer whose parameters a context, if there is one, amortizes; ``hidden_dims`` are the hypernetwork's."""
     if context_dim:
         return family(input_dim, context_dim, hidden_dims or (), **options)
     return family.family(input_dim, **options)
@@ -82,7 +82,7 @@ def planar(
         input_dim: D.
         context_dim: width of the context, 0 for none.
         depth: number of layers.
-        hidden_dims: hidden layers of the hypernetworks (none: linear amortisation); unused without a context.
+        hidden_dims: hidden layers of the hypernetworks (none: linear amortization); unused without a context.
 
     Raises:
         ValueError: if ``depth < 1`` or ``input_dim < 1``.
@@ -92,7 +92,7 @@ def planar(
         >>> fg.flows.planar(3, depth=4)(torch.randn(5, 3)).shape
         torch.Size([5, 3])
     """
-    layers = [_amortised(T.ConditionalPlanar, input_dim, context_dim, hidden_dims) for _ in _layers("planar", depth)]
+    layers = [_amortized(T.ConditionalPlanar, input_dim, context_dim, hidden_dims) for _ in _layers("planar", depth)]
     return _compose(layers, context_dim)
 
 
@@ -106,7 +106,7 @@ def radial(
         >>> fg.flows.radial(3, context_dim=2).condition(torch.randn(5, 2))(torch.randn(5, 3)).shape
         torch.Size([5, 3])
     """
-    layers = [_amortised(T.ConditionalRadial, input_dim, context_dim, hidden_dims) for _ in _layers("radial", depth)]
+    layers = [_amortized(T.ConditionalRadial, input_dim, context_dim, hidden_dims) for _ in _layers("radial", depth)]
     return _compose(layers, context_dim)
 
 
@@ -129,7 +129,7 @@ def sylvester(
         input_dim: D.
         context_dim: width of the context, 0 for none.
         depth: number of layers.
-        hidden_dims: hidden layers of the hypernetworks (none: linear amortisation); unused without a context.
+        hidden_dims: hidden layers of the hypernetworks (none: linear amortization); unused without a context.
         variant: "orthogonal", "householder" or "triangular".
         bottleneck: M ≤ D; by default the smaller of D and 32.
         **options: ``reflections`` for the Householder variant.
@@ -150,7 +150,7 @@ def sylvester(
     for layer in _layers("sylvester", depth):
         if variant == "triangular":
             options["order"] = _order(input_dim, layer)
-        layers.append(_amortised(family, input_dim, context_dim, hidden_dims, **options))
+        layers.append(_amortized(family, input_dim, context_dim, hidden_dims, **options))
     return _compose(layers, context_dim)
 
 
@@ -233,7 +233,7 @@ def nice(
         torch.Size([5, 4])
     """
     layers = _alternating("nice", T.ConditionalAdditiveCoupling, input_dim, context_dim, depth, hidden_dims, options)
-    scale = _amortised(T.ConditionalElementwiseAffine, input_dim, context_dim)
+    scale = _amortized(T.ConditionalElementwiseAffine, input_dim, context_dim)
     return _compose([*layers, scale], context_dim)
 
 

@@ -11,7 +11,7 @@ import torch
 import pyro_flowguides as fg
 from pyro_flowguides.flows import FLOWS, get_flow
 from pyro_flowguides.transforms import Compose, ConditionalCompose, ConditionalFlow, Flow
-from tests.transforms.families import CONTEXT_DIM, at_context, jacobian, randomise, seeded
+from tests.transforms.families import CONTEXT_DIM, at_context, jacobian, randomize, seeded
 
 #: Recipes with one or the other of their own options.
 VARIANTS = {
@@ -37,7 +37,7 @@ def build(request):
     def build(dim, context_dim=0, scale=None, *, seed=0, **more):
         with seeded(seed):
             module = builder(dim, context_dim, **options, **more)
-            return module if scale is None else randomise(module, scale)
+            return module if scale is None else randomize(module, scale)
 
     return build
 
@@ -95,15 +95,15 @@ def test_no_parameter_is_stuck(build, context_dim, dim):
     module = build(dim, context_dim)
     context = torch.randn(256, CONTEXT_DIM) if context_dim else None
     x = torch.randn(256, dim)
-    optimiser = torch.optim.Adam(module.parameters(), lr=1e-2)
+    optimizer = torch.optim.Adam(module.parameters(), lr=1e-2)
     seen = {}
     for _ in range(4):
         flow = module.condition(context) if context_dim else module
         z, ladj = flow.forward_and_ladj(x)
         loss = -(target(z, context) + ladj).mean()
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
         for key, parameter in module.named_parameters():
             if parameter.numel():
                 seen[key] = seen.get(key, False) | (parameter.grad.abs() > 1e-12)
@@ -133,7 +133,7 @@ def count_never_read(module):
 def test_learns_a_simple_target(name, context_dim):
     """A skewed, bent density in two dimensions: every recipe gets nearer, and none nearer than it can."""
     module = FLOWS[name](2, context_dim, depth=2)
-    optimiser = torch.optim.Adam(module.parameters(), lr=2e-2)
+    optimizer = torch.optim.Adam(module.parameters(), lr=2e-2)
 
     def draw(count):
         return torch.randn(count, 2), torch.randn(count, CONTEXT_DIM) if context_dim else None
@@ -146,12 +146,12 @@ def test_learns_a_simple_target(name, context_dim):
     test_set = draw(2000)
     before = divergence(*test_set).item()
     for _ in range(50):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         divergence(*draw(64)).backward()
-        optimiser.step()
+        optimizer.step()
     with torch.no_grad():
         after = divergence(*test_set).item()
-    assert -0.05 < after < before - 0.1  # the target is normalised, the divergence from it not negative
+    assert -0.05 < after < before - 0.1  # the target is normalized, the divergence from it not negative
 
 
 @every_context

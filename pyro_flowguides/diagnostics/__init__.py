@@ -3,14 +3,20 @@
 All of it works on any Pyro guide: Pyro's autoguides, hand-written guides, and the flow guides of this package.
 """
 
-from .agreement import Agreement, agreement
-from .defensive import WiderLook, defensive_log_weights
-from .export import to_inference_data
-from .plots import plot_elbo, plot_khat, plot_pairs, plot_ppc
-from .psis import ParetoSmoothed, effective_sample_size, khat_threshold, log_mean_weight, pareto_smooth
-from .resampling import importance_resample, resample
-from .verdict import Diagnosis, diagnose, judge
-from .weights import WeightedDraws, log_weights
+from pyro_flowguides.diagnostics.defensive import WiderLook, defensive_log_weights
+from pyro_flowguides.diagnostics.export import to_inference_data
+from pyro_flowguides.diagnostics.fit_agreement import Agreement, agreement
+from pyro_flowguides.diagnostics.plots import plot_elbo, plot_khat, plot_pairs, plot_ppc
+from pyro_flowguides.diagnostics.psis import (
+    ParetoSmoothed,
+    effective_sample_size,
+    khat_threshold,
+    log_mean_weight,
+    pareto_smooth,
+)
+from pyro_flowguides.diagnostics.resampling import importance_resample, resample
+from pyro_flowguides.diagnostics.verdict import Diagnosis, diagnose, judge
+from pyro_flowguides.diagnostics.weights import WeightedDraws, log_weights
 
 __all__ = [
     "Agreement",

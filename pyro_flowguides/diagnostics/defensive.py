@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._chunks import chunks
-from ._moments import Moments, shift
-from ._program import Program, inspect_program
-from ._summary import SmoothedMoments, Summary
-from .psis import effective_sample_size, log_mean_weight
-from .weights import WeightedDraws, log_weight, weigh_guide
+from pyro_flowguides.diagnostics.moments import Moments, shift
+from pyro_flowguides.diagnostics.psis import effective_sample_size, log_mean_weight
+from pyro_flowguides.diagnostics.summary import SmoothedMoments, Summary
+from pyro_flowguides.diagnostics.weights import WeightedDraws, log_weight, weigh_guide
+from pyro_flowguides.programs.chunking import chunks
+from pyro_flowguides.programs.program import Program, inspect_program
 
 _SEQUENTIAL_SHARE = 4
 _RELIABLE_KHAT = 0.7

@@ -15,13 +15,13 @@ from numpy.typing import NDArray
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from . import _arviz
-from ._densities import scored_sites
-from ._program import Program, SiteInfo, inspect_program
-from ._running import ALONE, Collect, run_model
-from ._traces import DoesNotVectorize, Layout, SampleObserved, Values, evaluation
-from .resampling import resample as resample_draws
-from .weights import WeightedDraws, weigh
+from pyro_flowguides.diagnostics import arviz_compat as _arviz
+from pyro_flowguides.diagnostics.resampling import resample as resample_draws
+from pyro_flowguides.diagnostics.weights import WeightedDraws, weigh
+from pyro_flowguides.programs.program import Program, SiteInfo, inspect_program
+from pyro_flowguides.programs.runs import ALONE, Collect, run_model
+from pyro_flowguides.programs.trace_density import scored_sites
+from pyro_flowguides.programs.traces import Layout, NotVectorizedError, SampleObserved, Values, evaluation
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -180,7 +180,7 @@ class _Runs:
 
         try:
             return run(self.weighted.model_run)
-        except (DoesNotVectorize, RuntimeError):  # a distribution may draw what it can score at once only one by one
+        except (NotVectorizedError, RuntimeError):  # a distribution may draw what it can score at once only one by one
             if self.weighted.model_run == ALONE:
                 raise
             return run(ALONE)

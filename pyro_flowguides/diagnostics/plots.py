@@ -10,9 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import _arviz
-from .psis import MIN_DRAWS, effective_sample_size, khat_threshold, log_mean_weight, pareto_smooth
-from .weights import WeightedDraws
+from pyro_flowguides.diagnostics import arviz_compat as _arviz
+from pyro_flowguides.diagnostics.psis import (
+    MIN_DRAWS,
+    effective_sample_size,
+    khat_threshold,
+    log_mean_weight,
+    pareto_smooth,
+)
+from pyro_flowguides.diagnostics.weights import WeightedDraws
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

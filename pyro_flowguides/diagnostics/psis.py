@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import _arviz
+from pyro_flowguides.diagnostics import arviz_compat as _arviz
 
 MIN_DRAWS = 25
 _CONSTANT = 1e-3
@@ -19,7 +19,7 @@ class ParetoSmoothed:
     """Smoothed weights and their tail index.
 
     Attributes:
-        log_weights: smoothed log weights, normalised so that the weights sum to one, shape (S,).
+        log_weights: smoothed log weights, normalized so that the weights sum to one, shape (S,).
         khat: the tail index k-hat.
     """
 
@@ -28,7 +28,7 @@ class ParetoSmoothed:
 
 
 def pareto_smooth(log_w: Tensor) -> ParetoSmoothed:
-    r"""Replace the largest importance weights by quantiles of a generalised Pareto distribution fitted to them.
+    r"""Replace the largest importance weights by quantiles of a generalized Pareto distribution fitted to them.
 
     The weights above a high threshold u are fitted by
 

@@ -9,14 +9,14 @@ from typing import Any
 
 from torch import Tensor
 
-from ._decision import Evidence, Verdict, decide
-from ._moments import shift
-from ._program import inspect_program
-from ._summary import SmoothedMoments, Summary
-from .agreement import Agreement
-from .defensive import WiderLook, look_wider, survey
-from .psis import MIN_DRAWS, effective_sample_size, khat_threshold, log_mean_weight
-from .weights import WeightedDraws, point_sites
+from pyro_flowguides.diagnostics.decision import Evidence, Verdict, decide
+from pyro_flowguides.diagnostics.defensive import WiderLook, look_wider, survey
+from pyro_flowguides.diagnostics.fit_agreement import Agreement
+from pyro_flowguides.diagnostics.moments import shift
+from pyro_flowguides.diagnostics.psis import MIN_DRAWS, effective_sample_size, khat_threshold, log_mean_weight
+from pyro_flowguides.diagnostics.summary import SmoothedMoments, Summary
+from pyro_flowguides.diagnostics.weights import WeightedDraws, point_sites
+from pyro_flowguides.programs.program import inspect_program
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._program import Program, inspect_program
-from ._running import ALONE, TOGETHER, sample_guide, score_model
-from ._traces import evaluation
+from pyro_flowguides.programs.program import Program, inspect_program
+from pyro_flowguides.programs.runs import ALONE, TOGETHER, sample_guide, score_model
+from pyro_flowguides.programs.traces import evaluation
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,6 +1,6 @@
-"""Autoguides and amortised posteriors made from flow recipes."""
+"""Autoguides and amortized posteriors made from flow recipes."""
 
-from pyro_flowguides.guides.amortised import AutoAmortizedFlow
+from pyro_flowguides.guides.amortized import AutoAmortizedFlow
 from pyro_flowguides.guides.autoflow import (
     AutoFlow,
     AutoIAF,
@@ -11,7 +11,7 @@ from pyro_flowguides.guides.autoflow import (
     AutoRealNVP,
     AutoSylvester,
 )
-from pyro_flowguides.guides.posterior import FlowPosterior
+from pyro_flowguides.guides.flow_posterior import FlowPosterior
 
 __all__ = [
     "AutoAmortizedFlow",

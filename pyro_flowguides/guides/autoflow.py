@@ -15,13 +15,13 @@ from torch.distributions import biject_to
 
 from pyro_flowguides.flows import Builder, get_flow
 from pyro_flowguides.guides import structure
-from pyro_flowguides.guides.deferred import Deferred
-from pyro_flowguides.guides.distribution import PathDistribution
-from pyro_flowguides.guides.images import AsImages
-from pyro_flowguides.guides.initial import InitialValue, check_finite
-from pyro_flowguides.guides.parameters import bind
+from pyro_flowguides.guides.density_delta import WithDensityDeltas
+from pyro_flowguides.guides.initialization import InitialValue, check_finite
+from pyro_flowguides.guides.lazy import LazyGuide
+from pyro_flowguides.guides.param_names import bind
+from pyro_flowguides.guides.path_distribution import PathDistribution
 from pyro_flowguides.transforms import Compose, Flow, HeavyTail, LowerTriangularAffine, LowRankAffine
-from pyro_flowguides.transforms.lowrank import stretch
+from pyro_flowguides.transforms.families.low_rank_affine import stretch
 
 __all__ = ["AutoFlow", "AutoIAF", "AutoMAF", "AutoNICE", "AutoPlanar", "AutoRadial", "AutoRealNVP", "AutoSylvester"]
 
@@ -31,7 +31,7 @@ FULL_RANK_LIMIT = 300
 QUANTILE_DRAWS = 4096
 
 
-class AutoFlow(Deferred, AutoContinuous):
+class AutoFlow(LazyGuide, AutoContinuous):
     r"""A flow posterior for any model with continuous latent variables: put it where ``AutoNormal`` stands.
 
     All latent variables, mapped to unconstrained space and stacked, are
@@ -53,9 +53,9 @@ class AutoFlow(Deferred, AutoContinuous):
     Args:
         model: a Pyro model.
         flow: a name in :data:`~pyro_flowguides.flows.FLOWS`, or a builder ``(input_dim, **options) -> Flow``.
-        init_loc_fn: where to start, one of Pyro's initialisation functions. Improper priors start at 0 unconstrained.
+        init_loc_fn: where to start, one of Pyro's initialization functions. Improper priors start at 0 unconstrained.
         init_scale: initial standard deviation of every unconstrained coordinate, positive.
-        path_gradient: follow the path gradient (:class:`~pyro_flowguides.guides.distribution.PathDistribution`), which
+        path_gradient: follow the path gradient (:class:`~pyro_flowguides.guides.path_distribution.PathDistribution`), which
             has less variance near the solution and none at it, but more far from it: for refining a fit.
         **flow_options: passed to the builder, for example ``depth`` or ``hidden_dims``.
 
@@ -170,7 +170,7 @@ class AutoFlow(Deferred, AutoContinuous):
             self._setup_prototype(*args, **kwargs)
         else:
             self._check_structure(args, kwargs)
-        with AsImages():
+        with WithDensityDeltas():
             draws: dict[str, Tensor] = super().forward(*args, **kwargs)
         return draws
 

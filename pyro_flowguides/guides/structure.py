@@ -49,7 +49,7 @@ class _AtPoint(Messenger):
         self.unconstrained = unconstrained
 
     def _pyro_sample(self, msg: dict[str, Any]) -> None:
-        # Over the value that the guide's initialisation, being nearer to the model, has set already.
+        # Over the value that the guide's initialization, being nearer to the model, has set already.
         if msg["name"] in self.unconstrained and not msg["is_observed"]:
             msg["value"] = biject_to(msg["fn"].support)(self.unconstrained[msg["name"]])
 
@@ -83,7 +83,7 @@ def check_plates(owner: str, trace: Trace) -> None:
             if frame.full_size is not None and frame.full_size != frame.size:
                 raise ValueError(
                     f"{owner}: site {name!r} lies in plate {frame.name!r}, which is subsampled to {frame.size} of "
-                    f"{frame.full_size}: the guide would learn a posterior per slot, not per datum. Amortise the "
+                    f"{frame.full_size}: the guide would learn a posterior per slot, not per datum. Amortize the "
                     f"site over its data with AutoAmortizedFlow, or do not subsample the plate."
                 )
 
@@ -99,9 +99,9 @@ def check_static(
         ValueError: if sites or shapes change, or the support of a site depends on other latent variables.
     """
     generator = torch.Generator().manual_seed(0)
-    centre = {name: biject_to(site["fn"].support).inv(site["value"]) for name, site in latent_sites(prototype)}
+    center = {name: biject_to(site["fn"].support).inv(site["value"]) for name, site in latent_sites(prototype)}
     for _ in range(PROBES):
-        point = {name: value + PROBE_SCALE * _noise(value, generator) for name, value in centre.items()}
+        point = {name: value + PROBE_SCALE * _noise(value, generator) for name, value in center.items()}
         try:
             trace = latent_trace(_AtPoint(point)(model), hide, args, kwargs)
         except Exception:  # whatever the model does where it is not defined
@@ -122,7 +122,7 @@ def _check_supports(owner: str, prototype: Trace, trace: Trace, point: Mapping[s
         if not torch.allclose(here, there, equal_nan=True):
             raise ValueError(
                 f"{owner}: the support of site {name!r} depends on other latent variables, so that a guide over one "
-                f"unconstrained space would draw values outside it. Reparametrise the site over a fixed support: for "
+                f"unconstrained space would draw values outside it. Reparametrize the site over a fixed support: for "
                 f"Uniform(low, high), sample a fraction from Uniform(0, 1) and use low + (high - low) * fraction."
             )
 

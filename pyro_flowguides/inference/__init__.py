@@ -1,8 +1,5 @@
-"""Fitting guides: the log density of a model, warm start, objectives, schedule, ``fit``; and what runs whole fits."""
+"""Fitting guides: warm start, objectives, steps, schedule, ``fit``."""
 
-from pyro_flowguides.inference.compare import Comparison, compare
-from pyro_flowguides.inference.fit import FitDivergedError, FitResult, fit
-from pyro_flowguides.inference.neutra import neutra_mcmc
-from pyro_flowguides.inference.vsbc import VSBC, vsbc
+from pyro_flowguides.inference.fitting import FitDivergedError, FitResult, fit
 
-__all__ = ["VSBC", "Comparison", "FitDivergedError", "FitResult", "compare", "fit", "neutra_mcmc", "vsbc"]
+__all__ = ["FitDivergedError", "FitResult", "fit"]

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import torch
 
-from pyro_flowguides.diagnostics._chunks import chunks, per_chunk
-from pyro_flowguides.inference.objectives import DensityObjective
+from pyro_flowguides.inference.density_objective import DensityObjective
 from pyro_flowguides.inference.steps import Objective, Request, Step
+from pyro_flowguides.programs.chunking import chunks, per_chunk
 
 __all__ = ["evaluate", "pooled"]
 

@@ -17,13 +17,13 @@ from tqdm import tqdm
 
 from pyro_flowguides.guides.autoflow import FULL_RANK_LIMIT
 from pyro_flowguides.inference import checkpoint as checkpoints
-from pyro_flowguides.inference.descent import Descent
+from pyro_flowguides.inference.density_objective import Compiling, DensityObjective, make_objective
 from pyro_flowguides.inference.evaluation import evaluate
-from pyro_flowguides.inference.objectives import Compiling, DensityObjective, make_objective
+from pyro_flowguides.inference.flat_adam import Descent
 from pyro_flowguides.inference.schedule import Schedule
 from pyro_flowguides.inference.steps import Objective, Request
-from pyro_flowguides.inference.warmstart import Gaussian, LowRankStart, low_rank_warm_start
-from pyro_flowguides.inference.warmstart import warm_start as find_start
+from pyro_flowguides.inference.warm_start import Gaussian, LowRankStart, low_rank_warm_start
+from pyro_flowguides.inference.warm_start import warm_start as find_start
 
 __all__ = ["FitDivergedError", "Run"]
 
@@ -62,7 +62,7 @@ class Run:
         self.settings = settings
         self.path_gradient, self.importance = settings["path_gradient"], settings["importance"]
         self.temper, self.seed = settings["temper"], settings["seed"]
-        self.schedule = Schedule(**{key: settings[key] for key in ("steps", "learning_rate", "particles", "tolerance")})
+        self.schedule = Schedule(**{key: settings[key] for key in ("steps", "lr", "num_particles", "tolerance")})
         guide(*args, **kwargs)  # creates the parameters, if there are none yet
         self.objective: Objective = make_objective(model, guide, args, kwargs, compiling)
         parameters = list(self.objective.parameters.values())
@@ -138,7 +138,7 @@ class Run:
     def advance(self, most: int) -> None:
         """Take some steps, at most so many."""
         schedule = self.schedule
-        batch = self._whole_groups(schedule.batch)
+        batch = self._whole_groups(schedule.current_particles)
         path = self.path_gradient and (schedule.refining_since is not None or self.importance > 1)
         power = self.power
         request = Request(batch, path, power, self.importance, schedule.remaining)
@@ -199,13 +199,13 @@ class Run:
     def _why_diverged(self) -> str:
         step = self.schedule.step + 1
         head = f"fit: the bound or its gradient was not finite for {PATIENCE} steps in a row, up to step {step}"
-        return f"{head}{self._where_diverged()}. Start elsewhere (init_loc_fn, init_scale) or lower learning_rate."
+        return f"{head}{self._where_diverged()}. Start elsewhere (init_loc_fn, init_scale) or lower lr."
 
     def _where_diverged(self) -> str:
         """The first site whose density is not finite, over some draws of the guide."""
         with torch.no_grad(), pyro.validation_enabled(False), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            for _ in range(self.schedule.particles):
+            for _ in range(self.schedule.num_particles):
                 draw = poutine.trace(self.guide).get_trace(*self.args, **self.kwargs)
                 try:
                     trace = poutine.trace(poutine.replay(self.model, trace=draw)).get_trace(*self.args, **self.kwargs)

@@ -28,14 +28,14 @@ class Schedule:
 
     Args:
         steps: most steps in all.
-        learning_rate: step size while exploring, reached after a short warm-up.
-        particles: particles while exploring.
+        lr: step size while exploring, reached after a short warm-up.
+        num_particles: particles while exploring.
         tolerance: gain in nats that is not worth going on for.
     """
 
     steps: int
-    learning_rate: float
-    particles: int
+    lr: float
+    num_particles: int
     tolerance: float
     step: int = 0
     caution: float = 1.0
@@ -95,15 +95,17 @@ class Schedule:
     def _rate(self, step: int) -> float:
         falling = 0.5 * (1 + math.cos(math.pi * self._progress(step)))
         warm = min(1.0, (step + 1) / self.WARM_UP)
-        return self.learning_rate * self.caution * warm * (self.LAST_FRACTION + (1 - self.LAST_FRACTION) * falling)
+        return self.lr * self.caution * warm * (self.LAST_FRACTION + (1 - self.LAST_FRACTION) * falling)
 
     @property
-    def batch(self) -> int:
+    def current_particles(self) -> int:
         """The number of particles of the coming step: it grows in a few stairs, each of which is recorded once."""
         if self.refining_since is None:
-            return self.particles
+            return self.num_particles
         stair = math.floor(self._stairs * self.progress)
-        return round(self.particles * self.GROWTH ** min(1.0, stair / (self._stairs - 1) if self._stairs > 1 else 1.0))
+        return round(
+            self.num_particles * self.GROWTH ** min(1.0, stair / (self._stairs - 1) if self._stairs > 1 else 1.0)
+        )
 
     @property
     def remaining(self) -> int:

@@ -12,7 +12,7 @@ from pyro import poutine
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyro_flowguides.inference.descent import Descent
+from pyro_flowguides.inference.flat_adam import Descent
 
 __all__ = ["Objective", "Request", "Step", "Structure", "Taken", "find_structure"]
 
@@ -66,7 +66,7 @@ class Taken(NamedTuple):
 
 
 class Objective(Protocol):
-    """Something to minimise by stochastic gradients."""
+    """Something to minimize by stochastic gradients."""
 
     parameters: dict[str, Tensor]
 

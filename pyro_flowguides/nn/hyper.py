@@ -14,16 +14,16 @@ __all__ = ["HyperNetwork"]
 
 
 class HyperNetwork(nn.Module):
-    r"""Amortised parameters: one network from a context to several named tensors.
+    r"""Amortized parameters: one network from a context to several named tensors.
 
     .. math:: (\theta_1, \dots, \theta_k) = s\, (W\, h(c) + b)
 
-    With ``hidden_dims=()`` the amortisation is linear, as in van den Berg et al. (2018). The tensors named in ``zero``
+    With ``hidden_dims=()`` the amortization is linear, as in van den Berg et al. (2018). The tensors named in ``zero``
     start at zero for every context; the others start random, of size ``scale``.
 
     A step of Adam moves every weight by about the learning rate, hence an output by the learning rate times the sum of
     the n features it reads. A ``scale`` :math:`s = 1/\sqrt n` (as in Jacot et al. 2018) makes that step grow with
-    :math:`\sqrt n` instead of n, so that parameters amortised from a wide context bear the learning rate of an encoder.
+    :math:`\sqrt n` instead of n, so that parameters amortized from a wide context bear the learning rate of an encoder.
 
     Args:
         context_dim: width of the context.

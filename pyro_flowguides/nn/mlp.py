@@ -20,7 +20,7 @@ class MLP(nn.Module):
     :meth:`run` evaluates the network for them, as often as needed. A context enters by shifting the folded biases,
     with any batch shape, which is the same as giving every layer a projection of the context of its own.
 
-    The last layer starts at zero, so that whatever the network parametrises starts at its default.
+    The last layer starts at zero, so that whatever the network parametrizes starts at its default.
 
     Args:
         in_features: width of ``x``; zero is allowed (the output is then a constant).

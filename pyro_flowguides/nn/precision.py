@@ -9,28 +9,28 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["at_least_single", "in_own_precision", "unshortened"]
+__all__ = ["at_least_float32", "at_least_float32_outside_autocast", "in_own_precision"]
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 
-def at_least_single(x: Tensor) -> Tensor:
+def at_least_float32(x: Tensor) -> Tensor:
     """The tensor itself, or in single precision if it has less.
 
     A sum of a thousand log probabilities in bfloat16 is right to whole nats only.
 
     Example:
         >>> import torch
-        >>> from pyro_flowguides.nn.precision import at_least_single
-        >>> at_least_single(torch.ones(2, dtype=torch.bfloat16)).dtype
+        >>> from pyro_flowguides.nn.precision import at_least_float32
+        >>> at_least_float32(torch.ones(2, dtype=torch.bfloat16)).dtype
         torch.float32
     """
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-def unshortened(x: Tensor) -> Tensor:
+def at_least_float32_outside_autocast(x: Tensor) -> Tensor:
     """The tensor, in at least single precision where autocast is on, which may have shortened it."""
-    return at_least_single(x) if _autocast_is_on(x.device.type) else x
+    return at_least_float32(x) if _autocast_is_on(x.device.type) else x
 
 
 def in_own_precision(method: Method) -> Method:
@@ -56,7 +56,7 @@ def in_own_precision(method: Method) -> Method:
         if not _autocast_is_on(device):
             return method(self, *tensors)
         with torch.autocast(device, enabled=False):
-            return method(self, *(at_least_single(tensor) for tensor in tensors))
+            return method(self, *(at_least_float32(tensor) for tensor in tensors))
 
     return exact  # type: ignore[return-value]
 

@@ -1,6 +1,6 @@
 """Bijections of R^D that give value and log-determinant in one pass, in both directions; one file per family."""
 
-from pyro_flowguides.transforms.autoregressive import (
+from pyro_flowguides.transforms.families.autoregressive import (
     ConditionalInverseAutoregressive,
     ConditionalMaskedAutoregressive,
     InverseAutoregressive,
@@ -10,16 +10,7 @@ from pyro_flowguides.transforms.autoregressive import (
     inverse_autoregressive,
     masked_autoregressive,
 )
-from pyro_flowguides.transforms.base import (
-    AmortisedFlow,
-    Compose,
-    ConditionalCompose,
-    ConditionalFlow,
-    ContextFlow,
-    Flow,
-    on_path,
-)
-from pyro_flowguides.transforms.coupling import (
+from pyro_flowguides.transforms.families.coupling import (
     AdditiveCoupling,
     AffineCoupling,
     ConditionalAdditiveCoupling,
@@ -29,7 +20,7 @@ from pyro_flowguides.transforms.coupling import (
     conditional_additive_coupling,
     conditional_affine_coupling,
 )
-from pyro_flowguides.transforms.elementwise import (
+from pyro_flowguides.transforms.families.elementwise import (
     ActNorm,
     ConditionalActNorm,
     ConditionalElementwiseAffine,
@@ -39,13 +30,13 @@ from pyro_flowguides.transforms.elementwise import (
     conditional_elementwise_affine,
     elementwise_affine,
 )
-from pyro_flowguides.transforms.householder import (
+from pyro_flowguides.transforms.families.householder import (
     ConditionalHouseholder,
     Householder,
     conditional_householder,
     householder,
 )
-from pyro_flowguides.transforms.linear import (
+from pyro_flowguides.transforms.families.linear import (
     ConditionalLowerTriangularAffine,
     ConditionalLULinear,
     ConditionalQRLinear,
@@ -59,31 +50,16 @@ from pyro_flowguides.transforms.linear import (
     lu_linear,
     qr_linear,
 )
-from pyro_flowguides.transforms.lowrank import (
+from pyro_flowguides.transforms.families.low_rank_affine import (
     ConditionalLowRankAffine,
     LowRankAffine,
     conditional_low_rank_affine,
     low_rank_affine,
 )
-from pyro_flowguides.transforms.permute import (
-    Permute,
-    Reverse,
-    permute,
-    reverse,
-)
-from pyro_flowguides.transforms.planar import (
-    ConditionalPlanar,
-    Planar,
-    conditional_planar,
-    planar,
-)
-from pyro_flowguides.transforms.radial import (
-    ConditionalRadial,
-    Radial,
-    conditional_radial,
-    radial,
-)
-from pyro_flowguides.transforms.sylvester import (
+from pyro_flowguides.transforms.families.permute import Permute, Reverse, permute, reverse
+from pyro_flowguides.transforms.families.planar import ConditionalPlanar, Planar, conditional_planar, planar
+from pyro_flowguides.transforms.families.radial import ConditionalRadial, Radial, conditional_radial, radial
+from pyro_flowguides.transforms.families.sylvester import (
     ConditionalHouseholderSylvester,
     ConditionalOrthogonalSylvester,
     ConditionalTriangularSylvester,
@@ -97,13 +73,27 @@ from pyro_flowguides.transforms.sylvester import (
     orthogonal_sylvester,
     triangular_sylvester,
 )
-from pyro_flowguides.transforms.tails import ConditionalHeavyTail, HeavyTail, conditional_heavy_tail, heavy_tail
+from pyro_flowguides.transforms.families.tails import (
+    ConditionalHeavyTail,
+    HeavyTail,
+    conditional_heavy_tail,
+    heavy_tail,
+)
+from pyro_flowguides.transforms.flow import (
+    AmortizedFlow,
+    Compose,
+    ConditionalCompose,
+    ConditionalFlow,
+    ContextFlow,
+    Flow,
+    on_path,
+)
 
 __all__ = [
     "ActNorm",
     "AdditiveCoupling",
     "AffineCoupling",
-    "AmortisedFlow",
+    "AmortizedFlow",
     "Compose",
     "ConditionalActNorm",
     "ConditionalAdditiveCoupling",

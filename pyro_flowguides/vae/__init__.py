@@ -1,54 +1,10 @@
-"""Variational autoencoders with flow posteriors and learned priors."""
+"""Variational autoencoders with flow posteriors, learned priors and autoregressive decoders."""
 
-from pyro_flowguides.vae.autoregressive import (
-    Autoregressive,
-    IndependentChannels,
-    PixelLikelihood,
-    PixelLogisticMixture,
-)
-from pyro_flowguides.vae.base import IAFVAE, VAE, Terms
-from pyro_flowguides.vae.ema import EMA
-from pyro_flowguides.vae.hierarchical import ConvIAF, HierarchicalVAE
-from pyro_flowguides.vae.likelihoods import (
-    LIKELIHOODS,
-    Bernoulli,
-    Categorical,
-    DiscretisedLogistic,
-    DiscretisedLogisticMixture,
-    Likelihood,
-)
-from pyro_flowguides.vae.objective import ImportanceWeightedObjective, Objective, SoftFreeBitsObjective
-from pyro_flowguides.vae.posteriors import NormalPosterior
-from pyro_flowguides.vae.priors import FlowPrior, StandardNormal, VampPrior
-from pyro_flowguides.vae.recipes import MODELS, NETWORKS
-from pyro_flowguides.vae.vlae import DECODERS, VLAE
+from pyro_flowguides.vae import decoders, models, networks, training
+from pyro_flowguides.vae.decoders import *  # noqa: F403
+from pyro_flowguides.vae.models import *  # noqa: F403
+from pyro_flowguides.vae.networks import *  # noqa: F403
+from pyro_flowguides.vae.training import *  # noqa: F403
 
-__all__ = [
-    "DECODERS",
-    "EMA",
-    "IAFVAE",
-    "LIKELIHOODS",
-    "MODELS",
-    "NETWORKS",
-    "VAE",
-    "VLAE",
-    "Autoregressive",
-    "Bernoulli",
-    "Categorical",
-    "ConvIAF",
-    "DiscretisedLogistic",
-    "DiscretisedLogisticMixture",
-    "FlowPrior",
-    "HierarchicalVAE",
-    "ImportanceWeightedObjective",
-    "IndependentChannels",
-    "Likelihood",
-    "NormalPosterior",
-    "Objective",
-    "PixelLikelihood",
-    "PixelLogisticMixture",
-    "SoftFreeBitsObjective",
-    "StandardNormal",
-    "Terms",
-    "VampPrior",
-]
+__all__ = ["decoders", "models", "networks", "training"]
+__all__ += [*decoders.__all__, *models.__all__, *networks.__all__, *training.__all__]

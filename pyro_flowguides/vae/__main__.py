@@ -7,8 +7,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from pyro_flowguides.vae.settings import Settings, parse
-from pyro_flowguides.vae.train import TrainingDivergedError, train
+from pyro_flowguides.vae.training.loop import TrainingDivergedError, train
+from pyro_flowguides.vae.training.settings import Settings, parse
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

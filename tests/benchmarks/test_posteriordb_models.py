@@ -150,7 +150,7 @@ def test_all_ten_posteriors_are_there():
     assert len(NAMES) == len(models.PROGRAMS) == 10
 
 
-# The centred model's score has no variance (it grows as 1 / tau): it is compared with the non-centred one below.
+# The centered model's score has no variance (it grows as 1 / tau): it is compared with the non-centered one below.
 @pytest.mark.parametrize("name", [name for name in NAMES if name != CENTERED])
 def test_reference_draws_satisfy_steins_identities(name):
     z = stein_z(name, model_score(name))
@@ -189,7 +189,7 @@ def test_steins_identities_expose_a_wrong_model(mistake):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_vectorised_log_density_is_that_of_a_loop(name):
+def test_vectorized_log_density_is_that_of_a_loop(name):
     sites = {site: value[::1500] for site, value in reference_sites(name).items()}
     loop = [run(name, {site: value[i] for site, value in sites.items()}).log_prob_sum() for i in range(7)]
     torch.testing.assert_close(log_joint(name, sites), torch.stack(loop))
@@ -197,7 +197,7 @@ def test_vectorised_log_density_is_that_of_a_loop(name):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", NAMES)
-def test_vectorised_elbo_and_its_gradient_are_finite(name, dtype):
+def test_vectorized_elbo_and_its_gradient_are_finite(name, dtype):
     torch.set_default_dtype(dtype)
     start = {site: value.mean(0).to(dtype) for site, value in reference_sites(name).items()}  # supports are convex
     guide = AutoNormal(posterior(name).model, init_loc_fn=init_to_value(values=start), init_scale=0.01)

@@ -46,7 +46,7 @@ def gaussian_guide(shift: float = 0.0, scale: float = 1.0) -> Callable[[Tensor],
 
 
 def schools_model() -> None:
-    """Eight schools, centred, with a log-normal scale."""
+    """Eight schools, centered, with a log-normal scale."""
     mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
     tau = pyro.sample("tau", dist.LogNormal(1.0, 0.5))
     with pyro.plate("school", 8):

@@ -15,7 +15,9 @@ from torch import Tensor
 
 import pyro_flowguides as fg
 from pyro_flowguides.diagnostics import (
-    _arviz,
+    arviz_compat as _arviz,
+)
+from pyro_flowguides.diagnostics import (
     log_weights,
     plot_khat,
     plot_pairs,
@@ -221,7 +223,7 @@ def test_enumerated_sites() -> None:
 def test_slow_programs_and_discrete_data() -> None:
     def model(data: Tensor) -> None:
         rate = pyro.sample("rate", dist.Gamma(2.0, 1.0))
-        scale = 1.0 if float(rate.mean()) > 2 else 2.0  # does not vectorise
+        scale = 1.0 if float(rate.mean()) > 2 else 2.0  # does not vectorize
         with pyro.plate("data", len(data)):
             pyro.sample("x", dist.Poisson(rate * scale), obs=data)
 

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from pyro_flowguides.diagnostics import (
-    _arviz,
+    arviz_compat as _arviz,
+)
+from pyro_flowguides.diagnostics import (
     effective_sample_size,
     khat_threshold,
     log_mean_weight,

@@ -21,7 +21,7 @@ def _fresh() -> None:
 @pytest.mark.parametrize("guide", [programs.gaussian_guide(0.8, 1.0), programs.gaussian_guide(0.3, 1.5)])
 def test_moments_are_mended(guide: object) -> None:
     mean, sd = programs.gaussian_posterior(DATA)
-    draws = importance_resample(programs.gaussian_model, guide, DATA, num_samples=20000, num_draws=4000)["z"]
+    draws = importance_resample(programs.gaussian_model, guide, DATA, num_proposals=20000, num_samples=4000)["z"]
     assert draws.shape == (4000,)
     assert float(draws.mean()) == pytest.approx(mean, abs=0.1 * sd)
     assert float(draws.std()) == pytest.approx(sd, rel=0.1)

@@ -17,10 +17,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import pyro_flowguides as fg
-from pyro_flowguides.diagnostics import _chunks, defensive_log_weights, diagnose, judge, log_weights, pareto_smooth
-from pyro_flowguides.diagnostics._moments import RunningMoments, moments
-from pyro_flowguides.diagnostics._program import inspect_program
-from pyro_flowguides.diagnostics._summary import SmoothedMoments
+from pyro_flowguides.diagnostics import defensive_log_weights, diagnose, judge, log_weights, pareto_smooth
+from pyro_flowguides.diagnostics.moments import RunningMoments, moments
+from pyro_flowguides.diagnostics.summary import SmoothedMoments
+from pyro_flowguides.programs import chunking as _chunks
+from pyro_flowguides.programs.program import inspect_program
 from tests.diagnostics import programs
 
 SIZE = 400

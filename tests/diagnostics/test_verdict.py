@@ -166,7 +166,7 @@ def test_independent_fits_reveal_a_distant_mode() -> None:
     alone = diagnose(model, guide(30.0), num_samples=1000)
     assert alone.verdict == GOOD  # nothing in one fit can show it, and the report says so
     assert "compare fits" in alone.advice
-    fits = [importance_resample(model, guide(loc), num_samples=1000) for loc in (30.0, -30.0)]
+    fits = [importance_resample(model, guide(loc), num_proposals=1000) for loc in (30.0, -30.0)]
     compared = agreement(*fits)
     report = diagnose(model, guide(30.0), num_samples=1000, agreement=compared)
     assert compared.mean_difference > 10
@@ -273,7 +273,7 @@ def test_defensive_weights_are_unbiased_and_bounded() -> None:
         (fg.AutoIAF, {"init_scale": 1.0}),
     ],
 )
-def test_defensive_density_is_normalised(make: Callable[..., Any], options: dict[str, float]) -> None:
+def test_defensive_density_is_normalized(make: Callable[..., Any], options: dict[str, float]) -> None:
     """E over the mixture of p / mixture is 1 for any density p that the mixture covers."""
 
     def model() -> None:

@@ -1,4 +1,4 @@
-"""Importance weights: known answers, every kind of guide, and programs that do not vectorise."""
+"""Importance weights: known answers, every kind of guide, and programs that do not vectorize."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_chunks() -> None:
     torch.testing.assert_close(parts.log_p, _sequentially(programs.gaussian_model, parts, DATA), rtol=1e-5, atol=1e-5)
 
 
-def test_data_without_a_plate_vectorise() -> None:
+def test_data_without_a_plate_vectorize() -> None:
     def model(data: Tensor) -> None:
         z = pyro.sample("z", dist.Normal(0.0, 2.0))
         pyro.sample("x", dist.Normal(z, torch.ones(len(data))), obs=data)

@@ -1,4 +1,4 @@
-"""The program behind the page on amortised posteriors runs, and trains all it should."""
+"""The program behind the page on amortized posteriors runs, and trains all it should."""
 
 import importlib.util
 import math

@@ -1,4 +1,4 @@
-"""Every guide gives every ELBO of Pyro the right number and trains under it, vectorised or not, traced or not."""
+"""Every guide gives every ELBO of Pyro the right number and trains under it, vectorized or not, traced or not."""
 
 import functools
 import math
@@ -49,7 +49,7 @@ def shaken(make, **options):
     return shake(guide)
 
 
-@pytest.mark.parametrize("vectorize", [False, True], ids=["sequential", "vectorised"])
+@pytest.mark.parametrize("vectorize", [False, True], ids=["sequential", "vectorized"])
 def test_loss_is_the_number_computed_by_hand(make, vectorize):
     guide = shaken(make)
     pyro.set_rng_seed(3)
@@ -97,7 +97,7 @@ def test_jit_gives_the_same_loss_and_gradients(make, elbo):
     plain, jit = ELBOS[elbo](**options), JIT[elbo](**options, ignore_jit_warnings=True)
     # Pyro traces JitTraceMeanField_ELBO anew at every call: a run to find parameters, one to trace, one that counts.
     runs = 3 if elbo == "TraceMeanField" else 1
-    # TorchScript's own optimiser takes seconds, and fails at times on what it has profiled in another test.
+    # TorchScript's own optimizer takes seconds, and fails at times on what it has profiled in another test.
     with torch.jit.optimized_execution(False):
         jit.loss_and_grads(schools, guide, SCHOOLS)
         for _ in range(3 if elbo == "Trace" else 1):  # TorchScript rewrites a program at its second and third run

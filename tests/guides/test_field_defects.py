@@ -152,7 +152,7 @@ def improper():
     pyro.sample("y", dist.Normal(x, 1.0), obs=torch.tensor(2.0))
 
 
-def test_field_17_improper_priors_initialise():
+def test_field_17_improper_priors_initialize():
     with pytest.raises(NotImplementedError):
         AutoNormal(improper)()
     ours = AutoIAF(improper)

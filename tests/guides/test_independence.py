@@ -44,15 +44,15 @@ def test_guides_trained_in_turns_do_not_disturb_each_other(make):
     assert_close(tuple(values(guide) for guide in guides), expected, rtol=0, atol=0)
 
 
-def test_one_optimiser_trains_two_guides(make):
+def test_one_optimizer_trains_two_guides(make):
     """A pyro.optim object keeps its state by parameter name."""
     expected = trained_alone(make, 1), trained_alone(make, 2)
     pyro.clear_param_store()
-    optimiser, found = pyro.optim.Adam({"lr": 0.01}), []
+    optimizer, found = pyro.optim.Adam({"lr": 0.01}), []
     for seed in (1, 2):
         pyro.set_rng_seed(seed)
         guide = make(schools)
-        svi = SVI(schools, guide, optimiser, Trace_ELBO())
+        svi = SVI(schools, guide, optimizer, Trace_ELBO())
         for _ in range(3):
             svi.step(SCHOOLS)
         found.append(values(guide))
@@ -121,7 +121,7 @@ def test_different_flows_and_pyros_guides_side_by_side():
 
 
 def test_store_holds_the_guides_own_tensors(make):
-    """What an optimiser steps through the store is what the guide draws with."""
+    """What an optimizer steps through the store is what the guide draws with."""
     guides = [make(schools), make(schools)]
     for guide in guides:
         train(schools, guide, 1, SCHOOLS)

@@ -1,4 +1,4 @@
-"""A guide is a module like any other: dtypes, optimisers, state_dict, parameter store, copies, files, at any time."""
+"""A guide is a module like any other: dtypes, optimizers, state_dict, parameter store, copies, files, at any time."""
 
 import copy
 import io
@@ -96,28 +96,28 @@ def test_device(make):
     train(model, follows, 2, "cuda", elbo=Trace_ELBO(num_particles=3, vectorize_particles=True, max_plate_nesting=1))
 
 
-# -- optimisers of torch -----------------------------------------------------------------------------------------------
+# -- optimizers of torch -----------------------------------------------------------------------------------------------
 
 
-def test_torch_optimiser_before_the_first_call(make):
+def test_torch_optimizer_before_the_first_call(make):
     guide = make(without_arguments)
-    optimiser = torch.optim.Adam(guide.parameters(), lr=0.1)
+    optimizer = torch.optim.Adam(guide.parameters(), lr=0.1)
     start, loss = values(guide), Trace_ELBO().differentiable_loss
     for _ in range(3):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss(without_arguments, guide).backward()
-        optimiser.step()
+        optimizer.step()
     assert not any(torch.equal(value, start[name]) for name, value in values(guide).items() if value.numel())
 
 
-def test_torch_optimiser_after_setup(make):
+def test_torch_optimizer_after_setup(make):
     x, y = regression_data()
     guide = make(regression)
     guide.setup(x, y)
-    optimiser = torch.optim.Adam(guide.parameters(), lr=0.1)
+    optimizer = torch.optim.Adam(guide.parameters(), lr=0.1)
     start = values(guide)
     Trace_ELBO().differentiable_loss(regression, guide, x, y).backward()
-    optimiser.step()
+    optimizer.step()
     assert not same(values(guide), start)
 
 
@@ -147,9 +147,9 @@ def test_module_local_params(make):
         guide = make(regression)
         elbo = Trace_ELBO()(regression, guide)
         elbo(x, y)
-        start, optimiser = values(guide), torch.optim.Adam(elbo.parameters(), lr=0.1)
+        start, optimizer = values(guide), torch.optim.Adam(elbo.parameters(), lr=0.1)
         elbo(x, y).backward()
-        optimiser.step()
+        optimizer.step()
         assert not same(values(guide), start)
         other = make(regression)
         assert other(x, y).keys() == {"slope", "scale"}

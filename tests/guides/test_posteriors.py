@@ -58,7 +58,7 @@ def test_correlated_gaussian_posterior(make):
 
 
 def banana():
-    """x ~ N(0, 1), y | x ~ N(x², 0.3): normalised, so log Z = 0."""
+    """x ~ N(0, 1), y | x ~ N(x², 0.3): normalized, so log Z = 0."""
     x = pyro.sample("x", dist.Normal(number(0.0), 1.0))
     pyro.sample("y", dist.Normal(x**2, 0.3))
 

@@ -78,12 +78,12 @@ def test_all_sites_at_once_train_under_every_guide(make):
 
 
 @pytest.mark.parametrize("init_loc_fn", ["feasible", "mean", "median", "sample", "uniform"])
-def test_guide_starts_where_its_initialisation_says(make, init_loc_fn):
+def test_guide_starts_where_its_initialization_says(make, init_loc_fn):
     chosen = {}
 
     def remember(site):
-        initialise = getattr(pyro.infer.autoguide, f"init_to_{init_loc_fn}")
-        chosen[site["name"]] = initialise(site)
+        initialize = getattr(pyro.infer.autoguide, f"init_to_{init_loc_fn}")
+        chosen[site["name"]] = initialize(site)
         return chosen[site["name"]]
 
     def model():

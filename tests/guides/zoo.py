@@ -44,14 +44,14 @@ def train(model, guide, steps, *args, lr=0.01, elbo=None, **kwargs):
 
 def fit(model, guide, steps, lr=0.05, particles=8):
     """Plain SVI; the step size decays along half a cosine."""
-    optimiser = pyro.optim.CosineAnnealingLR(
+    optimizer = pyro.optim.CosineAnnealingLR(
         {"optimizer": torch.optim.Adam, "optim_args": {"lr": lr, "betas": (0.9, 0.99)}, "T_max": steps}
     )
     loss = Trace_ELBO(num_particles=particles, vectorize_particles=True, max_plate_nesting=1)
-    svi = SVI(model, guide, optimiser, loss)
+    svi = SVI(model, guide, optimizer, loss)
     for _ in range(steps):
         svi.step()
-        optimiser.step()
+        optimizer.step()
     return guide
 
 

@@ -31,7 +31,7 @@ def model():
 def fit(path, target=model, **options):
     pyro.clear_param_store()
     guide = fg.AutoFlow(target, "planar", depth=2)
-    options = {"steps": 40, "particles": 8, "checkpoint_every": 7, "progress": False, **options}
+    options = {"steps": 40, "num_particles": 8, "checkpoint_every": 7, "progress": False, **options}
     return fg.fit(target, guide, checkpoint=path, **options)
 
 
@@ -205,7 +205,9 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
         fit(tmp_path / "file", other, steps=10)
 
 
-@pytest.mark.parametrize("options", [{"steps": 20}, {"seed": 1}, {"particles": 4}, {"path_gradient": False}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"steps": 20}, {"seed": 1}, {"num_particles": 4}, {"path_gradient": False}], ids=str
+)
 def test_a_checkpoint_of_other_settings_is_refused(tmp_path, options):
     fit(tmp_path / "file", steps=10)
     with pytest.raises(ValueError, match=f"other settings.*{next(iter(options))}="):
@@ -233,7 +235,7 @@ def model():
     pyro.sample("y", dist.Normal(x.square(), 1.0).to_event(1), obs=torch.ones(3))
 
 guide = fg.AutoFlow(model, "iaf", depth=2, hidden_dims=[8])
-fg.fit(model, guide, steps=STEPS, particles=8, tolerance=1e-9, checkpoint=sys.argv[1] if len(sys.argv) > 2 else None,
+fg.fit(model, guide, steps=STEPS, num_particles=8, tolerance=1e-9, checkpoint=sys.argv[1] if len(sys.argv) > 2 else None,
        checkpoint_every=7, progress=False)
 torch.save(guide.state_dict(), sys.argv[-1])
 """

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 import pyro_flowguides as fg
-from pyro_flowguides.diagnostics import _chunks
 from pyro_flowguides.inference import run
+from pyro_flowguides.inference.density_objective import DensityObjective
 from pyro_flowguides.inference.evaluation import evaluate
-from pyro_flowguides.inference.objectives import DensityObjective
 from pyro_flowguides.inference.steps import Request
+from pyro_flowguides.programs import chunking as _chunks
 
 DIM = 7
 
@@ -91,7 +91,7 @@ def test_no_large_batch_in_many_dimensions():
 
 
 def test_what_the_steps_held_is_gone_when_the_fit_is_judged(monkeypatch):
-    module = importlib.import_module("pyro_flowguides.inference.fit")
+    module = importlib.import_module("pyro_flowguides.inference.fitting")
     objectives, left = [], []
 
     def made(*args):
@@ -107,6 +107,6 @@ def test_what_the_steps_held_is_gone_when_the_fit_is_judged(monkeypatch):
     module_made = run.make_objective
     monkeypatch.setattr(run, "make_objective", made)
     monkeypatch.setattr(module, "diagnose", judged)
-    result = fg.fit(model, fg.AutoPlanar(model), steps=5, particles=4, progress=False)
+    result = fg.fit(model, fg.AutoPlanar(model), steps=5, num_particles=4, progress=False)
     assert result.unjudged == "not now"
     assert left == [None]

@@ -7,8 +7,9 @@ import torch
 
 import pyro_flowguides as fg
 from pyro_flowguides.flows import FLOWS
-from pyro_flowguides.inference import checkpoint, objectives
-from pyro_flowguides.inference.compiled import CapturedSteps
+from pyro_flowguides.inference import checkpoint
+from pyro_flowguides.inference import density_objective as objectives
+from pyro_flowguides.inference.compiled_steps import CapturedSteps
 
 pytestmark = pytest.mark.gpu
 

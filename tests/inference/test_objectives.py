@@ -10,9 +10,9 @@ from pyro.infer.autoguide import AutoGuideList, AutoMultivariateNormal, AutoNorm
 from torch.testing import assert_close
 
 import pyro_flowguides as fg
-from pyro_flowguides.inference.objectives import DensityObjective, make_objective
+from pyro_flowguides.inference.density_objective import DensityObjective, make_objective
 from pyro_flowguides.inference.steps import Request
-from pyro_flowguides.inference.traces import TraceObjective
+from pyro_flowguides.inference.trace_objective import TraceObjective
 
 Y = torch.tensor([0.7, -1.2], dtype=torch.float64)
 
@@ -84,7 +84,7 @@ def test_plain_importance_gradient_is_autograds():
 
 
 @pytest.mark.parametrize("model", [gaussian, with_parameter], ids=["guide only", "with a parameter of the model"])
-def test_doubly_reparametrised_gradient_is_unbiased(model):
+def test_doubly_reparametrized_gradient_is_unbiased(model):
     """The model's own parameters follow the plain weights: squared ones would be biased."""
     bound = objective(model)
     doubly = gradients(bound, Request(2048, True, 1.0, 4), 40, 1)
@@ -96,7 +96,7 @@ def test_doubly_reparametrised_gradient_is_unbiased(model):
     assert t.square().mean() < 3
 
 
-def test_doubly_reparametrised_gradient_vanishes_at_the_solution():
+def test_doubly_reparametrized_gradient_vanishes_at_the_solution():
     guide = fg.AutoFlow(gaussian, "planar", depth=1)
     guide()
     with torch.no_grad():
@@ -179,7 +179,7 @@ def hand_elbo(loc, scale):
 def test_hand_written_guide():
     bound = make_objective(gaussian, handwritten, (), {})
     assert isinstance(bound, TraceObjective)
-    assert bound.vectorised
+    assert bound.vectorized
     assert bound.parameters.keys() == {"loc", "scale"}
     torch.manual_seed(0)
     found = torch.tensor([bound(Request(100), torch.Generator()).elbo for _ in range(50)])
@@ -193,7 +193,7 @@ def test_pyros_guides(make):
     guide()
     bound = make_objective(gaussian, guide, (), {})
     assert "not a flow guide" in bound.route
-    assert bound.vectorised
+    assert bound.vectorized
     torch.manual_seed(0)
     found = torch.tensor([bound(Request(100), torch.Generator()).elbo for _ in range(50)])
     expected = hand_elbo(torch.zeros(2), torch.full((2,), 0.3))
@@ -207,7 +207,7 @@ def test_a_guide_that_does_not_broadcast_runs_one_particle_at_a_time():
         pyro.sample("z", dist.Delta(z - z.mean(), event_dim=1))  # the mean over all particles
 
     bound = make_objective(gaussian, guide, (), {})
-    assert not bound.vectorised
+    assert not bound.vectorized
     assert "one particle at a time" in bound.route
 
 
@@ -221,7 +221,7 @@ def test_lists_of_guides_take_the_route_of_traces():
     guide.append(AutoNormal(pyro.poutine.block(model, expose=["b"])))
     guide()
     bound = make_objective(model, guide, (), {})
-    assert bound.vectorised
+    assert bound.vectorized
     assert len(bound.parameters) == len(list(guide.parameters()))
 
 

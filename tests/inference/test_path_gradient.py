@@ -11,8 +11,8 @@ from pyro import infer
 from torch.testing import assert_close
 
 import pyro_flowguides as fg
-from pyro_flowguides.guides.distribution import PathDistribution
-from pyro_flowguides.inference.objectives import DensityObjective
+from pyro_flowguides.guides.path_distribution import PathDistribution
+from pyro_flowguides.inference.density_objective import DensityObjective
 from pyro_flowguides.inference.steps import Request
 from pyro_flowguides.transforms import on_path
 
@@ -201,10 +201,10 @@ def test_unbiased_through_the_density_objective(flow):
 
 
 @pytest.mark.parametrize("elbo", [infer.Trace_ELBO, infer.TraceGraph_ELBO, infer.TraceMeanField_ELBO])
-@pytest.mark.parametrize("vectorised", [True, False], ids=["vectorised", "sequential"])
-def test_unbiased_through_pyros_bounds(elbo, vectorised):
-    particles, repeats = (256, 40) if vectorised else (2, 25)
-    bound = elbo(particles, max_plate_nesting=0, vectorize_particles=vectorised)
+@pytest.mark.parametrize("vectorized", [True, False], ids=["vectorized", "sequential"])
+def test_unbiased_through_pyros_bounds(elbo, vectorized):
+    particles, repeats = (256, 40) if vectorized else (2, 25)
+    bound = elbo(particles, max_plate_nesting=0, vectorize_particles=vectorized)
 
     def estimates(guide):
         def loss():
@@ -222,9 +222,9 @@ def test_unbiased_through_pyros_bounds(elbo, vectorised):
 
 
 @pytest.mark.parametrize("flow", fg.flows.FLOWS)
-@pytest.mark.parametrize("vectorised", [True, False], ids=["vectorised", "sequential"])
-def test_values_of_pyros_bound_are_unchanged(flow, vectorised):
-    bound = infer.Trace_ELBO(4, max_plate_nesting=0, vectorize_particles=vectorised)
+@pytest.mark.parametrize("vectorized", [True, False], ids=["vectorized", "sequential"])
+def test_values_of_pyros_bound_are_unchanged(flow, vectorized):
+    bound = infer.Trace_ELBO(4, max_plate_nesting=0, vectorize_particles=vectorized)
     losses = []
     for path_gradient in (True, False):
         guide = shaken_guide(flow, path_gradient)

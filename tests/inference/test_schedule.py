@@ -12,7 +12,7 @@ def run(schedule, elbo):
     """All steps: (step size, particles) before each."""
     seen = []
     while not schedule.done:
-        seen.append((schedule.rate, schedule.batch))
+        seen.append((schedule.rate, schedule.current_particles))
         schedule.advance(elbo(schedule.step))
         assert schedule.step <= schedule.steps
     return seen
@@ -137,11 +137,11 @@ def test_steps_taken_together_are_those_taken_one_by_one(elbo, gap, most):
     one, other = Schedule(1037, 0.01, 32, 0.01), Schedule(1037, 0.01, 32, 0.01)
     singly = []
     while not one.done:
-        singly.append((one.rate, one.batch, one.refining_since, one.averaging))
+        singly.append((one.rate, one.current_particles, one.refining_since, one.averaging))
         one.advance(elbo(one.step), gap)
     together, calls = [], 0
     while not other.done:
-        common = other.batch, other.refining_since, other.averaging
+        common = other.current_particles, other.refining_since, other.averaging
         rates = other.rates(most)
         assert 1 <= len(rates) <= most
         together += [(rate, *common) for rate in rates]

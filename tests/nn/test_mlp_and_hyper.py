@@ -10,7 +10,7 @@ from pyro_flowguides.nn import MLP, HyperNetwork
 from pyro_flowguides.nn.ordering import as_permutation
 
 
-def randomise(net):
+def randomize(net):
     for parameter in net.parameters():
         torch.nn.init.normal_(parameter)
     return net.double()
@@ -19,7 +19,7 @@ def randomise(net):
 @pytest.mark.parametrize("hidden_dims", [[], [8], [8, 5]], ids=str)
 @pytest.mark.parametrize("inputs", [0, 1, 4])
 def test_is_the_network_it_says(inputs, hidden_dims):
-    net = randomise(MLP(inputs, hidden_dims, 3, activation=torch.tanh))
+    net = randomize(MLP(inputs, hidden_dims, 3, activation=torch.tanh))
     layers = []
     for weight, bias in zip(net.weights, net.biases, strict=True):
         layer = torch.nn.Linear(weight.shape[1], weight.shape[0]) if weight.shape[1] else torch.nn.Identity()
@@ -48,7 +48,7 @@ def test_starts_at_zero_but_not_dead(hidden_dims):
 @pytest.mark.parametrize("inputs", [0, 4])
 def test_shifting_biases_is_a_projection_of_the_context(inputs):
     """Batched biases equal a network that reads the context as further inputs of every layer."""
-    net = randomise(MLP(inputs, [5], 2, activation=torch.tanh))
+    net = randomize(MLP(inputs, [5], 2, activation=torch.tanh))
     projection = torch.randn(5, 3, dtype=torch.float64)
     context = torch.randn(7, 3, dtype=torch.float64)
     x = torch.randn(4, 7, inputs, dtype=torch.float64)
@@ -69,7 +69,7 @@ def test_fold_gives_the_parameters_themselves_without_masks():
 
 
 def test_copies_and_meta():
-    net = randomise(MLP(3, [4], 2))
+    net = randomize(MLP(3, [4], 2))
     x = torch.randn(5, 3, dtype=torch.float64)
     for twin in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
         assert torch.equal(twin(x), net(x))
@@ -98,7 +98,7 @@ def test_hypernetwork_shapes(hidden_dims, batch):
 
 def test_hypernetwork_under_vmap():
     """A scalar output of one context has no dimension at all."""
-    hyper = randomise(HyperNetwork(4, (8,), SHAPES))
+    hyper = randomize(HyperNetwork(4, (8,), SHAPES))
     context = torch.randn(7, 4, dtype=torch.float64)
     for name, value in torch.func.vmap(hyper)(context).items():
         torch.testing.assert_close(value, hyper(context)[name])
@@ -115,8 +115,8 @@ def test_hypernetwork_starts_at_zero_where_it_should(hidden_dims):
     assert values["matrix"].abs().max() < 10
 
 
-def test_linear_amortisation_is_linear():
-    hyper = randomise(HyperNetwork(4, (), {"u": (2, 3)}))
+def test_linear_amortization_is_linear():
+    hyper = randomize(HyperNetwork(4, (), {"u": (2, 3)}))
     x, y = torch.randn(2, 5, 4, dtype=torch.float64)
     origin = hyper(torch.zeros(4, dtype=torch.float64))["u"]
     torch.testing.assert_close(hyper(x + y)["u"] - origin, hyper(x)["u"] + hyper(y)["u"] - 2 * origin)
@@ -124,7 +124,7 @@ def test_linear_amortisation_is_linear():
 
 @pytest.mark.parametrize("hidden_dims", [(), (8,)], ids=str)
 def test_the_scale_is_a_factor_of_every_output(hidden_dims):
-    hyper = randomise(HyperNetwork(4, hidden_dims, SHAPES))
+    hyper = randomize(HyperNetwork(4, hidden_dims, SHAPES))
     context = torch.randn(7, 4, dtype=torch.float64)
     plain = hyper(context)
     hyper.scale = 0.25
@@ -165,7 +165,7 @@ def test_orders_that_are_none():
 @pytest.mark.parametrize("hidden_dims", [(), (8,), (5, 7)], ids=str)
 @pytest.mark.parametrize("batch", [(), (4,), (2, 3)], ids=str)
 def test_pull_back(hidden_dims, batch):
-    net = randomise(MLP(3, hidden_dims, 2))
+    net = randomize(MLP(3, hidden_dims, 2))
     folded = net.fold()
     folded["bias0"] = folded["bias0"] + torch.randn(*batch, 1, dtype=torch.float64)  # a context with batch dimensions
     x = torch.randn(*batch, 3, dtype=torch.float64)

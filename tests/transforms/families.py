@@ -16,16 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from pyro_flowguides import transforms
-from pyro_flowguides.transforms import (
-    AmortisedFlow,
-    Compose,
-    ConditionalCompose,
-    ConditionalFlow,
-    ContextFlow,
-    Flow,
-)
+from pyro_flowguides.transforms import AmortizedFlow, Compose, ConditionalCompose, ConditionalFlow, ContextFlow, Flow
 
-BASES = {AmortisedFlow, Compose, ConditionalCompose, ConditionalFlow, ContextFlow, Flow}
+BASES = {AmortizedFlow, Compose, ConditionalCompose, ConditionalFlow, ContextFlow, Flow}
 CONTEXT_DIM = 3
 
 #: Options that families share, by name, with a value other than the default.
@@ -62,7 +55,7 @@ class Case:
             takes_dim = "input_dim" in inspect.signature(self.formula).parameters
             size = dim if takes_dim else torch.randperm(dim)
             module = self.family(*((size, CONTEXT_DIM) if self.conditional else (size,)), **options, **extra)
-            return module if scale is None else randomise(module, scale)
+            return module if scale is None else randomize(module, scale)
 
     def flow(
         self, dim: int, scale: float | None = None, batch: tuple[int, ...] = (), *, seed: int = 0, **extra: Any
@@ -90,7 +83,7 @@ def at_context(module: Flow | ConditionalFlow, batch: tuple[int, ...] = (), *, s
         return module.condition(torch.randn(*batch, CONTEXT_DIM))
 
 
-def randomise(module: nn.Module, scale: float) -> Any:
+def randomize(module: nn.Module, scale: float) -> Any:
     """Draw every parameter, those of hypernetworks included, from N(0, scale²)."""
     with torch.no_grad():
         for parameter in module.parameters():

@@ -9,15 +9,17 @@ import copy
 import pytest
 import torch
 
-from pyro_flowguides.inference.record import record
+from pyro_flowguides.inference.replay import record
 from pyro_flowguides.nn import made
 from pyro_flowguides.transforms import (
     ConditionalInverseAutoregressive,
     InverseAutoregressive,
     MaskedAutoregressive,
-    autoregressive,
-    solve,
 )
+from pyro_flowguides.transforms import (
+    solvers as solve,
+)
+from pyro_flowguides.transforms.families import autoregressive
 from tests.transforms.families import CASES, DIMS, SCALES, name
 
 AUTOREGRESSIVE = [case for case in CASES if issubclass(case.formula, (InverseAutoregressive, MaskedAutoregressive))]

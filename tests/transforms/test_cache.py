@@ -86,7 +86,7 @@ def adam(parameters, **options):
     return torch.optim.Adam(parameters, lr=0.1, **options)
 
 
-OPTIMISERS = {
+OPTIMIZERS = {
     "fused adam": lambda p: adam(p, fused=True),
     "adam": adam,
     "foreach adam": lambda p: adam(p, foreach=True),
@@ -97,10 +97,10 @@ OPTIMISERS = {
 }
 
 
-@pytest.mark.parametrize(("case", "optimiser"), sample_of(list(OPTIMISERS)))
-def test_not_stale_after_an_optimiser_step(case, optimiser):
+@pytest.mark.parametrize(("case", "optimizer"), sample_of(list(OPTIMIZERS)))
+def test_not_stale_after_an_optimizer_step(case, optimizer):
     flow = case.flow(DIM, 0.5, (4,))
-    steps = OPTIMISERS[optimiser]([p for p in flow.parameters() if p.numel()])
+    steps = OPTIMIZERS[optimizer]([p for p in flow.parameters() if p.numel()])
     x, v = torch.randn(4, DIM), torch.randn(4, DIM)
     y = flow(x)
     loss = (y * v).sum() - flow.log_abs_det_jacobian(x, y).sum()

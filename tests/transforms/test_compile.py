@@ -9,9 +9,11 @@ from pyro_flowguides.transforms import (
     OrthogonalSylvester,
     Planar,
     TriangularSylvester,
-    solve,
 )
-from tests.transforms.families import CONTEXT_DIM, DEFAULT, name, randomise
+from pyro_flowguides.transforms import (
+    solvers as solve,
+)
+from tests.transforms.families import CONTEXT_DIM, DEFAULT, name, randomize
 
 AUTOREGRESSIVE = InverseAutoregressive, MaskedAutoregressive
 
@@ -74,8 +76,8 @@ def test_inverse(case):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*torch._prims_common.check:FutureWarning")  # inductor on its own code
 def test_machine_code():
-    """With the compiler behind, for the flow with the most unusual operation: a QR factorisation."""
-    flow, x = randomise(OrthogonalSylvester(3), 0.5), torch.randn(4, 3)
+    """With the compiler behind, for the flow with the most unusual operation: a QR factorization."""
+    flow, x = randomize(OrthogonalSylvester(3), 0.5), torch.randn(4, 3)
     with torch.no_grad(), torch._inductor.config.patch({"compile_threads": 1, "cpp.simdlen": 1}):
         compiled = torch.compile(flow.forward_and_ladj, fullgraph=True)(x)
     for one, other in zip(compiled, flow.forward_and_ladj(x), strict=True):

@@ -19,7 +19,7 @@ from tests.transforms.families import (
     PLAIN,
     jacobian,
     name,
-    randomise,
+    randomize,
 )
 
 
@@ -46,19 +46,19 @@ def test_the_context_matters_after_a_few_steps_and_not_before(case):
         return (y[0] - y[1]).abs().max().item()
 
     assert spread() <= 1e-6
-    optimiser = torch.optim.Adam(module.parameters(), lr=1e-2)
+    optimizer = torch.optim.Adam(module.parameters(), lr=1e-2)
     for _ in range(3):
         y, ladj = module.condition(contexts).forward_and_ladj(x)
         target = torch.stack([2 + 3 * x.roll(1, -1), -0.5 * x])
         loss = (y - target).square().mean() - 0.1 * ladj.mean()
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
     assert spread() > 1e-6
 
 
 @pytest.mark.parametrize("hidden_dims", [(), (1,)], ids=str)
-def test_a_step_of_adam_moves_amortised_parameters_by_the_root_of_the_number_of_features(hidden_dims):
+def test_a_step_of_adam_moves_amortized_parameters_by_the_root_of_the_number_of_features(hidden_dims):
     """Constant features: n weights move by the learning rate each, and 1/sqrt(n) of their sum reaches the output."""
     moved = []
     for width in (16, 1600):
@@ -67,10 +67,10 @@ def test_a_step_of_adam_moves_amortised_parameters_by_the_root_of_the_number_of_
         for weight, bias in list(zip(flow.hyper.network.weights, flow.hyper.network.biases, strict=True))[:-1]:
             torch.nn.init.zeros_(weight)
             torch.nn.init.ones_(bias)
-        optimiser = torch.optim.Adam([flow.hyper.network.weights[-1]], lr=1e-3)
+        optimizer = torch.optim.Adam([flow.hyper.network.weights[-1]], lr=1e-3)
         context = torch.ones(width)
         flow.hyper(context)["u"].sum().backward()
-        optimiser.step()
+        optimizer.step()
         moved.append(flow.hyper(context)["u"].abs().mean().item())
     assert moved[1] == pytest.approx(10 * moved[0], rel=1e-3)
 
@@ -115,19 +115,19 @@ def test_direction_that_takes_one_pass(case):
 # -- particular families -----------------------------------------------------------------------------------------------
 
 
-def test_act_norm_initialise():
+def test_act_norm_initialize():
     flow = T.ActNorm(3)
     x = torch.randn(50, 4, 3) * torch.tensor([1.0, 10.0, 0.1]) + torch.tensor([3.0, 0.0, -1.0])
-    flow.initialise(x)
+    flow.initialize(x)
     y = flow(x).reshape(-1, 3)
     torch.testing.assert_close(y.mean(0), torch.zeros(3))
     torch.testing.assert_close(y.std(0), torch.ones(3))
     constant = x.clone()
     constant[..., 1] = 7
     with pytest.raises(ValueError, match=r"ActNorm: coordinates \[1\] do not vary in the batch"):
-        flow.initialise(constant)
+        flow.initialize(constant)
     with pytest.raises(ValueError, match=r"ActNorm: coordinates \[0, 1, 2\] do not vary"):
-        flow.initialise(x[0, 0])
+        flow.initialize(x[0, 0])
 
 
 @pytest.mark.parametrize("family", [T.ElementwiseAffine, T.LowerTriangularAffine])
@@ -144,7 +144,7 @@ def test_affine_families_start_where_they_are_told(family):
 
 
 def test_lower_triangular_affine_is_a_cholesky_factor():
-    flow = randomise(T.LowerTriangularAffine(4), 0.5)
+    flow = randomize(T.LowerTriangularAffine(4), 0.5)
     origin = flow.forward_and_ladj(torch.zeros(4))[0]
     matrix = (flow.forward_and_ladj(torch.eye(4))[0] - origin).mT
     torch.testing.assert_close(matrix, matrix.tril())
@@ -152,12 +152,12 @@ def test_lower_triangular_affine_is_a_cholesky_factor():
     assert torch.count_nonzero(matrix) == 10
 
 
-def test_radial_inverse_keeps_its_relative_accuracy_at_the_centre():
+def test_radial_inverse_keeps_its_relative_accuracy_at_the_center():
     """The quadratic for the radius is solved by the formula that does not cancel, for contractions and expansions."""
     for beta in (-3.0, 3.0, 1e9):
         flow = T.Radial(3)
         with torch.no_grad():
-            flow.centre.zero_(), flow.alpha.fill_(5.0), flow.beta.fill_(beta)
+            flow.center.zero_(), flow.alpha.fill_(5.0), flow.beta.fill_(beta)
         for size in (1e-12, 1.0, 1e12):
             x = size * torch.randn(10, 3)
             back = flow.inverse_and_ladj(flow.forward_and_ladj(x)[0])[0]
@@ -165,13 +165,13 @@ def test_radial_inverse_keeps_its_relative_accuracy_at_the_centre():
 
 
 def test_linear_families_are_linear():
-    for flow in (randomise(T.LULinear(4, [2, 0, 3, 1]), 0.5), randomise(T.QRLinear(4), 0.5), T.Householder(4, 4)):
+    for flow in (randomize(T.LULinear(4, [2, 0, 3, 1]), 0.5), randomize(T.QRLinear(4), 0.5), T.Householder(4, 4)):
         x, y = torch.randn(2, 5, 4)
         torch.testing.assert_close(flow(2 * x - 3 * y), 2 * flow(x) - 3 * flow(y))
 
 
 def test_householder_is_a_rotation():
-    flow = randomise(T.Householder(5, 4), 1.0)
+    flow = randomize(T.Householder(5, 4), 1.0)
     matrix = flow.forward_and_ladj(torch.eye(5))[0]
     torch.testing.assert_close(matrix @ matrix.mT, torch.eye(5))
     assert torch.linalg.det(matrix).item() == pytest.approx(1)
@@ -180,11 +180,11 @@ def test_householder_is_a_rotation():
 @pytest.mark.parametrize("family", [T.OrthogonalSylvester, T.HouseholderSylvester, T.TriangularSylvester])
 @pytest.mark.parametrize("bottleneck", [1, 2, 5])
 def test_sylvester_moves_points_within_the_span_of_orthonormal_columns(family, bottleneck):
-    flow = randomise(family(5, bottleneck), 1.0)
+    flow = randomize(family(5, bottleneck), 1.0)
     theta = flow._orthonormal(flow.theta()) if family is T.OrthogonalSylvester else flow.theta()
-    columns = flow._synthesise(torch.eye(bottleneck), theta)
+    columns = flow._synthesize(torch.eye(bottleneck), theta)
     torch.testing.assert_close(columns @ columns.mT, torch.eye(bottleneck))
-    torch.testing.assert_close(flow._analyse(torch.eye(5), theta).mT, columns)
+    torch.testing.assert_close(flow._analyze(torch.eye(5), theta).mT, columns)
     x = torch.randn(20, 5)
     step = flow(x) - x
     torch.testing.assert_close(step @ columns.mT @ columns, step)
@@ -216,7 +216,7 @@ def test_reflections_are_applied_to_vectors(family, options, conditional):
             flow = getattr(T, family)(dim, reflections=4, **options)
         theta = {key: torch.randn(points, *value.shape, requires_grad=True) for key, value in flow.theta().items()}
     else:
-        flow = randomise(getattr(T, family)(dim, reflections=4, **options), 0.3)
+        flow = randomize(getattr(T, family)(dim, reflections=4, **options), 0.3)
         theta = flow.theta()
     x = torch.randn(points, dim, requires_grad=True)
     with Largest() as largest:
@@ -228,7 +228,7 @@ def test_reflections_are_applied_to_vectors(family, options, conditional):
 
 def test_couplings_keep_the_first_half_of_their_order():
     for family in (T.AdditiveCoupling, T.AffineCoupling):
-        flow = randomise(family(5, [8], order=[4, 2, 0, 1, 3]), 1.0)
+        flow = randomize(family(5, [8], order=[4, 2, 0, 1, 3]), 1.0)
         x = torch.randn(7, 5)
         changed = (flow(x) != x).all(0)
         assert changed.tolist() == [True, True, False, True, False]
@@ -238,7 +238,7 @@ def test_couplings_keep_the_first_half_of_their_order():
 
 
 def test_gated_update_matches_its_formula_and_never_shuts():
-    flow = randomise(T.InverseAutoregressive(2, [8], update="gated"), 0.7)
+    flow = randomize(T.InverseAutoregressive(2, [8], update="gated"), 0.7)
     x = torch.randn(6, 2)
     raw, shift = flow.conditioner(x).chunk(2, -1)
     gate, start = torch.sigmoid(4 * torch.tanh(raw / 4) + 2), torch.sigmoid(torch.tensor(2.0))
@@ -261,7 +261,7 @@ def test_at_the_identity_the_shift_is_already_learned(update):
 
 def test_maf_is_the_inverse_of_iaf_with_the_same_weights():
     iaf, maf = T.InverseAutoregressive(4, [16]), T.MaskedAutoregressive(4, [16])
-    maf.load_state_dict(randomise(iaf, 0.5).state_dict())
+    maf.load_state_dict(randomize(iaf, 0.5).state_dict())
     x = torch.randn(6, 4)
     y, ladj = iaf.forward_and_ladj(x)
     back, inverse_ladj = maf.forward_and_ladj(y)

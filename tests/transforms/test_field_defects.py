@@ -11,7 +11,7 @@ from torch.distributions import ComposeTransform
 
 from pyro_flowguides import flows
 from pyro_flowguides import transforms as T
-from tests.transforms.families import CASES, CONDITIONAL, CONTEXT_DIM, PARAMETRIC, jacobian, name, randomise
+from tests.transforms.families import CASES, CONDITIONAL, CONTEXT_DIM, PARAMETRIC, jacobian, name, randomize
 
 SYLVESTER = [T.OrthogonalSylvester, T.HouseholderSylvester, T.TriangularSylvester]
 
@@ -25,13 +25,13 @@ def test_field_01_sylvester_log_det_at_large_weights(family):
     """Off by 1.0 to 1.4 nats in five dimensions at N(0, 1) weights."""
     for seed in range(10):
         torch.default_generator.manual_seed(seed)
-        flow, x = randomise(family(5), 1.0), torch.randn(20, 5)
+        flow, x = randomize(family(5), 1.0), torch.randn(20, 5)
         expected = torch.linalg.slogdet(jacobian(lambda v, flow=flow: flow.forward_and_ladj(v)[0], x)).logabsdet
         torch.testing.assert_close(flow.log_abs_det_jacobian(x, flow(x)), expected, rtol=1e-8, atol=1e-8)
 
 
 def banana(x):
-    """log of 0.05 times a normalised density: log Z = log 0.05."""
+    """log of 0.05 times a normalized density: log Z = log 0.05."""
     bend = x[..., 1:] - x[..., :-1].square()
     return dist.Normal(0.0, 1.0).log_prob(x[..., 0]) + dist.Normal(0.0, 0.5).log_prob(bend).sum(-1) + math.log(0.05)
 
@@ -49,13 +49,13 @@ def test_field_01_elbo_never_exceeds_log_z(variant, trained):
         return banana(y) - standard_normal(dim).log_prob(x) + ladj
 
     if trained:
-        optimiser = torch.optim.Adam(flow.parameters(), lr=0.05)
+        optimizer = torch.optim.Adam(flow.parameters(), lr=0.05)
         for _ in range(100):
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             (-log_weights(64).mean()).backward()
-            optimiser.step()
+            optimizer.step()
     else:
-        randomise(flow, 1.0)
+        randomize(flow, 1.0)
     with torch.no_grad():
         weights = log_weights(20_000)
     error = weights.std().item() / len(weights) ** 0.5
@@ -93,7 +93,7 @@ def test_field_05_no_stale_value_after_an_update_in_place(case):
 @pytest.mark.parametrize("kind", flows.FLOWS)
 def test_field_07_a_recipe_transforms_every_dimension(kind):
     """A stack of couplings without a permutation between them left half of the dimensions as they were."""
-    flow = randomise(flows.FLOWS[kind](4), 0.5)
+    flow = randomize(flows.FLOWS[kind](4), 0.5)
     x = torch.randn(50, 4)
     y, _ = flow.forward_and_ladj(x)
     assert ((y - x).abs().amax(0) > 1e-3).all()
@@ -153,7 +153,7 @@ def test_field_13_every_flow_scores_foreign_points(case):
 def test_field_14_iaf_inverts_in_few_passes_and_in_its_own_dtype(monkeypatch):
     """39.5 s for D = 1024 and 16 points, by one network pass per dimension."""
     flow = T.InverseAutoregressive(1024, [64])
-    randomise(flow, 0.02)
+    randomize(flow, 0.02)
     run, passes = flow.conditioner.run, []
     monkeypatch.setattr(flow.conditioner, "run", lambda *a: passes.append(1) or run(*a))
     x = torch.randn(16, 1024)
@@ -186,18 +186,18 @@ def test_field_15_sylvester_exists_conditionally():
 
 
 def test_field_18_no_nan_at_zero_weights():
-    """Planar at w = 0 (and u = 0), Householder at a zero vector, radial at its centre: values and gradients."""
+    """Planar at w = 0 (and u = 0), Householder at a zero vector, radial at its center: values and gradients."""
     x = torch.randn(4, 3)
-    planar, householder, radial = T.Planar(3), T.Householder(3), randomise(T.Radial(3), 1.0)
+    planar, householder, radial = T.Planar(3), T.Householder(3), randomize(T.Radial(3), 1.0)
     for parameter in ("w", "u"):
-        planar = randomise(T.Planar(3), 1.0)
+        planar = randomize(T.Planar(3), 1.0)
         torch.nn.init.zeros_(getattr(planar, parameter))
         assert_finite(planar, x)
     for parameter in householder.parameters():
         torch.nn.init.zeros_(parameter)
     assert_finite(householder, x)
     assert torch.equal(householder(x), x)
-    assert_finite(radial, radial.centre.detach().expand(4, 3).clone())
+    assert_finite(radial, radial.center.detach().expand(4, 3).clone())
 
 
 def assert_finite(flow, x):

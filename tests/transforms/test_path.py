@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from pyro_flowguides.nn import MADE, made
-from pyro_flowguides.transforms import Compose, InverseAutoregressive, Planar, on_path, solve, sylvester
-from tests.transforms.families import CASES, CONDITIONAL, jacobian, name, randomise
+from pyro_flowguides.transforms import Compose, InverseAutoregressive, Planar, on_path
+from pyro_flowguides.transforms import solvers as solve
+from pyro_flowguides.transforms.families import sylvester
+from tests.transforms.families import CASES, CONDITIONAL, jacobian, name, randomize
 
 DIM = 3
 
@@ -26,7 +28,7 @@ def density(x, ladj):
 
 def flows(case):
     flow = case.flow(DIM, 0.5, (4,))
-    return [flow, Compose([flow, randomise(Planar(DIM), 0.5), flow])]
+    return [flow, Compose([flow, randomize(Planar(DIM), 0.5), flow])]
 
 
 def base(x):

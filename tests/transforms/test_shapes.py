@@ -8,7 +8,7 @@ import torch
 from torch.distributions import ComposeTransform
 
 from pyro_flowguides.transforms import Compose, ConditionalCompose, Planar
-from tests.transforms.families import CASES, CONDITIONAL, CONTEXT_DIM, PLAIN, name, randomise
+from tests.transforms.families import CASES, CONDITIONAL, CONTEXT_DIM, PLAIN, name, randomize
 
 DIM = 3
 DIRECTIONS = ["forward_and_ladj", "inverse_and_ladj"]
@@ -175,7 +175,7 @@ def test_with_cache_shares_the_parameters(case):
 @pytest.mark.parametrize("case", PLAIN, ids=name)
 def test_compose(case):
     """Value and ladj of a composition are those of its parts, in order; also nested, also backwards."""
-    one, other = case.flow(DIM, 0.3, seed=1), randomise(Planar(DIM), 0.5)
+    one, other = case.flow(DIM, 0.3, seed=1), randomize(Planar(DIM), 0.5)
     x = torch.randn(4, DIM)
     middle, first = one.forward_and_ladj(x)
     expected, second = other.forward_and_ladj(middle)
@@ -190,7 +190,7 @@ def test_compose(case):
 
 @pytest.mark.parametrize("case", CONDITIONAL, ids=name)
 def test_conditional_compose_takes_plain_parts(case):
-    plain, conditional = randomise(Planar(DIM), 0.5), case.build(DIM, 0.3)
+    plain, conditional = randomize(Planar(DIM), 0.5), case.build(DIM, 0.3)
     context, x = torch.randn(4, CONTEXT_DIM), torch.randn(4, DIM)
     y, ladj = ConditionalCompose([plain, conditional]).condition(context).forward_and_ladj(x)
     middle, first = plain.forward_and_ladj(x)

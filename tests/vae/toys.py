@@ -7,7 +7,7 @@ from torch import nn
 from torch.distributions import MultivariateNormal, constraints
 
 from pyro_flowguides.vae import VAE, StandardNormal
-from pyro_flowguides.vae.likelihoods import Likelihood
+from pyro_flowguides.vae.decoders.likelihoods import Likelihood
 
 NOISE = 0.5
 
@@ -29,7 +29,7 @@ class Gaussian(Likelihood):
     def sample(self, params):
         return params[..., 0] + NOISE * torch.randn_like(params[..., 0])
 
-    def standardise(self, x):
+    def standardize(self, x):
         return x
 
 

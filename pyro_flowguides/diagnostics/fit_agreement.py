@@ -1,0 +1,113 @@
+"""Whether independent fits of one posterior tell the same story."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from pyro_flowguides.diagnostics.moments import Moments, log_sd_difference, mean_difference, moments
+
+Draws = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """The largest differences between the fits of one posterior, over all pairs of fits and all coordinates.
+
+    Attributes:
+        mean_difference: difference of two means, in posterior standard deviations.
+        log_sd_difference: difference of the logarithms of two standard deviations.
+        mean_site: the site at which the means differ most.
+        log_sd_site: the site at which the standard deviations differ most.
+        num_fits: number of fits that were compared.
+    """
+
+    mean_difference: float
+    log_sd_difference: float
+    mean_site: str
+    log_sd_site: str
+    num_fits: int = 2
+
+    @property
+    def worst(self) -> float:
+        """The larger of the two differences."""
+        return max(self.mean_difference, self.log_sd_difference)
+
+    @property
+    def worst_site(self) -> str:
+        """The site of the larger of the two differences."""
+        return self.mean_site if self.mean_difference >= self.log_sd_difference else self.log_sd_site
+
+    def __str__(self) -> str:
+        return (
+            f"{self.num_fits} fits: means within {self.mean_difference:.2f} sd (worst at '{self.mean_site}'), "
+            f"log sd within {self.log_sd_difference:.2f} (worst at '{self.log_sd_site}')"
+        )
+
+
+def agreement(draws_a: Draws, draws_b: Draws, *more: Draws) -> Agreement:
+    r"""Compare the draws of fits that were made independently of each other, best after :func:`importance_resample`.
+
+    The largest, over all coordinates and all pairs of fits, of
+
+    .. math:: \frac{|m_a - m_b|}{\sqrt{(s_a^2 + s_b^2)/2}} \quad\text{and}\quad |\log s_a - \log s_b|,
+
+    where m and s are mean and standard deviation. A fit that has lost a mode cannot see it in its own weights; fits
+    that have lost different modes see it in each other. The differences carry Monte-Carlo noise of about
+    :math:`\sqrt{2/n}` with n (effective) draws each.
+
+    Args:
+        draws_a: draws of one fit: site -> (S, ...).
+        draws_b: draws of another, with the same sites; the number of draws may differ.
+        *more: draws of further fits.
+
+    Raises:
+        ValueError: if the fits do not have the same sites and shapes, a fit has fewer than two draws, or there are no
+            sites.
+
+    References:
+        Y. Yao, A. Vehtari, A. Gelman (2022). Stacking for non-mixing Bayesian computations. arXiv:2006.12335: what
+        independent runs show that one run cannot.
+
+    Example:
+        >>> import torch
+        >>> _ = torch.manual_seed(0)
+        >>> left, right = torch.randn(1000) - 5, torch.randn(1000) + 5  # each fit has found one of two modes
+        >>> agreement({"z": left}, {"z": right}).mean_difference > 5
+        True
+    """
+    fits = [draws_a, draws_b, *more]
+    if not draws_a:
+        raise ValueError("there are no sites to compare")
+    summaries = [_summary(draws) for draws in fits]
+    for summary in summaries[1:]:
+        _check_same_sites(summaries[0], summary)
+    differences = [difference for pair in itertools.combinations(summaries, 2) for difference in _differences(*pair)]
+    by_mean = max(differences, key=lambda difference: difference[0])
+    by_log_sd = max(differences, key=lambda difference: difference[1])
+    return Agreement(by_mean[0], by_log_sd[1], by_mean[2], by_log_sd[2], len(fits))
+
+
+def _summary(draws: Draws) -> Moments:
+    for site, value in draws.items():
+        if value.dim() == 0 or value.shape[0] < 2:
+            raise ValueError(f"site '{site}' has fewer than two draws")
+    return moments(draws)
+
+
+def _check_same_sites(first: Moments, second: Moments) -> None:
+    if first.keys() != second.keys():
+        raise ValueError(f"the fits have different sites: {sorted(first)} and {sorted(second)}")
+    for site in first:
+        if first[site][0].shape != second[site][0].shape:
+            raise ValueError(f"site '{site}' has different shapes in two fits")
+
+
+def _differences(first: Moments, second: Moments) -> Iterator[tuple[float, float, str]]:
+    for site, here in first.items():
+        there = second[site]
+        pooled = ((here[1].square() + there[1].square()) / 2).sqrt()
+        yield mean_difference(here, there, pooled), log_sd_difference(here, there), site

@@ -1,0 +1,97 @@
+"""Log densities of traces, one number for each draw."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from pyro.infer.traceenum_elbo import _compute_model_factors
+from pyro.ops import packed
+from pyro.ops.contract import contract_tensor_tree
+from pyro.poutine.trace_struct import Trace
+from pyro.poutine.util import prune_subsample_sites, site_is_factor
+from torch import Tensor
+
+from pyro_flowguides.programs.traces import (
+    DRAWS_PLATE,
+    Layout,
+    NotVectorizedError,
+    Site,
+    is_deterministic,
+    sample_sites,
+)
+
+
+def joint_log_prob(trace: Trace, layout: Layout) -> Tensor:
+    """Log density of all sites of a trace for each draw, shape (S,).
+
+    A value outside the support of its site has log density minus infinity, whatever formula its distribution uses.
+    """
+    total = torch.zeros(layout.num_draws, dtype=torch.float64)
+    for _, site in scored_sites(trace):
+        total = total + layout.total(site["log_prob"])
+    return total
+
+
+def marginal_log_prob(trace: Trace, layout: Layout) -> Tensor:
+    """As ``joint_log_prob``, with the enumerated sites summed out by tensor variable elimination, shape (S,).
+
+    Raises:
+        NotVectorizedError: if a factor of the marginal density does not depend on the draw.
+    """
+    trace = prune_subsample_sites(trace)
+    for _ in scored_sites(trace):
+        pass
+    trace.pack_tensors()
+    is_single = layout.num_draws == 1  # packing drops a plate of size one
+    symbol = "" if is_single else trace.plate_to_symbol[DRAWS_PLATE]
+    total = torch.zeros(layout.num_draws, dtype=torch.float64)
+    for term in _marginal_terms(trace):
+        if symbol not in term._pyro_dims:
+            raise NotVectorizedError("a factor of the marginal density does not depend on the draw")
+        total = total + torch.einsum(f"{term._pyro_dims}->{symbol}", [term.cpu().double()])
+    return total
+
+
+def _marginal_terms(trace: Trace) -> list[Any]:
+    costs, factors, _, sum_dims, scale = _compute_model_factors(trace, Trace())
+    terms = [term for group in costs.values() for term in group]
+    for group in contract_tensor_tree(OrderedDict(factors), sum_dims).values():
+        terms += [packed.scale_and_mask(term, scale=scale) for term in group]
+    return terms
+
+
+def scored_sites(trace: Trace) -> Iterator[tuple[str, Site]]:
+    """Go through the sites of a trace that carry density, with their log densities filled in."""
+    trace.compute_log_prob()
+    for name, site in sample_sites(trace):
+        if is_deterministic(site):
+            continue
+        if not site_is_factor(site):  # type: ignore[arg-type]
+            _respect_support(site)
+        yield name, site
+
+
+def _respect_support(site: Site) -> None:
+    outside = _outside_support(site)
+    if outside is None or site["mask"] is False:
+        return
+    if isinstance(site["mask"], Tensor):
+        outside = outside & site["mask"]
+    for key in ("log_prob", "unscaled_log_prob"):
+        site[key] = site[key].masked_fill(outside, -torch.inf)
+
+
+def _outside_support(site: Site) -> Tensor | None:
+    """Where a value lies outside its support, in the shape of its batch; ``None`` if the support cannot be asked."""
+    fn, value = site["fn"], site["value"]
+    try:
+        outside = ~fn.support.check(value)
+    except (NotImplementedError, AttributeError, ValueError):
+        return None
+    if value.is_floating_point():  # NaN stays NaN
+        undefined = value.isnan()
+        outside = outside & ~(undefined.flatten(-fn.event_dim).any(-1) if fn.event_dim else undefined)
+    return outside

@@ -1,0 +1,77 @@
+"""Permutations of the coordinates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pyro_flowguides.nn.ordering import as_permutation
+from pyro_flowguides.transforms.flow import Flow, Known, Theta
+
+__all__ = ["Permute", "Reverse", "permute", "reverse"]
+
+
+class Permute(Flow):
+    r"""A fixed permutation of the coordinates, saved and moved with the flow it is part of.
+
+    .. math:: y_i = x_{\pi_i}, \qquad \log|\det J| = 0
+
+    Cost: O(D) in both directions.
+
+    Args:
+        permutation: :math:`\pi`, a permutation of ``range(D)``.
+
+    Shapes:
+        input, output ``(..., D)``; ladj ``(...)``.
+
+    Raises:
+        ValueError: if it is not a permutation.
+
+    Example:
+        >>> import torch
+        >>> from pyro_flowguides.transforms import Permute
+        >>> Permute([2, 0, 1])(torch.tensor([10.0, 11.0, 12.0]))
+        tensor([12., 10., 11.])
+    """
+
+    permutation: Tensor
+    rank: Tensor
+
+    def __init__(self, permutation: Sequence[int] | Tensor, *, cache_size: int = 1) -> None:
+        super().__init__(len(permutation), cache_size=cache_size)
+        order = as_permutation(type(self).__name__, self.input_dim, permutation)
+        self.register_buffer("permutation", order)
+        self.register_buffer("rank", order.argsort())
+
+    def _push(self, x: Tensor, theta: Theta) -> tuple[Tensor, Tensor]:
+        return x[..., self.permutation], x.new_zeros(())
+
+    def _pull(self, y: Tensor, theta: Theta, known: Known = None) -> tuple[Tensor, Tensor]:
+        return y[..., self.rank], y.new_zeros(())
+
+
+class Reverse(Permute):
+    """The coordinates in reverse order: the usual permutation between autoregressive layers.
+
+    Args:
+        input_dim: D.
+
+    Example:
+        >>> import torch
+        >>> from pyro_flowguides.transforms import Reverse
+        >>> Reverse(3)(torch.tensor([1.0, 2.0, 3.0]))
+        tensor([3., 2., 1.])
+    """
+
+    def __init__(self, input_dim: int, *, cache_size: int = 1) -> None:
+        super().__init__(range(input_dim)[::-1], cache_size=cache_size)
+
+
+def permute(input_dim: int, permutation: Sequence[int] | Tensor | None = None) -> Permute:
+    """A :class:`Permute`, random unless the permutation is given."""
+    return Permute(torch.randperm(input_dim) if permutation is None else permutation)
+
+
+reverse = Reverse
