@@ -1,88 +1,76 @@
-"""Recipes: one builder per kind of flow, all with one signature, and their registry.
+"""Recipes: one builder per kind of flow, all with one signature.
 
 A builder returns the whole composed flow: a :class:`~pyro_flowguides.transforms.Compose`, or with ``context_dim > 0``
-a :class:`~pyro_flowguides.transforms.ConditionalCompose` to be conditioned on a context. Layers that see coordinates in
-an order alternate between the natural and the reversed one, inside the layer, so that every recipe starts at the
-identity.
+a :class:`~pyro_flowguides.transforms.ConditionalCompose`, whose ``condition(context)`` is the flow for a context.
+Layers that treat coordinates in an order alternate between the natural and the reversed one. The order is part of the
+layer, so every recipe starts at the identity.
 """
 
 from __future__ import annotations
 
-import difflib
+import inspect
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeAlias
+from typing import TypeAlias, cast
 
+from torch import Tensor
 from torch.nn.functional import silu
 
 from pyro_flowguides import transforms as T
-from pyro_flowguides.transforms import Compose, ConditionalCompose, ConditionalFlow, Flow
+from pyro_flowguides.flow_registry import FLOWS, Builder, Layer, Recipe, check_options, get_flow, register
+from pyro_flowguides.transforms import Compose, ConditionalCompose, Flow
 
-__all__ = ["FLOWS", "get_flow", "iaf", "maf", "nice", "planar", "radial", "realnvp", "sylvester"]
+__all__ = ["FLOWS", "Builder", "Layer", "Recipe", "check_options", "get_flow", "register"]
 
-Builder: TypeAlias = Callable[..., Flow | ConditionalFlow]
+Activation: TypeAlias = Callable[[Tensor], Tensor]
 
 #: Hidden widths of the conditioners of autoregressive and coupling layers.
 HIDDEN_DIMS = (64, 64)
 
 
-def _compose(parts: Iterable[Flow | ConditionalFlow], context_dim: int) -> Flow | ConditionalFlow:
-    return ConditionalCompose(parts) if context_dim else Compose(parts)  # type: ignore[arg-type]
-
-
-def _layers(kind: str, depth: int) -> range:
-    if depth < 1:
-        raise ValueError(f"{kind}: depth must be at least 1, got {depth}")
-    return range(depth)
-
-
-def _order(input_dim: int, layer: int) -> range:
-    """The natural order for even layers, the reversed for odd ones."""
-    return range(input_dim) if layer % 2 == 0 else range(input_dim)[::-1]
-
-
-def _amortized(
-    family: type[T.AmortizedFlow],
-    input_dim: int,
-    context_dim: int,
-    hidden_dims: Sequence[int] | None = None,
-    **options: Any,
-) -> Flow | ConditionalFlow:
-    """A layer whose parameters a context, if there is one, amortizes; ``hidden_dims`` are the hypernetwork's."""
-    if context_dim:
-        return family(input_dim, context_dim, hidden_dims or (), **options)
-    return family.family(input_dim, **options)
-
-
-def _alternating(
-    kind: str,
-    family: type[T.ContextFlow],
+def _layers(
+    recipe: str,
+    family: type[T.AmortizedFlow | T.ContextFlow],
     input_dim: int,
     context_dim: int,
     depth: int,
     hidden_dims: Sequence[int] | None,
-    options: dict[str, Any],
-) -> list[Flow | ConditionalFlow]:
-    """Layers with conditioner networks of width ``hidden_dims``, the order of the coordinates alternating."""
-    shared = {"hidden_dims": HIDDEN_DIMS if hidden_dims is None else hidden_dims, "activation": silu, **options}
-    layers: list[Flow | ConditionalFlow] = []
-    for layer in _layers(kind, depth):
-        arguments = {"order": _order(input_dim, layer), **shared}
-        layers.append(
-            family(input_dim, context_dim, **arguments) if context_dim else family.family(input_dim, **arguments)
-        )
-    return layers
+    **options: object,
+) -> list[Layer]:
+    """Build ``depth`` layers of a conditional family, or without a context of the family behind it.
+
+    ``hidden_dims`` are the widths of the conditioners, or of the hypernetworks where the context amortizes all
+    parameters. Layers that take an ``order`` alternate between the natural and the reversed one.
+    """
+    if depth < 1:
+        raise ValueError(f"{recipe}: depth must be at least 1, got {depth}")
+    if issubclass(family, T.ContextFlow):
+        options["hidden_dims"] = HIDDEN_DIMS if hidden_dims is None else hidden_dims
+    elif context_dim:
+        options["hidden_dims"] = hidden_dims or ()
+    build = cast("Builder", family if context_dim else family.family)
+    sizes = (input_dim, context_dim) if context_dim else (input_dim,)
+    if "order" not in inspect.signature(family.family).parameters:
+        return [build(*sizes, **options) for _ in range(depth)]
+    orders = [range(input_dim), range(input_dim)[::-1]]
+    return [build(*sizes, order=orders[place % 2], **options) for place in range(depth)]
 
 
-def planar(
-    input_dim: int, context_dim: int = 0, *, depth: int = 8, hidden_dims: Sequence[int] | None = None
-) -> Flow | ConditionalFlow:
-    """Planar layers (Rezende & Mohamed 2015).
+def _compose(layers: Iterable[Layer], context_dim: int) -> Layer:
+    return ConditionalCompose(layers) if context_dim else Compose(cast("Iterable[Flow]", layers))
+
+
+# -- recipes -----------------------------------------------------------------------------------------------------------
+
+
+@register("Planar")
+def planar(input_dim: int, context_dim: int = 0, *, depth: int = 8, hidden_dims: Sequence[int] | None = None) -> Layer:
+    """Build a flow of planar layers (Rezende & Mohamed 2015).
 
     Args:
         input_dim: D.
         context_dim: width of the context, 0 for none.
         depth: number of layers.
-        hidden_dims: hidden layers of the hypernetworks (none: linear amortization); unused without a context.
+        hidden_dims: hidden widths of the hypernetworks that read the context (default: none, linear amortization).
 
     Raises:
         ValueError: if ``depth < 1`` or ``input_dim < 1``.
@@ -92,27 +80,38 @@ def planar(
         >>> fg.flows.planar(3, depth=4)(torch.randn(5, 3)).shape
         torch.Size([5, 3])
     """
-    layers = [_amortized(T.ConditionalPlanar, input_dim, context_dim, hidden_dims) for _ in _layers("planar", depth)]
-    return _compose(layers, context_dim)
+    return _compose(_layers("planar", T.ConditionalPlanar, input_dim, context_dim, depth, hidden_dims), context_dim)
 
 
-def radial(
-    input_dim: int, context_dim: int = 0, *, depth: int = 8, hidden_dims: Sequence[int] | None = None
-) -> Flow | ConditionalFlow:
-    """Radial layers (Rezende & Mohamed 2015); arguments as for :func:`planar`.
+@register("Radial")
+def radial(input_dim: int, context_dim: int = 0, *, depth: int = 8, hidden_dims: Sequence[int] | None = None) -> Layer:
+    """Build a flow of radial layers (Rezende & Mohamed 2015).
+
+    Args:
+        input_dim: D.
+        context_dim: width of the context, 0 for none.
+        depth: number of layers.
+        hidden_dims: hidden widths of the hypernetworks that read the context (default: none, linear amortization).
+
+    Raises:
+        ValueError: if ``depth < 1`` or ``input_dim < 1``.
 
     Example:
         >>> import torch, pyro_flowguides as fg
         >>> fg.flows.radial(3, context_dim=2).condition(torch.randn(5, 2))(torch.randn(5, 3)).shape
         torch.Size([5, 3])
     """
-    layers = [_amortized(T.ConditionalRadial, input_dim, context_dim, hidden_dims) for _ in _layers("radial", depth)]
-    return _compose(layers, context_dim)
+    return _compose(_layers("radial", T.ConditionalRadial, input_dim, context_dim, depth, hidden_dims), context_dim)
 
 
-SYLVESTER_VARIANTS = ("orthogonal", "householder", "triangular")
+SYLVESTER_VARIANTS: dict[str, type[T.AmortizedFlow]] = {
+    "orthogonal": T.ConditionalOrthogonalSylvester,
+    "householder": T.ConditionalHouseholderSylvester,
+    "triangular": T.ConditionalTriangularSylvester,
+}
 
 
+@register("Sylvester")
 def sylvester(
     input_dim: int,
     context_dim: int = 0,
@@ -121,21 +120,25 @@ def sylvester(
     hidden_dims: Sequence[int] | None = None,
     variant: str = "orthogonal",
     bottleneck: int | None = None,
-    **options: Any,
-) -> Flow | ConditionalFlow:
-    """Sylvester layers (van den Berg et al. 2018).
+    reflections: int | None = None,
+) -> Layer:
+    """Build a flow of Sylvester layers (van den Berg et al. 2018).
+
+    The other variants are :class:`~pyro_flowguides.transforms.HouseholderSylvester` and
+    :class:`~pyro_flowguides.transforms.TriangularSylvester`, whose layers alternate the order of the coordinates.
 
     Args:
         input_dim: D.
         context_dim: width of the context, 0 for none.
         depth: number of layers.
-        hidden_dims: hidden layers of the hypernetworks (none: linear amortization); unused without a context.
-        variant: "orthogonal", "householder" or "triangular".
-        bottleneck: M ≤ D; by default the smaller of D and 32.
-        **options: ``reflections`` for the Householder variant.
+        hidden_dims: hidden widths of the hypernetworks that read the context (default: none, linear amortization).
+        variant: where Q comes from: "orthogonal", "householder" or "triangular".
+        bottleneck: M ≤ D (default: the smaller of D and 32).
+        reflections: number of Householder reflections, even (default 4); only for the variant "householder".
 
     Raises:
-        ValueError: for an unknown variant, a bottleneck outside 1..D, ``depth < 1`` or ``input_dim < 1``.
+        ValueError: for an unknown variant, a bottleneck outside 1..D, reflections that are odd or of another variant,
+            ``depth < 1`` or ``input_dim < 1``.
 
     Example:
         >>> import torch, pyro_flowguides as fg
@@ -143,86 +146,117 @@ def sylvester(
         torch.Size([5, 3])
     """
     if variant not in SYLVESTER_VARIANTS:
-        raise ValueError(f"sylvester: variant must be one of {SYLVESTER_VARIANTS}, got {variant!r}")
-    family = getattr(T, f"Conditional{variant.capitalize()}Sylvester")
-    options["bottleneck"] = min(input_dim, 32) if bottleneck is None else bottleneck
-    layers = []
-    for layer in _layers("sylvester", depth):
-        if variant == "triangular":
-            options["order"] = _order(input_dim, layer)
-        layers.append(_amortized(family, input_dim, context_dim, hidden_dims, **options))
-    return _compose(layers, context_dim)
+        raise ValueError(f"sylvester: variant must be one of {tuple(SYLVESTER_VARIANTS)}, got {variant!r}")
+    options = {"bottleneck": min(input_dim, 32) if bottleneck is None else bottleneck}
+    if reflections is not None:
+        if variant != "householder":
+            raise ValueError(f"sylvester: the variant {variant!r} has no reflections, only 'householder' does")
+        options["reflections"] = reflections
+    family = SYLVESTER_VARIANTS[variant]
+    return _compose(_layers("sylvester", family, input_dim, context_dim, depth, hidden_dims, **options), context_dim)
 
 
+@register("IAF")
 def iaf(
     input_dim: int,
     context_dim: int = 0,
     *,
     depth: int = 3,
     hidden_dims: Sequence[int] | None = None,
-    **options: Any,
-) -> Flow | ConditionalFlow:
-    """Inverse autoregressive layers (Kingma et al. 2016), the order reversed between them.
+    update: str = "affine",
+    activation: Activation | None = None,
+    lowest_degree: int | None = None,
+) -> Layer:
+    """Build a flow of inverse autoregressive layers (Kingma et al. 2016).
+
+    Every other layer takes the coordinates in reversed order.
 
     Args:
         input_dim: D.
         context_dim: width of the context, 0 for none.
         depth: number of layers.
-        hidden_dims: widths of each layer's MADE (default 64, 64).
-        **options: ``update`` ("affine", "gated" or "shift") and ``activation``, see
-            :class:`~pyro_flowguides.transforms.InverseAutoregressive`.
+        hidden_dims: hidden widths of each layer's MADE (default 64, 64).
+        update: the map of one coordinate, "affine", "gated" or "shift".
+        activation: elementwise nonlinearity of the MADEs (default SiLU).
+        lowest_degree: lowest degree of a hidden unit. 0 includes units that read no coordinate, only the context
+            (default: 1, with a context 0).
 
     Raises:
-        ValueError: if ``depth < 1`` or ``input_dim < 1``.
+        ValueError: for an unknown update, ``depth < 1`` or ``input_dim < 1``.
 
     Example:
         >>> import torch, pyro_flowguides as fg
         >>> fg.flows.iaf(3, depth=2, hidden_dims=[16], update="gated")(torch.randn(5, 3)).shape
         torch.Size([5, 3])
     """
-    layers = _alternating(
-        "iaf", T.ConditionalInverseAutoregressive, input_dim, context_dim, depth, hidden_dims, options
-    )
-    return _compose(layers, context_dim)
+    options = _made_options(update, activation, lowest_degree)
+    family = T.ConditionalInverseAutoregressive
+    return _compose(_layers("iaf", family, input_dim, context_dim, depth, hidden_dims, **options), context_dim)
 
 
+@register("MAF")
 def maf(
     input_dim: int,
     context_dim: int = 0,
     *,
     depth: int = 3,
     hidden_dims: Sequence[int] | None = None,
-    **options: Any,
-) -> Flow | ConditionalFlow:
-    """Masked autoregressive layers (Papamakarios et al. 2017), the order reversed between them.
+    update: str = "affine",
+    activation: Activation | None = None,
+    lowest_degree: int | None = None,
+) -> Layer:
+    """Build a flow of masked autoregressive layers (Papamakarios et al. 2017).
 
-    Arguments as for :func:`iaf`. Drawing from it is the slow direction: as a posterior prefer :func:`iaf`.
+    Every other layer takes the coordinates in reversed order. Drawing is the expensive direction: prefer :func:`iaf`
+    for a posterior, unless draws of other distributions must be scored.
+
+    Args:
+        input_dim: D.
+        context_dim: width of the context, 0 for none.
+        depth: number of layers.
+        hidden_dims: hidden widths of each layer's MADE (default 64, 64).
+        update: the map of one coordinate, "affine", "gated" or "shift".
+        activation: elementwise nonlinearity of the MADEs (default SiLU).
+        lowest_degree: lowest degree of a hidden unit. 0 includes units that read no coordinate, only the context
+            (default: 1, with a context 0).
+
+    Raises:
+        ValueError: for an unknown update, ``depth < 1`` or ``input_dim < 1``.
 
     Example:
         >>> import torch, pyro_flowguides as fg
         >>> fg.flows.maf(3).inv(torch.randn(5, 3)).shape
         torch.Size([5, 3])
     """
-    layers = _alternating("maf", T.ConditionalMaskedAutoregressive, input_dim, context_dim, depth, hidden_dims, options)
-    return _compose(layers, context_dim)
+    options = _made_options(update, activation, lowest_degree)
+    family = T.ConditionalMaskedAutoregressive
+    return _compose(_layers("maf", family, input_dim, context_dim, depth, hidden_dims, **options), context_dim)
 
 
+def _made_options(update: str, activation: Activation | None, lowest_degree: int | None) -> dict[str, object]:
+    options: dict[str, object] = {"update": update, "activation": activation or silu}
+    return options if lowest_degree is None else {**options, "lowest_degree": lowest_degree}
+
+
+@register("NICE")
 def nice(
     input_dim: int,
     context_dim: int = 0,
     *,
     depth: int = 6,
     hidden_dims: Sequence[int] | None = None,
-    **options: Any,
-) -> Flow | ConditionalFlow:
-    """Additive couplings of alternating halves and a final elementwise scale (Dinh et al. 2015).
+    activation: Activation | None = None,
+) -> Layer:
+    """Build a flow of additive couplings and a final elementwise scale (Dinh et al. 2015).
+
+    Couplings alternate between the two halves of the coordinates.
 
     Args:
         input_dim: D.
         context_dim: width of the context, 0 for none.
         depth: number of couplings.
-        hidden_dims: widths of each coupling's network (default 64, 64).
-        **options: ``activation`` (default SiLU).
+        hidden_dims: hidden widths of each coupling's network (default 64, 64).
+        activation: elementwise nonlinearity of the networks (default SiLU).
 
     Raises:
         ValueError: if ``depth < 1`` or ``input_dim < 1``.
@@ -232,56 +266,42 @@ def nice(
         >>> fg.flows.nice(4, depth=2)(torch.randn(5, 4)).shape
         torch.Size([5, 4])
     """
-    layers = _alternating("nice", T.ConditionalAdditiveCoupling, input_dim, context_dim, depth, hidden_dims, options)
-    scale = _amortized(T.ConditionalElementwiseAffine, input_dim, context_dim)
-    return _compose([*layers, scale], context_dim)
+    family, options = T.ConditionalAdditiveCoupling, {"activation": activation or silu}
+    couplings = _layers("nice", family, input_dim, context_dim, depth, hidden_dims, **options)
+    scale = _layers("nice", T.ConditionalElementwiseAffine, input_dim, context_dim, 1, None)
+    return _compose([*couplings, *scale], context_dim)
 
 
+@register("RealNVP")
 def realnvp(
     input_dim: int,
     context_dim: int = 0,
     *,
     depth: int = 6,
     hidden_dims: Sequence[int] | None = None,
-    **options: Any,
-) -> Flow | ConditionalFlow:
-    """Affine couplings of alternating halves (Dinh et al. 2017); arguments as for :func:`nice`.
+    activation: Activation | None = None,
+) -> Layer:
+    """Build a flow of affine couplings (Dinh et al. 2017).
+
+    Couplings alternate between the two halves of the coordinates.
+
+    Args:
+        input_dim: D.
+        context_dim: width of the context, 0 for none.
+        depth: number of couplings.
+        hidden_dims: hidden widths of each coupling's network (default 64, 64).
+        activation: elementwise nonlinearity of the networks (default SiLU).
+
+    Raises:
+        ValueError: if ``depth < 1`` or ``input_dim < 1``.
 
     Example:
         >>> import torch, pyro_flowguides as fg
         >>> fg.flows.realnvp(4, context_dim=2).condition(torch.randn(5, 2))(torch.randn(5, 4)).shape
         torch.Size([5, 4])
     """
-    layers = _alternating("realnvp", T.ConditionalAffineCoupling, input_dim, context_dim, depth, hidden_dims, options)
-    return _compose(layers, context_dim)
+    family, options = T.ConditionalAffineCoupling, {"activation": activation or silu}
+    return _compose(_layers("realnvp", family, input_dim, context_dim, depth, hidden_dims, **options), context_dim)
 
 
-#: Every kind of flow by name: what autoguides, comparisons, tests and benchmarks iterate over.
-FLOWS: dict[str, Builder] = {
-    "planar": planar,
-    "radial": radial,
-    "sylvester": sylvester,
-    "iaf": iaf,
-    "maf": maf,
-    "nice": nice,
-    "realnvp": realnvp,
-}
-
-
-def get_flow(flow: str | Builder) -> Builder:
-    """The builder of a registered name; a builder is returned as it is.
-
-    Raises:
-        ValueError: for an unknown name, with the nearest known one.
-
-    Example:
-        >>> from pyro_flowguides.flows import get_flow, iaf
-        >>> get_flow("iaf") is iaf
-        True
-    """
-    if callable(flow):
-        return flow
-    if flow in FLOWS:
-        return FLOWS[flow]
-    near = difflib.get_close_matches(str(flow).lower(), FLOWS, n=1, cutoff=0.0)
-    raise ValueError(f"unknown flow {flow!r}: did you mean {near[0]!r}? Known flows: {', '.join(FLOWS)}")
+__all__ += FLOWS
