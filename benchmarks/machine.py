@@ -1,4 +1,4 @@
-"""What a benchmark ran on."""
+"""The machine that a benchmark ran on."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ import platform
 from functools import cache
 from pathlib import Path
 
+__all__ = ["processor"]
+
 
 @cache
 def processor() -> str:
-    """The processor's name, as far as the system tells it, and the number of cores."""
+    """Return the name of the processor, or its architecture where the system gives no name, and the number of cores."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
     model = next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.machine())

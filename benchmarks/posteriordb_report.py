@@ -1,116 +1,120 @@
-"""The table and the plot of benchmarks/posteriordb.py, from its CSV file."""
+"""Tables and figure of benchmarks/posteriordb.py, made from its CSV file."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import pandas as pd
 from matplotlib.figure import Figure
+from tables import markdown_table
 
 from pyro_flowguides.flows import FLOWS
 
-#: What a fit is expected to reach.
+#: A fit reaches the targets if its gap, k-hat and errors are at most these.
 GAP, KHAT, ERROR = 0.1, 0.7, 0.1
-#: The error from which on a posterior must not be called good.
-DISHONEST = 0.3
-#: Standard errors by which one estimate of the evidence must exceed another to show that that one missed something.
-CLEARLY = 4.0
-TEXTS = ("posterior", "guide", "limit", "mean_at", "log_sd_at", "verdict", "note", "date", "hardware", "versions")
-#: The plot's least gap: less is noise.
-LEAST_GAP = 1e-3
-MOST_KHAT = 1.5
+#: The largest error at which the verdict may be "good".
+LARGEST_GOOD_ERROR = 0.3
+#: An estimate of the evidence that lies this many standard errors below another one has missed a mode.
+CLEAR_DIFFERENCE = 4.0
+TEXT_COLUMNS = ["posterior", "guide", "limit", "mean_at", "log_sd_at"]
+TEXT_COLUMNS += ["verdict", "note", "date", "hardware", "versions"]
+#: Limits of the axes of the figure: smaller gaps are noise.
+SMALLEST_GAP, LARGEST_KHAT = 1e-3, 1.5
+VERDICTS = ("good", "usable with importance resampling", "do not trust")
 
 
 def read(path: Path) -> pd.DataFrame:
-    """All finished fits and chains with the budgets that are reported, and what follows from comparing them."""
-    table = pd.read_csv(path, dtype=dict.fromkeys(TEXTS, str))
-    table[list(TEXTS)] = table[list(TEXTS)].fillna("")
+    """Read all finished fits and chains with the reported budgets; add the columns gap, worst error and violation."""
+    table = pd.read_csv(path, dtype=dict.fromkeys(TEXT_COLUMNS, str))
+    table[TEXT_COLUMNS] = table[TEXT_COLUMNS].fillna("")
     table["is_chain"] = table["guide"].str.contains("NUTS")
     reported = table[table["is_chain"] | ~table["limit"].str.endswith("steps")]
     table = (reported if len(reported) else table).copy()
     best = {name: best_log_evidence(rows) for name, rows in table[~table["is_chain"]].groupby("posterior")}
     table["gap"] = table["posterior"].map(best).astype(float) - table["elbo"]
     table["worst"] = table[["mean_error", "log_sd_error"]].max(axis=1)
-    table["violation"] = (table["verdict"] == "good") & ~(table["worst"] <= DISHONEST)
+    table["violation"] = (table["verdict"] == "good") & ~(table["worst"] <= LARGEST_GOOD_ERROR)
     return table
 
 
 def best_log_evidence(rows: pd.DataFrame) -> float:
-    """The most certain importance-sampling estimate of log Z among all guides of one posterior.
+    """Return the most certain importance-sampling estimate of log Z among all guides of one posterior.
 
-    Of estimates with a k-hat below the threshold, that with the smallest standard error; but none that lies clearly
-    below another one, since weights that miss a mode are even and too small. Where no k-hat is below the threshold,
-    the estimate with the smallest k-hat.
+    Among the estimates with a k-hat below the threshold, the one with the smallest standard error wins. Estimates
+    clearly below another one do not take part: the weights of a guide that misses a mode are even, but too small. If no
+    k-hat is below the threshold, the smallest k-hat wins.
     """
-    known = rows[rows["log_evidence"].map(math.isfinite)]
-    if known.empty:
+    finite = rows[rows["log_evidence"].map(math.isfinite)]
+    if finite.empty:
         return math.nan
-    sure = known[known["khat"] < KHAT]
-    if sure.empty:
-        return float(known.sort_values("khat")["log_evidence"].iloc[0])
+    reliable = finite[finite["khat"] < KHAT]
+    if reliable.empty:
+        return float(finite.sort_values("khat")["log_evidence"].iloc[0])
 
-    def is_complete(one: pd.Series) -> bool:
-        joint = (sure["log_evidence_se"] ** 2 + one["log_evidence_se"] ** 2) ** 0.5
-        return not (sure["log_evidence"] - one["log_evidence"] > CLEARLY * joint).any()
+    def is_complete(row: pd.Series) -> bool:
+        joint_error = (reliable["log_evidence_se"] ** 2 + row["log_evidence_se"] ** 2) ** 0.5
+        return not (reliable["log_evidence"] - row["log_evidence"] > CLEAR_DIFFERENCE * joint_error).any()
 
-    complete = sure[sure.apply(is_complete, axis=1)]
+    complete = reliable[reliable.apply(is_complete, axis=1)]
     return float(complete.sort_values("log_evidence_se")["log_evidence"].iloc[0])
 
 
 # -- text --------------------------------------------------------------------------------------------------------------
 
 
-def criteria(rows: pd.DataFrame) -> dict[str, pd.Series]:
-    """What a fit is held to: whether each row reaches it."""
-    return {
-        f"gap ≤ {GAP}": rows["gap"] <= GAP,
-        f"k-hat < {KHAT}": rows["khat"] < KHAT,
-        f"mean ≤ {ERROR}": rows["mean_error"] <= ERROR,
-        f"log sd ≤ {ERROR}": rows["log_sd_error"] <= ERROR,
-    }
+CRITERIA: dict[str, Callable[[pd.DataFrame], pd.Series]] = {
+    f"gap ≤ {GAP}": lambda rows: rows["gap"] <= GAP,
+    f"k-hat < {KHAT}": lambda rows: rows["khat"] < KHAT,
+    f"mean ≤ {ERROR}": lambda rows: rows["mean_error"] <= ERROR,
+    f"log sd ≤ {ERROR}": lambda rows: rows["log_sd_error"] <= ERROR,
+}
+
+
+def meets_all(rows: pd.DataFrame) -> pd.Series:
+    """Return which rows meet all criteria."""
+    return pd.concat([is_met(rows) for is_met in CRITERIA.values()], axis=1).all(axis=1)
+
+
+def _count(is_met: Callable[[pd.DataFrame], pd.Series], rows: pd.DataFrame) -> str:
+    return str(int(is_met(rows).sum()))
+
+
+#: The columns of :func:`counts`, from the rows of one guide.
+COUNTS: dict[str, Callable[[pd.DataFrame], str]] = {
+    "run": lambda rows: str(len(rows)),
+    **{name: partial(_count, is_met) for name, is_met in CRITERIA.items()},
+    "all four": partial(_count, meets_all),
+    "median s": lambda rows: f"{rows['seconds'].median():.1f}",
+    "longest s": lambda rows: f"{rows['seconds'].max():.1f}",
+    "median CPU s": lambda rows: f"{rows['cpu_seconds'].median():.1f}",
+    "longest CPU s": lambda rows: f"{rows['cpu_seconds'].max():.1f}",
+    "verdict good / usable / no": lambda rows: " / ".join(str((rows["verdict"] == kind).sum()) for kind in VERDICTS),
+    "failed": partial(_count, lambda rows: rows["verdict"] == "failed"),
+    "violations": partial(_count, lambda rows: rows["violation"]),
+}
 
 
 def counts(table: pd.DataFrame) -> str:
-    """How many posteriors each guide manages, and what it takes."""
+    """Return a table of how many posteriors each guide manages, and in what time."""
     fits = table[~table["is_chain"]]
-    header = [
-        *criteria(fits),
-        "all four",
-        "median s",
-        "longest s",
-        "verdict good / usable / no",
-        "failed",
-        "violations",
-    ]
-    lines = [_line(["guide", "run", *header]), "|---" * (len(header) + 2) + "|"]
-    for guide, rows in _groups(fits, "guide"):
-        reached = criteria(rows)
-        together = pd.concat(reached.values(), axis=1).all(axis=1)
-        verdicts = rows["verdict"].value_counts()
-        cells = [str(int(column.sum())) for column in [*reached.values(), together]]
-        for column in ("seconds", "cpu_seconds"):
-            known = rows[column].dropna()
-            cells += [f"{known.median():.1f}", f"{known.max():.1f}"]
-        kinds = ("good", "usable with importance resampling", "do not trust")
-        cells += [" / ".join(str(verdicts.get(kind, 0)) for kind in kinds)]
-        cells += [str(verdicts.get("failed", 0)), str(int(rows["violation"].sum()))]
-        lines.append(_line([guide, str(len(rows)), *cells]))
-    return "\n".join(lines)
+    cells = [[guide, *(cell(rows) for cell in COUNTS.values())] for guide, rows in _groups(fits, "guide")]
+    return markdown_table(["guide", *COUNTS], cells)
 
 
 def gaps(table: pd.DataFrame) -> str:
-    """The gap of every fit: posteriors down, guides across."""
+    """Return a table of all gaps: posteriors down, guides across."""
     fits = table[~table["is_chain"]]
     guides = [guide for guide, _ in _groups(fits, "guide")]
-    lines = [_line(["posterior", *guides]), "|---" * (len(guides) + 1) + "|"]
+    lines = []
     for posterior, rows in _groups(fits, "posterior"):
         by_guide = {row["guide"]: _gap_cell(row) for row in rows.to_dict("records")}
-        lines.append(_line([posterior, *(by_guide.get(guide, "not run") for guide in guides)]))
-    return "\n".join(lines)
+        lines.append([posterior, *(by_guide.get(guide, "not run") for guide in guides)])
+    return markdown_table(["posterior", *guides], lines)
 
 
 def _gap_cell(row: dict[str, Any]) -> str:
@@ -120,7 +124,8 @@ def _gap_cell(row: dict[str, Any]) -> str:
     return f"**{text}**" if row["gap"] <= GAP else text
 
 
-COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
+#: The columns of :func:`details`, from one row.
+DETAILS: dict[str, Callable[[dict[str, Any]], str]] = {
     "guide": lambda row: row["guide"],
     "gap": lambda row: f"{_number(row['gap'], 3)} ± {_number(row['elbo_se'], 3)}",
     "k-hat": lambda row: _number(row["khat"], 2),
@@ -138,19 +143,19 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
 
 
 def details(table: pd.DataFrame) -> str:
-    """All numbers of every fit, posterior after posterior."""
+    """Return all numbers of every fit, posterior by posterior."""
     parts = []
     for posterior, rows in _groups(table, "posterior"):
-        lines = [f"### {posterior}", "", _line(COLUMNS), "|---" * len(COLUMNS) + "|"]
-        for row in rows[~rows["is_chain"]].to_dict("records"):
-            if row["verdict"] == "failed":
-                lines.append(_line([row["guide"], f"failed: {row['note']}", *[""] * (len(COLUMNS) - 2)]))
-            else:
-                lines.append(_line(cell(row) for cell in COLUMNS.values()))
-        for row in rows[rows["is_chain"]].to_dict("records"):
-            lines += ["", f"{row['guide']}: {_chain(row)}"]
-        parts.append("\n".join(lines))
+        fits = rows[~rows["is_chain"]].to_dict("records")
+        parts += [f"### {posterior}", markdown_table(list(DETAILS), map(_detail_cells, fits))]
+        parts += [f"{row['guide']}: {_chain(row)}" for row in rows[rows["is_chain"]].to_dict("records")]
     return "\n\n".join(parts)
+
+
+def _detail_cells(row: dict[str, Any]) -> list[str]:
+    if row["verdict"] == "failed":
+        return [row["guide"], f"failed: {row['note']}", *[""] * (len(DETAILS) - 2)]
+    return [cell(row) for cell in DETAILS.values()]
 
 
 def _chain(row: dict[str, Any]) -> str:
@@ -164,9 +169,9 @@ def _chain(row: dict[str, Any]) -> str:
 
 
 def summary(table: pd.DataFrame) -> str:
-    """What is said at the end of a run."""
+    """Return the text printed at the end of a run."""
     wrong = table[table["violation"]]
-    lines = [counts(table), "", f"Called good with an error above {DISHONEST}: {len(wrong)}"]
+    lines = [counts(table), "", f"Called good with an error above {LARGEST_GOOD_ERROR}: {len(wrong)}"]
     lines += [
         f"  {row['posterior']}, {row['guide']}: mean {row['mean_error']:.2f}, log sd {row['log_sd_error']:.2f}"
         for row in wrong.to_dict("records")
@@ -175,7 +180,7 @@ def summary(table: pd.DataFrame) -> str:
 
 
 def document(table: pd.DataFrame) -> str:
-    """The Markdown that the documentation includes."""
+    """Return the Markdown that the documentation includes."""
     ran = " to ".join(sorted({table["date"].min(), table["date"].max()}))
     about = f"Run on {ran}; {'; '.join(_unique(table['hardware']))}; {'; '.join(_unique(table['versions']))}; float64."
     return "\n\n".join(
@@ -193,10 +198,6 @@ def document(table: pd.DataFrame) -> str:
     )
 
 
-def _line(cells: Iterable[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
 def _number(value: float, digits: int) -> str:
     if math.isnan(value):
         return "–"
@@ -208,7 +209,7 @@ def _unique(values: Iterable[str]) -> list[str]:
 
 
 def _groups(table: pd.DataFrame, column: str) -> list[tuple[str, pd.DataFrame]]:
-    """Groups in the order of their first rows; posteriors in that of their names."""
+    """Return the groups in the order of their first rows; posteriors in the order of their names."""
     return [(str(name), rows) for name, rows in table.groupby(column, sort=column == "posterior")]
 
 
@@ -216,7 +217,7 @@ def _groups(table: pd.DataFrame, column: str) -> list[tuple[str, pd.DataFrame]]:
 
 
 def plot(table: pd.DataFrame, path: Path) -> None:
-    """Gap and k-hat of every fit, with what they are held to."""
+    """Plot gap and k-hat of every fit, with their targets."""
     fits = table[~table["is_chain"] & (table["verdict"] != "failed")]
     posteriors = [name for name, _ in _groups(fits, "posterior")]
     figure = Figure(figsize=(11, 1.5 + 0.6 * len(posteriors)), layout="constrained")
@@ -228,13 +229,13 @@ def plot(table: pd.DataFrame, path: Path) -> None:
         heights = [posteriors.index(name) + offset for name in rows["posterior"]]
         marker = "o" if guide in FLOWS else "s"
         style = {"color": colors(place % 20), "marker": marker, "s": 22, "label": guide}
-        left.scatter(rows["gap"].clip(lower=LEAST_GAP), heights, **style)
-        right.scatter(rows["khat"].clip(upper=MOST_KHAT), heights, **style)
+        left.scatter(rows["gap"].clip(lower=SMALLEST_GAP), heights, **style)
+        right.scatter(rows["khat"].clip(upper=LARGEST_KHAT), heights, **style)
     left.set_xscale("log")
     left.axvline(GAP, color="grey", linewidth=0.8)
     right.axvline(KHAT, color="grey", linewidth=0.8)
     left.set_xlabel("gap to the best log evidence, nats")
-    right.set_xlabel(f"k-hat (beyond {MOST_KHAT}: at the edge)")
+    right.set_xlabel(f"k-hat (at the edge: beyond {LARGEST_KHAT})")
     left.set_yticks(range(len(posteriors)), posteriors)
     left.invert_yaxis()
     for axes in (left, right):
@@ -245,7 +246,7 @@ def plot(table: pd.DataFrame, path: Path) -> None:
 
 
 def write(table: pd.DataFrame, folder: Path) -> None:
-    """``posteriordb_table.md`` and ``posteriordb.png`` in ``folder``."""
+    """Write ``posteriordb_table.md`` and ``posteriordb.png`` to ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "posteriordb_table.md").write_text(document(table), encoding="utf-8")
     plot(table, folder / "posteriordb.png")

@@ -1,27 +1,39 @@
-"""Results that grow row by row, so that an interrupted program goes on where it stopped."""
+"""CSV files that grow row by row, so that an interrupted program can resume."""
 
 from __future__ import annotations
 
 import csv
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+
+__all__ = ["append_row", "read_rows"]
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a CSV file, as text; none where there is no file."""
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """Return the rows of a CSV file, or an empty list if there is no such file."""
     if not path.is_file():
         return []
     with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
-def append_row(path: Path, row: Mapping[str, Any]) -> None:
-    """Add a row; the first one brings the header with it."""
+def append_row(path: Path, row: Mapping[str, object]) -> None:
+    """Append a row to a CSV file. The first row also writes the header.
+
+    Raises:
+        ValueError: if the file has other columns than the row.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     is_new = not path.is_file()
+    if not is_new and _columns(path) != list(row):
+        raise ValueError(f"{path} has the columns {_columns(path)}, the new row {list(row)}: write to another file")
     with path.open("a", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(row))
         if is_new:
             writer.writeheader()
         writer.writerow(row)
+
+
+def _columns(path: Path) -> list[str]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return next(csv.reader(file), [])
