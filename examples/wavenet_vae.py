@@ -21,7 +21,7 @@ import torch
 from pyro.infer import SVI, Trace_ELBO
 from torch import Tensor
 
-from pyro_flowguides.vae import MODELS, VLAE, Autoregressive
+from pyro_flowguides.vae import MODELS, VLAE, AutoregressiveDistribution
 
 LENGTH, STRIDE, LATENT_DIM = 96, 8, 8
 #: Receptive field 16.
@@ -97,7 +97,7 @@ def main() -> None:
 
 def _alone(vae: VLAE, x: Tensor) -> Tensor:
     """The exact log density of the network that ignores z."""
-    return Autoregressive(vae.network, vae.pixels).log_prob(x)
+    return AutoregressiveDistribution(vae.network, vae.pixels).log_prob(x)
 
 
 if __name__ == "__main__":

@@ -7,4 +7,7 @@ from pyro_flowguides.vae.networks import *  # noqa: F403
 from pyro_flowguides.vae.training import *  # noqa: F403
 
 __all__ = ["decoders", "models", "networks", "training"]
-__all__ += [*decoders.__all__, *models.__all__, *networks.__all__, *training.__all__]
+__all__ += decoders.__all__
+__all__ += models.__all__
+__all__ += networks.__all__
+__all__ += training.__all__

@@ -1,14 +1,10 @@
 """Likelihoods, autoregressive networks over images and sequences, and the distributions made from them."""
 
 from pyro_flowguides.vae.decoders.agnostic_made import AgnosticMADE
-from pyro_flowguides.vae.decoders.autoregressive_distribution import (
-    Autoregressive,
-    IndependentChannels,
-    PixelLikelihood,
-    PixelLogisticMixture,
-)
+from pyro_flowguides.vae.decoders.autoregressive_distribution import AutoregressiveDistribution
 from pyro_flowguides.vae.decoders.autoregressive_network import AutoregressiveNetwork
 from pyro_flowguides.vae.decoders.causal_conv import MaskedConv2d, PaddedConv2d
+from pyro_flowguides.vae.decoders.decoder_registry import DECODERS, make_decoder
 from pyro_flowguides.vae.decoders.gated_pixelcnn import GatedPixelCNN
 from pyro_flowguides.vae.decoders.likelihoods import (
     LIKELIHOODS,
@@ -18,15 +14,17 @@ from pyro_flowguides.vae.decoders.likelihoods import (
     DiscretizedLogisticMixture,
     Likelihood,
 )
+from pyro_flowguides.vae.decoders.pixel_likelihoods import IndependentChannels, PixelLikelihood, PixelLogisticMixture
 from pyro_flowguides.vae.decoders.pixelcnn import PixelCNN
 from pyro_flowguides.vae.decoders.pixelcnnpp import PixelCNNPlusPlus
 from pyro_flowguides.vae.decoders.pixelrnn import DiagonalBiLSTM, PixelRNN, RowLSTM
 from pyro_flowguides.vae.decoders.wavenet import WaveNet
 
 __all__ = [
+    "DECODERS",
     "LIKELIHOODS",
     "AgnosticMADE",
-    "Autoregressive",
+    "AutoregressiveDistribution",
     "AutoregressiveNetwork",
     "Bernoulli",
     "Categorical",
@@ -45,4 +43,5 @@ __all__ = [
     "PixelRNN",
     "RowLSTM",
     "WaveNet",
+    "make_decoder",
 ]

@@ -1,22 +1,17 @@
-"""Gated PixelCNN: a vertical and a horizontal stack, without blind spot."""
+"""Gated PixelCNN: a vertical and a horizontal stack, without a blind spot."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import cast
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pyro_flowguides.vae.decoders.autoregressive_network import AutoregressiveNetwork, Canvas, ContextProjection, Draw
-from pyro_flowguides.vae.decoders.causal_conv import (
-    CachedWindow,
-    FullMap,
-    MaskedConv2d,
-    PaddedConv2d,
-    shift_down,
-    spread,
-)
+from pyro_flowguides.vae.decoders.causal_conv import MaskedConv2d, PaddedConv2d, shift_down, split_reach
+from pyro_flowguides.vae.decoders.context_projection import ContextProjection
+from pyro_flowguides.vae.decoders.map_regions import MapRegion
+from pyro_flowguides.vae.decoders.two_stack_network import TwoStackNetwork
 
 __all__ = ["GatedPixelCNN"]
 
@@ -27,43 +22,44 @@ def _gate(h: Tensor) -> Tensor:
 
 
 class _Layer(nn.Module):
-    """One gated layer of both stacks; the first reads the image, the others features."""
+    """One gated layer of both stacks; the first layer reads the image, the others read features."""
 
     def __init__(
         self, channels: int, filters: int, reach: int, features: int, maps: int, groups: int, *, first: bool
     ) -> None:
         super().__init__()
-        # The first layer sees the image shifted down by one row: of its rows, one less is above.
-        self.down = PaddedConv2d(channels, 2 * filters, reach - first, reach, reach)
-        self.across = MaskedConv2d(channels, 2 * filters, 0, reach, groups=groups, strict=first)
-        self.between = nn.Conv2d(2 * filters, 2 * filters, 1)
+        # The first layer reads the image shifted down by one row, so that its kernel covers one row less above.
+        self.vertical_conv = PaddedConv2d(channels, 2 * filters, reach - first, reach, reach)
+        self.horizontal_conv = MaskedConv2d(channels, 2 * filters, 0, reach, groups=groups, strict=first)
+        self.vertical_to_horizontal = nn.Conv2d(2 * filters, 2 * filters, 1)
         self.mix = MaskedConv2d(filters, filters, groups=groups)
-        self.given_above = None if first else ContextProjection(features, maps, 2 * channels)
-        self.given = ContextProjection(features, maps, 2 * filters)
+        self.vertical_context_projection = None if first else ContextProjection(features, maps, 2 * channels)
+        self.context_projection = ContextProjection(features, maps, 2 * filters)
 
-    def vertical(self, v: Tensor, place: FullMap | CachedWindow) -> Tensor:
-        """The vertical stack after this layer, before its gate; the first layer reads the image itself."""
-        if self.given_above is None:
-            return place.read(self.down, v)
-        return place.conv(self.down, _gate(v + place.context(self.given_above)))
+    def vertical(self, v: Tensor, region: MapRegion) -> Tensor:
+        """Return the vertical stack after this layer, before its gate."""
+        if self.vertical_context_projection is None:
+            return region.apply_to_map(self.vertical_conv, v)
+        return region.apply(self.vertical_conv, _gate(v + region.context(self.vertical_context_projection)))
 
-    def horizontal(self, h: Tensor, seen: Tensor, place: FullMap | CachedWindow) -> Tensor:
-        """The residual of the horizontal stack."""
-        across = (place.read if self.given_above is None else place.conv)(self.across, h)
-        return place.conv(self.mix, _gate(across + place.crop(seen) + place.context(self.given)))
+    def horizontal(self, h: Tensor, above: Tensor, region: MapRegion) -> Tensor:
+        """Return the residual of the horizontal stack."""
+        reads_image = self.vertical_context_projection is None
+        across = (region.apply_to_map if reads_image else region.apply)(self.horizontal_conv, h)
+        return region.apply(self.mix, _gate(across + region.crop(above) + region.context(self.context_projection)))
 
 
-class GatedPixelCNN(AutoregressiveNetwork):
+class GatedPixelCNN(TwoStackNetwork[list[Tensor]]):
     r"""Gated PixelCNN: convolutions with multiplicative gates in two stacks.
 
     .. math::
         y = \tanh(W_f * x + V_f c) \odot \sigma(W_g * x + V_g c)
 
-    The vertical stack v sees the rows strictly above and all their columns, the horizontal stack h the current row to
-    the left and, through a 1×1 convolution in every layer, v: together all earlier pixels in reach. h is residual.
+    The vertical stack v reads all columns of the rows strictly above. The horizontal stack h is residual and reads the
+    current row to the left and, through a 1×1 convolution in every layer, v: together all earlier pixels within reach.
 
-    A pixel (i, j) sees exactly the rows i − reach … i − 1 at the columns j − reach … j + reach, and j − reach … j − 1
-    of row i: no blind spot. ``reach`` is shared out over ``depth`` layers as evenly as possible.
+    A pixel (i, j) reads exactly the columns j − reach … j + reach of the rows i − reach … i − 1, and the columns
+    j − reach … j − 1 of row i: there is no blind spot. ``reach`` is split over ``depth`` layers as evenly as possible.
 
     Cost: one pass for the density. :meth:`generate` evaluates the vertical stack once per row, for the whole row, and
     the horizontal stack once per pixel (once per channel with ``groups``) from cached maps: about the arithmetic of one
@@ -71,16 +67,19 @@ class GatedPixelCNN(AutoregressiveNetwork):
 
     Args:
         shape: ``(channels, height, width)``.
-        outputs: numbers per pixel.
+        outputs: number of parameters per pixel.
         filters: channels of the hidden layers, a multiple of ``groups``.
-        reach: how far a pixel sees.
+        reach: total reach, in pixels.
         depth: number of gated layers.
-        features: global features, read by every layer.
-        maps: maps as large as the image, read by every layer.
-        groups: see :class:`AutoregressiveNetwork`.
+        features: number of global features, read by every layer.
+        maps: number of maps of the size of the image, read by every layer.
+        groups: 1 or the number of channels; see :class:`AutoregressiveNetwork`.
 
     Shapes:
         x ``(B, *shape)`` -> ``(B, outputs, height, width)``.
+
+    Raises:
+        ValueError: if a size is not positive, or ``filters`` is not a multiple of ``groups``.
 
     References:
         A. van den Oord, N. Kalchbrenner, O. Vinyals, L. Espeholt, A. Graves, K. Kavukcuoglu (2016). Conditional image
@@ -88,7 +87,7 @@ class GatedPixelCNN(AutoregressiveNetwork):
 
     Example:
         >>> import torch
-        >>> from pyro_flowguides.vae.decoders import GatedPixelCNN
+        >>> from pyro_flowguides.vae import GatedPixelCNN
         >>> net = GatedPixelCNN((3, 8, 8), outputs=3 * 256, filters=12, reach=3, depth=2, features=5, groups=3)
         >>> net(torch.zeros(2, 3, 8, 8), features=torch.randn(2, 5)).shape
         torch.Size([2, 768, 8, 8])
@@ -109,37 +108,25 @@ class GatedPixelCNN(AutoregressiveNetwork):
         super().__init__(shape, outputs, features, maps, groups)
         self._check_width("filters", filters)
         self.reach = reach
-        self.layers: Any = nn.ModuleList(
+        layers = nn.ModuleList(
             _Layer(shape[0] if i == 0 else filters, filters, each, features, maps, groups, first=i == 0)
-            for i, each in enumerate(spread(reach, depth))
+            for i, each in enumerate(split_reach("GatedPixelCNN", reach, depth))
         )
+        self.layers = cast("Sequence[_Layer]", layers)
         self.hidden = MaskedConv2d(filters, filters, groups=groups)
         self.last = MaskedConv2d(filters, outputs, groups=groups)
 
-    def _vertical(self, x: Tensor, place: FullMap | CachedWindow) -> list[Tensor]:
-        """What the horizontal stack reads of the vertical one, by layer."""
-        v, seen = shift_down(x), []
+    def vertical(self, x: Tensor, region: MapRegion) -> list[Tensor]:
+        """Return what each layer of the horizontal stack reads from the vertical stack."""
+        v, above = shift_down(x), []
         for layer in self.layers:
-            v = layer.vertical(v, place)
-            seen.append(layer.between(v))
-        return seen
+            v = layer.vertical(v, region)
+            above.append(layer.vertical_to_horizontal(v))
+        return above
 
-    def _horizontal(self, x: Tensor, seen: list[Tensor], place: FullMap | CachedWindow) -> Tensor:
-        h = self.layers[0].horizontal(x, seen[0], place)
-        for layer, read in zip(list(self.layers)[1:], seen[1:], strict=True):
-            h = h + layer.horizontal(h, read, place)
-        return place.conv(self.last, F.relu(place.conv(self.hidden, F.relu(h))))
-
-    def evaluate(self, x: Tensor, contexts: dict[nn.Module, Tensor]) -> Tensor:
-        everywhere = FullMap(contexts)
-        return self._horizontal(x, self._vertical(x, everywhere), everywhere)
-
-    def _fill(self, canvas: Canvas, draw: Draw, contexts: dict[nn.Module, Tensor]) -> None:
-        size, (height, width) = len(canvas.values), self.shape[1:]
-        whole_row, pixel = CachedWindow(size, height, width, contexts), CachedWindow(size, height, width, contexts)
-        for row in range(height):
-            seen = self._vertical(canvas.inputs, whole_row.move(row, 0, width))
-            for column in range(width):
-                pixel.move(row, column, column + 1)
-                for step in self.steps_at((row, column)):
-                    canvas.put(step, draw(self._horizontal(canvas.inputs, seen, pixel)[..., 0, 0]))
+    def horizontal(self, x: Tensor, above: list[Tensor], region: MapRegion) -> Tensor:
+        first, *others = self.layers
+        h = first.horizontal(x, above[0], region)
+        for layer, features in zip(others, above[1:], strict=True):
+            h = h + layer.horizontal(h, features, region)
+        return region.apply(self.last, F.relu(region.apply(self.hidden, F.relu(h))))

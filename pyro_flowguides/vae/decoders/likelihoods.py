@@ -1,10 +1,10 @@
-"""What a decoder's output means: the distribution of data given its parameters."""
+"""The distribution of data given the parameters that a decoder computes."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, ClassVar
+from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 import torch
 from pyro.distributions.torch_distribution import TorchDistribution
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 from torch.nn import functional as F
 
-from pyro_flowguides.transforms.bounds import soft_bound
+from pyro_flowguides.vae.decoders.logistic_pixels import bounded_log_scale, draw_pixel, pixel_log_prob, pixel_mean
 
 __all__ = [
     "LIKELIHOODS",
@@ -21,18 +21,15 @@ __all__ = [
     "DiscretizedLogistic",
     "DiscretizedLogisticMixture",
     "Likelihood",
-    "Observation",
+    "LikelihoodDistribution",
     "get_likelihood",
 ]
 
-#: Largest absolute log-scale, approached smoothly, of a logistic whose values lie in [-1, 1].
-LOG_SCALE_BOUND = 7.0
-
 
 class Likelihood(nn.Module):
-    """The distribution of one value of the data, given the numbers that the decoder emits for it.
+    """The distribution of one value of the data, given the parameters that the decoder computes for it.
 
-    Every value (pixel and channel, or coordinate) is independent of the others given its parameters.
+    Given its parameters, every value (a channel of a pixel, or a coordinate) is independent of the others.
 
     Shapes:
         params ``(..., parameters_per_value)``; x ``(...)``; the leading dimensions of both broadcast.
@@ -43,31 +40,31 @@ class Likelihood(nn.Module):
     low: ClassVar[float]
     high: ClassVar[float]
     support: ClassVar[constraints.Constraint]
-    #: What the data must be, in words.
-    wanted: ClassVar[str]
+    #: The values that the data may have, and how to convert others, for error messages.
+    expected_data: ClassVar[str]
 
     def log_prob(self, params: Tensor, x: Tensor) -> Tensor:
-        """The log probability of each value, ``(...)``."""
+        """Return the log probability of each value, ``(...)``."""
         raise NotImplementedError
 
     def mean(self, params: Tensor) -> Tensor:
-        """The expectation of each value, in the data's units, ``(...)``."""
+        """Return the expectation of each value, in the units of the data, ``(...)``."""
         raise NotImplementedError
 
     def sample(self, params: Tensor) -> Tensor:
-        """A draw of each value, ``(...)``."""
+        """Draw each value, ``(...)``."""
         raise NotImplementedError
 
     def standardize(self, x: Tensor) -> Tensor:
-        """The data as networks want to see them."""
+        """Scale data for use as network inputs."""
         raise NotImplementedError
 
-    def distribution(self, params: Tensor) -> Observation:
-        """The same as a Pyro distribution with one batch dimension per dimension of the data."""
-        return Observation(self, params)
+    def distribution(self, params: Tensor) -> LikelihoodDistribution:
+        """Return a Pyro distribution with one batch dimension per dimension of the data."""
+        return LikelihoodDistribution(self, params)
 
     def check(self, x: Tensor) -> None:
-        """Look at every value of the data.
+        """Check that all values of the data are in the support.
 
         Raises:
             ValueError: if a value is outside the support; the message names the remedy.
@@ -75,17 +72,17 @@ class Likelihood(nn.Module):
         if x.numel() and not bool(self.support.check(x).all()):
             low, high = x.min().item(), x.max().item()
             raise ValueError(
-                f"{type(self).__name__}: the data must be {self.wanted}; got {x.dtype} in [{low:g}, {high:g}]"
+                f"{type(self).__name__}: the data must be {self.expected_data}; got {x.dtype} in [{low:g}, {high:g}]"
                 f"{'' if math.isfinite(low + high) else ' with values that are not finite'}"
             )
 
 
-class Observation(TorchDistribution):
-    """A likelihood at given parameters as a Pyro distribution.
+class LikelihoodDistribution(TorchDistribution):
+    """A likelihood with given parameters, as a Pyro distribution.
 
     Args:
-        likelihood: whose formulas are used.
-        params: ``(..., parameters_per_value)``; the batch shape is the leading part.
+        likelihood: the formulas.
+        params: ``(..., parameters_per_value)``; the leading dimensions are the batch shape.
 
     Example:
         >>> import torch
@@ -94,7 +91,7 @@ class Observation(TorchDistribution):
         torch.Size([5])
     """
 
-    arg_constraints: ClassVar[dict[str, Any]] = {}
+    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
 
     def __init__(self, likelihood: Likelihood, params: Tensor, *, validate_args: bool | None = None) -> None:
         self.likelihood, self.params = likelihood, params
@@ -108,16 +105,16 @@ class Observation(TorchDistribution):
     def mean(self) -> Tensor:
         return self.likelihood.mean(self.params)
 
-    def expand(self, batch_shape: Any, _instance: Any = None) -> Observation:
+    def expand(self, batch_shape: Sequence[int], _instance: object = None) -> LikelihoodDistribution:
         params = self.params.expand((*batch_shape, self.params.shape[-1]))
-        return Observation(self.likelihood, params, validate_args=self._validate_args)
+        return LikelihoodDistribution(self.likelihood, params, validate_args=self._validate_args)
 
     def log_prob(self, value: Tensor) -> Tensor:
         if self._validate_args:
             self._validate_sample(value)
         return self.likelihood.log_prob(self.params, value)
 
-    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008  torch's own default
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         with torch.no_grad():
             return self.likelihood.sample(self.params.expand((*sample_shape, *self.params.shape)))
 
@@ -139,7 +136,7 @@ class Bernoulli(Likelihood):
     parameters_per_value = 1
     low, high = 0.0, 1.0
     support = constraints.unit_interval
-    wanted = "bits or numbers in [0, 1]: divide 8-bit pixels by 255"
+    expected_data = "bits or numbers in [0, 1]: divide 8-bit pixels by 255"
 
     def log_prob(self, params: Tensor, x: Tensor) -> Tensor:
         logits = params[..., 0]
@@ -155,18 +152,18 @@ class Bernoulli(Likelihood):
         return x
 
 
-class _Pixels(Likelihood):
-    """Integers 0..255, of any dtype."""
+class _PixelValues(Likelihood):
+    """A distribution over the integers 0..255, of any dtype."""
 
     low, high = 0.0, 255.0
     support = constraints.integer_interval(0, 255)
-    wanted = "whole numbers 0..255 (of any dtype): multiply intensities in [0, 1] by 255 and round"
+    expected_data = "whole numbers 0..255 (of any dtype): multiply intensities in [0, 1] by 255 and round"
 
     def standardize(self, x: Tensor) -> Tensor:
         return x / 127.5 - 1
 
 
-class Categorical(_Pixels):
+class Categorical(_PixelValues):
     r"""A free distribution over the 256 values of a pixel: 256 logits per value.
 
     .. math:: \log p(x) = l_x - \log \sum_{k=0}^{255} e^{l_k}
@@ -192,48 +189,14 @@ class Categorical(_Pixels):
         return torch.distributions.Categorical(logits=params).sample().to(params.dtype)
 
 
-def _log_scale(raw: Tensor) -> Tensor:
-    return soft_bound(raw, LOG_SCALE_BOUND)
-
-
-def _log_interval(x: Tensor, loc: Tensor, log_scale: Tensor) -> Tensor:
-    """The log mass that a logistic puts on the interval of each pixel value; the outer intervals are half-lines.
-
-    For the ends a > b of an interval in units of the scale, σ(a) − σ(b) = σ(a) σ(−b) (1 − exp(b − a)): every factor has
-    a stable logarithm, and at an edge one end is infinite and two factors are 1.
-    """
-    precision = (-log_scale).exp()
-    centered = x.to(loc.dtype) / 127.5 - 1 - loc
-    above = F.logsigmoid(precision * (centered + 1 / 255))
-    below = F.logsigmoid(-precision * (centered - 1 / 255))
-    width = (-(-2 / 255 * precision).expm1()).log()
-    first, last = x <= 0, x >= 255
-    return above.masked_fill(last, 0) + below.masked_fill(first, 0) + width.masked_fill(first | last, 0)
-
-
-def _interval_mean(loc: Tensor, log_scale: Tensor) -> Tensor:
-    """E[X] = Σ_k P(X ≥ k), exactly."""
-    precision, total = (-log_scale).exp(), torch.zeros_like(loc)
-    for k in range(1, 256):
-        total += ((loc - ((k - 0.5) / 127.5 - 1)) * precision).sigmoid()
-    return total
-
-
-def _logistic_pixel(loc: Tensor, log_scale: Tensor) -> Tensor:
-    tiny = torch.finfo(loc.dtype).tiny
-    uniform = torch.rand_like(loc).clamp(tiny, 1 - torch.finfo(loc.dtype).eps)
-    value = loc + log_scale.exp() * (uniform.log() - (-uniform).log1p())
-    return ((value + 1) * 127.5).round().clamp(0, 255)
-
-
-class DiscretizedLogistic(_Pixels):
+class DiscretizedLogistic(_PixelValues):
     r"""A logistic distribution on [−1, 1], integrated over the interval of each pixel value: location and log-scale.
 
     .. math:: p(x) = \sigma\!\left(\frac{v + \frac{1}{255} - \mu}{s}\right)
         - \sigma\!\left(\frac{v - \frac{1}{255} - \mu}{s}\right), \qquad v = \frac{x}{127.5} - 1
 
     The intervals of 0 and 255 extend to infinity, so that the 256 probabilities sum to one. The difference is computed
-    as a product of stable factors: value and gradient are right however far x is from the location. The log-scale is
+    as a product of stable factors: value and gradient are accurate however far x is from the location. The log-scale is
     bounded smoothly to ±7.
 
     Cost: O(1) per value; :meth:`mean` is exact and takes 255 evaluations.
@@ -252,19 +215,20 @@ class DiscretizedLogistic(_Pixels):
     parameters_per_value = 2
 
     def _split(self, params: Tensor) -> tuple[Tensor, Tensor]:
-        return params[..., 0], _log_scale(params[..., 1])
+        """Return location and log-scale."""
+        return params[..., 0], bounded_log_scale(params[..., 1])
 
     def log_prob(self, params: Tensor, x: Tensor) -> Tensor:
-        return _log_interval(x, *self._split(params))
+        return pixel_log_prob(x, *self._split(params))
 
     def mean(self, params: Tensor) -> Tensor:
-        return _interval_mean(*self._split(params))
+        return pixel_mean(*self._split(params))
 
     def sample(self, params: Tensor) -> Tensor:
-        return _logistic_pixel(*self._split(params))
+        return draw_pixel(*self._split(params))
 
 
-class DiscretizedLogisticMixture(_Pixels):
+class DiscretizedLogisticMixture(_PixelValues):
     r"""A mixture of K discretized logistics per value: K logits, K locations, K log-scales.
 
     .. math:: p(x) = \sum_{k=1}^{K} \pi_k\, p_{\mu_k, s_k}(x)
@@ -273,6 +237,9 @@ class DiscretizedLogisticMixture(_Pixels):
         components: K.
 
     Cost: O(K) per value; :meth:`mean` is exact and takes 255 evaluations.
+
+    Raises:
+        ValueError: if ``components`` is not positive.
 
     References:
         T. Salimans, A. Karpathy, X. Chen, D. Kingma (2017). PixelCNN++. arXiv:1701.05517.
@@ -292,21 +259,22 @@ class DiscretizedLogisticMixture(_Pixels):
         self.components, self.parameters_per_value = components, 3 * components
 
     def _split(self, params: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return log weights, locations and log-scales."""
         logits, loc, raw = params.chunk(3, -1)
-        return logits.log_softmax(-1), loc, _log_scale(raw)
+        return logits.log_softmax(-1), loc, bounded_log_scale(raw)
 
     def log_prob(self, params: Tensor, x: Tensor) -> Tensor:
         log_weights, loc, log_scale = self._split(params)
-        return (log_weights + _log_interval(x[..., None], loc, log_scale)).logsumexp(-1)
+        return (log_weights + pixel_log_prob(x[..., None], loc, log_scale)).logsumexp(-1)
 
     def mean(self, params: Tensor) -> Tensor:
         log_weights, loc, log_scale = self._split(params)
-        return (log_weights.exp() * _interval_mean(loc, log_scale)).sum(-1)
+        return (log_weights.exp() * pixel_mean(loc, log_scale)).sum(-1)
 
     def sample(self, params: Tensor) -> Tensor:
         log_weights, loc, log_scale = self._split(params)
         index = torch.distributions.Categorical(logits=log_weights).sample()[..., None]
-        return _logistic_pixel(loc.gather(-1, index)[..., 0], log_scale.gather(-1, index)[..., 0])
+        return draw_pixel(loc.gather(-1, index)[..., 0], log_scale.gather(-1, index)[..., 0])
 
 
 #: Every likelihood by name.
@@ -319,10 +287,10 @@ LIKELIHOODS: dict[str, Callable[[], Likelihood]] = {
 
 
 def get_likelihood(likelihood: str | Likelihood) -> Likelihood:
-    """The likelihood of a registered name; a likelihood is returned as it is.
+    """Return the likelihood of a registered name; a likelihood is returned unchanged.
 
     Raises:
-        ValueError: for an unknown name.
+        ValueError: if the name is unknown.
 
     Example:
         >>> from pyro_flowguides.vae.decoders.likelihoods import get_likelihood
@@ -332,5 +300,5 @@ def get_likelihood(likelihood: str | Likelihood) -> Likelihood:
     if isinstance(likelihood, Likelihood):
         return likelihood
     if likelihood not in LIKELIHOODS:
-        raise ValueError(f"unknown likelihood {likelihood!r}: known are {', '.join(LIKELIHOODS)}")
+        raise ValueError(f"unknown likelihood {likelihood!r}; known likelihoods: {', '.join(LIKELIHOODS)}")
     return LIKELIHOODS[likelihood]()

@@ -1,4 +1,4 @@
-"""A small PixelCNN: masked convolutions in residual blocks, for decoders that may see a small window only."""
+"""A small PixelCNN: masked convolutions in residual blocks, for decoders with a small window."""
 
 from __future__ import annotations
 
@@ -7,20 +7,25 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pyro_flowguides.vae.decoders.autoregressive_network import AutoregressiveNetwork, Canvas, ContextProjection, Draw
-from pyro_flowguides.vae.decoders.causal_conv import CachedWindow, FullMap, MaskedConv2d, spread
+from pyro_flowguides.vae.decoders.autoregressive_network import AutoregressiveNetwork
+from pyro_flowguides.vae.decoders.causal_conv import MaskedConv2d, split_reach
+from pyro_flowguides.vae.decoders.context_projection import ContextProjection
+from pyro_flowguides.vae.decoders.generation import DrawChannels, GeneratedBatch
+from pyro_flowguides.vae.decoders.map_regions import CachedWindow, FullMap, MapRegion
 
 __all__ = ["PixelCNN"]
 
 
 class _Block(nn.Module):
+    """A residual block of a masked convolution and a 1×1 convolution, both with mask B."""
+
     def __init__(self, filters: int, reach: int, groups: int) -> None:
         super().__init__()
         self.conv = MaskedConv2d(filters, filters, reach, reach, reach, groups=groups)
         self.mix = MaskedConv2d(filters, filters, groups=groups)
 
-    def forward(self, h: Tensor, place: FullMap | CachedWindow) -> Tensor:
-        return h + place.conv(self.mix, F.elu(place.conv(self.conv, F.elu(h))))
+    def forward(self, h: Tensor, region: MapRegion) -> Tensor:
+        return h + region.apply(self.mix, F.elu(region.apply(self.conv, F.elu(h))))
 
 
 class PixelCNN(AutoregressiveNetwork):
@@ -30,13 +35,13 @@ class PixelCNN(AutoregressiveNetwork):
         h_1 = A(x) + C(c), \qquad h_{l+1} = h_l + B'_l\, \mathrm{elu}(B_l\, \mathrm{elu}(h_l)), \qquad
         \theta = B\, \mathrm{elu}(h_L)
 
-    with mask A in the first layer, mask B in the others, and the context c = (features, maps) read in the first layer,
-    the maps by a convolution as wide as that of the image, as if they were concatenated with it.
+    The first layer has mask A, the others have mask B. The context c = (features, maps) enters the first layer; the
+    maps enter through a convolution as wide as that of the image, as if they were concatenated with it.
 
-    ``reach`` is shared out over ``depth`` layers: with the default, six masked 3×3 convolutions followed by four 1×1
-    blocks. A pixel (i, j) sees, of row i, the columns j − reach … j − 1, and of row i − d the columns
-    j − reach … j + d, for d = 1 … reach; what lies further to the right is the blind spot of masked convolutions (see
-    :class:`GatedPixelCNN` for none).
+    ``reach`` is split over ``depth`` layers; the default gives six masked 3×3 convolutions followed by four 1×1 blocks.
+    A pixel (i, j) reads the columns j − reach … j − 1 of row i, and the columns j − reach … j + d of row i − d, for
+    d = 1 … reach. Pixels further to the right are the blind spot of masked convolutions, which :class:`GatedPixelCNN`
+    does not have.
 
     Cost: one pass for the density. :meth:`generate` visits every pixel once (once per channel with ``groups``) and
     evaluates every kernel there from cached maps: a few small matrix products per layer and pixel, about the arithmetic
@@ -44,7 +49,7 @@ class PixelCNN(AutoregressiveNetwork):
 
     Args:
         shape: ``(channels, height, width)``.
-        outputs: numbers per pixel.
+        outputs: number of parameters per pixel.
         filters: channels of the hidden layers, a multiple of ``groups``.
         reach: total reach, in pixels.
         depth: number of layers.
@@ -58,7 +63,7 @@ class PixelCNN(AutoregressiveNetwork):
 
     Example:
         >>> import torch
-        >>> from pyro_flowguides.vae.decoders import PixelCNN
+        >>> from pyro_flowguides.vae import PixelCNN
         >>> net = PixelCNN((1, 8, 8), outputs=1, reach=2, depth=3, maps=4)
         >>> net(torch.zeros(5, 1, 8, 8), maps=torch.randn(5, 4, 8, 8)).shape
         torch.Size([5, 1, 8, 8])
@@ -77,26 +82,27 @@ class PixelCNN(AutoregressiveNetwork):
         groups: int = 1,
     ) -> None:
         super().__init__(shape, outputs, features, maps, groups)
-        first, *others = spread(reach, depth)
+        first, *others = split_reach("PixelCNN", reach, depth)
         self.reach = reach
         self.first = MaskedConv2d(shape[0], filters, first, first, first, groups=groups, strict=True)
-        self.given = ContextProjection(features, maps, filters, reach=first)
+        self.context_projection = ContextProjection(features, maps, filters, reach=first)
         self.blocks = nn.ModuleList(_Block(filters, each, groups) for each in others)
         self.last = MaskedConv2d(filters, outputs, groups=groups)
 
-    def _at(self, x: Tensor, place: FullMap | CachedWindow) -> Tensor:
-        h = place.read(self.first, x) + place.context(self.given)
+    def _outputs(self, x: Tensor, region: MapRegion) -> Tensor:
+        """Return the outputs in a region of the image."""
+        h = region.apply_to_map(self.first, x) + region.context(self.context_projection)
         for block in self.blocks:
-            h = block(h, place)
-        return place.conv(self.last, F.elu(h))
+            h = block(h, region)
+        return region.apply(self.last, F.elu(h))
 
     def evaluate(self, x: Tensor, contexts: dict[nn.Module, Tensor]) -> Tensor:
-        return self._at(x, FullMap(contexts))
+        return self._outputs(x, FullMap(contexts))
 
-    def _fill(self, canvas: Canvas, draw: Draw, contexts: dict[nn.Module, Tensor]) -> None:
+    def fill(self, batch: GeneratedBatch, draw: DrawChannels, contexts: dict[nn.Module, Tensor]) -> None:
         _, height, width = self.shape
-        pixel = CachedWindow(len(canvas.values), height, width, contexts)
+        pixel = CachedWindow(len(batch), height, width, contexts)
         for step in self.steps():
-            _, (row, column) = step
-            pixel.move(row, column, column + 1)
-            canvas.put(step, draw(self._at(canvas.inputs, pixel)[..., 0, 0]))
+            row, column = step.position
+            pixel.move_to_pixel(row, column)
+            batch.write(step, draw(self._outputs(batch.inputs, pixel)[..., 0, 0]))

@@ -2,42 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any
+from typing import TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pyro_flowguides.vae.decoders.autoregressive_network import AutoregressiveNetwork, Canvas, ContextProjection, Draw
-from pyro_flowguides.vae.decoders.causal_conv import CachedWindow, FullMap, MaskedConv2d, shift_down
+from pyro_flowguides.vae.decoders.autoregressive_network import AutoregressiveNetwork
+from pyro_flowguides.vae.decoders.causal_conv import MaskedConv2d, shift_down
+from pyro_flowguides.vae.decoders.context_projection import ContextProjection
+from pyro_flowguides.vae.decoders.generation import DrawChannels, GeneratedBatch
+from pyro_flowguides.vae.decoders.map_regions import CachedWindow, FullMap, MapRegion
 
 __all__ = ["DiagonalBiLSTM", "PixelRNN", "RowLSTM"]
 
 
-def _lstm(gates: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
-    """State and cell after one step; the gates are along dimension 1."""
+def _lstm_cell(gates: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
+    """Return state and cell after one step; the gates are along dimension 1."""
     output, forget, enter, content = gates.chunk(4, 1)
     cell = forget.sigmoid() * cell + enter.sigmoid() * content.tanh()
     return output.sigmoid() * cell.tanh(), cell
 
 
 class RowLSTM(nn.Module):
-    r"""An LSTM that goes down the rows, all columns at once.
+    r"""An LSTM that runs down the rows and updates all columns at once.
 
     .. math::
         (o, f, i, g) = K_{ss} * h_{\text{row} - 1} + K_{is} * x_{\text{row}}, \qquad
         c = \sigma(f) c_{\text{row} - 1} + \sigma(i) \tanh(g), \qquad h = \sigma(o) \tanh(c)
 
-    Both convolutions are one-dimensional; :math:`K_{ss}` reads one column on either side, :math:`K_{is}` is masked
-    (mask B) and reads one column to the left. A pixel (i, j) so sees a triangle above it that widens by one column per
-    row.
+    Both convolutions are one-dimensional. :math:`K_{ss}` reads one column on either side; :math:`K_{is}` is masked
+    (mask B) and reads one column to the left. A pixel (i, j) thus reads a triangle above it that widens by one column
+    on either side per row.
 
     Args:
-        channels: of the input.
-        hidden: channels of the state.
-        groups: of the mask.
+        channels: number of channels of the input.
+        hidden: number of channels of the state.
+        groups: groups of the mask.
 
     Shapes:
         ``(B, channels, H, W) -> (B, hidden, H, W)``.
@@ -54,49 +57,50 @@ class RowLSTM(nn.Module):
         state = cell = x.new_zeros(len(x), self.hidden, x.shape[-1])
         states = []
         for row in range(x.shape[-2]):
-            state, cell = _lstm(gates[:, :, row] + self.from_above(state), cell)
+            state, cell = _lstm_cell(gates[:, :, row] + self.from_above(state), cell)
             states.append(state)
         return torch.stack(states, -2)
 
-    def start(self, size: int, width: int) -> _RowMemory:
-        return _RowMemory(self, size, width)
+    def new_cache(self, size: int, width: int) -> _RowCache:
+        """Return an empty cache for generating ``size`` images of this width."""
+        return _RowCache(self, size, width)
 
 
-class _RowMemory:
-    """A row LSTM visited pixel by pixel: the states of the row above, and of this row as far as it is known."""
+class _RowCache:
+    """The states of a row LSTM in generation: those of the row above, and of the current row up to the last visit."""
 
     def __init__(self, layer: RowLSTM, size: int, width: int) -> None:
         self.layer = layer
         self.state, self.cell = layer.from_above.weight.new_zeros(2, size, layer.hidden, width)
 
     def next_row(self) -> None:
-        self.gates, self.above = self.layer.from_above(self.state), self.cell.clone()
+        self.gates, self.cell_above = self.layer.from_above(self.state), self.cell.clone()
 
     def visit(self, x: Tensor, pixel: CachedWindow) -> Tensor:
-        here = slice(pixel.start, pixel.stop)
-        gates = pixel.conv(self.layer.from_input, x)[..., 0, :] + self.gates[..., here]
-        self.state[..., here], self.cell[..., here] = _lstm(gates, self.above[..., here])
-        return self.state[..., None, here]
+        column = slice(pixel.start, pixel.stop)
+        gates = pixel.apply(self.layer.from_input, x)[..., 0, :] + self.gates[..., column]
+        self.state[..., column], self.cell[..., column] = _lstm_cell(gates, self.cell_above[..., column])
+        return self.state[..., None, column]
 
 
 class DiagonalBiLSTM(nn.Module):
     r"""Two LSTMs that sweep the image along its diagonals, one from each upper corner.
 
-    The cell at (i, j) of the first reads the states to its left and above,
+    The cell at (i, j) of the first LSTM reads the states to its left and above it:
 
     .. math::
         (o, f, i, g) = K_{\text{left}} h_{i, j-1} + K_{\text{above}} h_{i-1, j} + K_{is} x_{ij}, \qquad
         c = \sigma(f) c_{i, j-1} + \sigma(i) \tanh(g)
 
-    the second its mirror image. The second is shifted down by one row before both are added, for its states depend on
-    pixels to the right. A state so depends on the inputs of all earlier pixels and of its own. Skewing the image, row i
-    by i columns, makes the cells of one diagonal a column, so that they are computed together: height + width − 1
-    steps.
+    The second is its mirror image. Its states depend on pixels to the right, so they are shifted down by one row before
+    both are added. A state thus depends on the inputs of its own pixel and of all earlier ones. Skewing the image, row
+    i by i columns, turns each diagonal into a column, whose cells are computed in one step: height + width − 1 steps
+    in all.
 
     Args:
-        channels: of the input.
-        hidden: channels of the state.
-        groups: of the mask.
+        channels: number of channels of the input.
+        hidden: number of channels of the state.
+        groups: groups of the mask.
 
     Shapes:
         ``(B, channels, H, W) -> (B, hidden, H, W)``.
@@ -105,67 +109,71 @@ class DiagonalBiLSTM(nn.Module):
     def __init__(self, channels: int, hidden: int, groups: int = 1) -> None:
         super().__init__()
         self.hidden = hidden
-        self.from_input: Any = nn.ModuleList(MaskedConv2d(channels, 4 * hidden, groups=groups) for _ in range(2))
-        self.from_before: Any = nn.ModuleList(nn.Linear(2 * hidden, 4 * hidden) for _ in range(2))
+        from_input = nn.ModuleList(MaskedConv2d(channels, 4 * hidden, groups=groups) for _ in range(2))
+        from_neighbors = nn.ModuleList(nn.Linear(2 * hidden, 4 * hidden) for _ in range(2))
+        self.from_input = cast("Sequence[MaskedConv2d]", from_input)
+        self.from_neighbors = cast("Sequence[nn.Linear]", from_neighbors)
 
-    def step(self, direction: int, gates: Tensor, before: Tensor, above: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
-        """State and cell ``(B, hidden)`` or ``(B, hidden, H)``, channels in dimension 1."""
-        joint = torch.cat([before, above], 1).movedim(1, -1)
-        return _lstm(gates + self.from_before[direction](joint).movedim(-1, 1), cell)
+    def step(self, direction: int, gates: Tensor, left: Tensor, above: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
+        """Return state and cell, ``(B, hidden)`` or ``(B, hidden, H)``, from those of the neighbors."""
+        neighbors = torch.cat([left, above], 1).movedim(1, -1)
+        return _lstm_cell(gates + self.from_neighbors[direction](neighbors).movedim(-1, 1), cell)
 
     def sweep(self, direction: int, x: Tensor) -> Tensor:
-        """One LSTM from the upper left corner over the whole map."""
+        """Run one LSTM from the upper left corner over the whole map."""
         gates = _skew(self.from_input[direction](x))
         state = cell = gates.new_zeros(len(x), self.hidden, x.shape[-2])
         states = []
         for diagonal in range(gates.shape[-1]):
             above = F.pad(state, (1, -1))
-            # The cells left of the image are zeros, also while the skewed rows have not begun.
-            begun = torch.arange(x.shape[-2], device=x.device) <= diagonal
+            # In the skewed map a row starts after the rows above it. Its states stay zero until then.
+            started = torch.arange(x.shape[-2], device=x.device) <= diagonal
             state, cell = self.step(direction, gates[..., diagonal], state, above, cell)
-            state, cell = state * begun, cell * begun
+            state, cell = state * started, cell * started
             states.append(state)
         return _unskew(torch.stack(states, -1), x.shape[-1])
 
     def forward(self, x: Tensor) -> Tensor:
         return self.sweep(0, x) + shift_down(self.sweep(1, x.flip(-1)).flip(-1))
 
-    def start(self, size: int, width: int) -> _DiagonalMemory:
-        return _DiagonalMemory(self, size, width)
+    def new_cache(self, size: int, width: int) -> _DiagonalCache:
+        """Return an empty cache for generating ``size`` images of this width."""
+        return _DiagonalCache(self, size, width)
 
 
 def _skew(x: Tensor) -> Tensor:
-    """Row i moved i columns to the right: ``(..., H, W) -> (..., H, H + W - 1)``."""
+    """Move row i by i columns to the right: ``(..., H, W) -> (..., H, H + W - 1)``."""
     height, width = x.shape[-2:]
     return F.pad(x, (0, height)).flatten(-2)[..., : height * (height + width - 1)].unflatten(-1, (height, -1))
 
 
 def _unskew(x: Tensor, width: int) -> Tensor:
-    """The inverse of :func:`_skew`."""
+    """Invert :func:`_skew`."""
     height = x.shape[-2]
     return F.pad(x.flatten(-2), (0, height)).unflatten(-1, (height, -1))[..., :width]
 
 
-class _DiagonalMemory:
-    """A diagonal BiLSTM visited pixel by pixel; the LSTM from the right follows when a row is complete."""
+class _DiagonalCache:
+    """The states of a diagonal BiLSTM in generation; the LSTM from the right runs when a row is complete."""
 
     def __init__(self, layer: DiagonalBiLSTM, size: int, width: int) -> None:
         self.layer, self.width = layer, width
-        weight = layer.from_before[0].weight
-        # From the left: the states of this row, that left of the image first. From the right: those of the row above.
+        weight = layer.from_neighbors[0].weight
+        # The LSTM from the left: states of the current row, with zeros left of the image first.
         self.state, self.cell = weight.new_zeros(2, size, layer.hidden, width + 1)
+        # The LSTM from the right: states of the row above.
         self.right = weight.new_zeros(size, layer.hidden, width)
         self.inputs: list[Tensor] = [torch.empty(0)] * width
-        self.first = True
+        self.first_row = True
 
     def next_row(self) -> None:
         self.above = self.state[..., 1:].clone()
-        if not self.first:
-            self.right = self._from_right()
-        self.first = False
+        if not self.first_row:
+            self.right = self._sweep_from_right()
+        self.first_row = False
 
-    def _from_right(self) -> Tensor:
-        """The LSTM from the right over the row that has been completed."""
+    def _sweep_from_right(self) -> Tensor:
+        """Run the LSTM from the right over the row that has just been completed."""
         gates = self.layer.from_input[1](torch.cat(self.inputs, -1))[..., 0, :]
         state = cell = torch.zeros_like(self.right[..., 0])
         states = []
@@ -177,7 +185,7 @@ class _DiagonalMemory:
     def visit(self, x: Tensor, pixel: CachedWindow) -> Tensor:
         column = pixel.start
         self.inputs[column] = x
-        gates = pixel.conv(self.layer.from_input[0], x)[..., 0, 0]
+        gates = pixel.apply(self.layer.from_input[0], x)[..., 0, 0]
         state, cell = self.layer.step(
             0, gates, self.state[..., column], self.above[..., column], self.cell[..., column]
         )
@@ -185,18 +193,15 @@ class _DiagonalMemory:
         return (state + self.right[..., column])[..., None, None]
 
 
+Recurrent: TypeAlias = RowLSTM | DiagonalBiLSTM
+
+
 class _Layer(nn.Module):
-    """A recurrent layer, brought back to the width of its input by a 1×1 convolution and added to it."""
+    """A recurrent layer, and a 1×1 convolution back to the width of its input."""
 
-    recurrent: Any
-    given: ContextProjection
-    widen: MaskedConv2d
-
-    def __init__(
-        self, recurrent: type[RowLSTM | DiagonalBiLSTM], hidden: int, features: int, maps: int, groups: int
-    ) -> None:
+    def __init__(self, recurrent: type[Recurrent], hidden: int, features: int, maps: int, groups: int) -> None:
         super().__init__()
-        self.given = ContextProjection(features, maps, 2 * hidden)
+        self.context_projection = ContextProjection(features, maps, 2 * hidden)
         self.recurrent = recurrent(2 * hidden, hidden, groups)
         self.widen = MaskedConv2d(hidden, 2 * hidden, groups=groups)
 
@@ -206,33 +211,37 @@ class PixelRNN(AutoregressiveNetwork):
 
     .. math:: h_{l+1} = h_l + W_l\, \mathrm{LSTM}_l(h_l + V_l c)
 
-    With :class:`DiagonalBiLSTM` a pixel sees all earlier ones, except that the last pixel of the row above is seen from
-    the last four columns only (a state from the right stands for features that do not see their own pixel); with
-    :class:`RowLSTM` a triangle above it.
+    With :class:`DiagonalBiLSTM` a pixel reads all earlier ones, with one exception: the last pixel of the row above
+    reaches only the last four columns, because the LSTM from the right carries features that exclude their own pixel.
+    With :class:`RowLSTM` a pixel reads a triangle above it.
 
     Cost: the density takes ``height`` sequential steps per layer with row LSTMs, ``height + width - 1`` with diagonal
-    ones, each for all pixels of a row or diagonal. :meth:`generate` runs every cell once per pixel (once per channel
-    with ``groups``), the states being kept; the diagonal LSTM from the right runs over each row when it is complete.
+    ones, each for all pixels of a row or diagonal. :meth:`generate` caches the states and runs every cell once per
+    pixel (once per channel with ``groups``); the diagonal LSTM from the right runs over each row when it is complete.
     That is about the arithmetic of one pass for a whole image.
 
     Args:
         shape: ``(channels, height, width)``.
-        outputs: numbers per pixel.
+        outputs: number of parameters per pixel.
         recurrent: :class:`DiagonalBiLSTM` or :class:`RowLSTM`.
         hidden: channels of the states, a multiple of ``groups``; the residual path has twice as many.
         depth: number of recurrent layers.
-        features, maps: context, read by every layer.
-        groups: see :class:`AutoregressiveNetwork`.
+        features: number of global features, read by every layer.
+        maps: number of maps of the size of the image, read by every layer.
+        groups: 1 or the number of channels; see :class:`AutoregressiveNetwork`.
 
     Shapes:
         x ``(B, *shape)`` -> ``(B, outputs, height, width)``.
+
+    Raises:
+        ValueError: if ``hidden`` is not a positive multiple of ``groups``.
 
     References:
         A. van den Oord, N. Kalchbrenner, K. Kavukcuoglu (2016). Pixel recurrent neural networks. arXiv:1601.06759.
 
     Example:
         >>> import torch
-        >>> from pyro_flowguides.vae.decoders import PixelRNN, RowLSTM
+        >>> from pyro_flowguides.vae import PixelRNN, RowLSTM
         >>> net = PixelRNN((1, 8, 8), outputs=1, recurrent=RowLSTM, hidden=4, depth=2, features=3)
         >>> net(torch.zeros(5, 1, 8, 8), features=torch.randn(5, 3)).shape
         torch.Size([5, 1, 8, 8])
@@ -243,7 +252,7 @@ class PixelRNN(AutoregressiveNetwork):
         shape: Sequence[int],
         outputs: int,
         *,
-        recurrent: type[RowLSTM | DiagonalBiLSTM] = DiagonalBiLSTM,
+        recurrent: type[Recurrent] = DiagonalBiLSTM,
         hidden: int = 18,
         depth: int = 3,
         features: int = 0,
@@ -253,30 +262,30 @@ class PixelRNN(AutoregressiveNetwork):
         super().__init__(shape, outputs, features, maps, groups)
         self._check_width("hidden", hidden)
         self.first = MaskedConv2d(shape[0], 2 * hidden, 3, 3, 3, groups=groups, strict=True)
-        self.layers: Any = nn.ModuleList(_Layer(recurrent, hidden, features, maps, groups) for _ in range(depth))
+        layers = nn.ModuleList(_Layer(recurrent, hidden, features, maps, groups) for _ in range(depth))
+        self.layers = cast("Iterable[_Layer]", layers)
         self.hidden = MaskedConv2d(2 * hidden, 2 * hidden, groups=groups)
         self.last = MaskedConv2d(2 * hidden, outputs, groups=groups)
 
-    def _at(
-        self, x: Tensor, place: FullMap | CachedWindow, recurrences: Sequence[Callable[[Tensor], Tensor]]
-    ) -> Tensor:
-        h = place.read(self.first, x)
+    def _outputs(self, x: Tensor, region: MapRegion, recurrences: Sequence[Callable[[Tensor], Tensor]]) -> Tensor:
+        """Return the outputs in a region of the image, given the recurrence of every layer there."""
+        h = region.apply_to_map(self.first, x)
         for layer, recurrence in zip(self.layers, recurrences, strict=True):
-            h = h + place.conv(layer.widen, recurrence(h + place.context(layer.given)))
-        return place.conv(self.last, F.relu(place.conv(self.hidden, F.relu(h))))
+            h = h + region.apply(layer.widen, recurrence(h + region.context(layer.context_projection)))
+        return region.apply(self.last, F.relu(region.apply(self.hidden, F.relu(h))))
 
     def evaluate(self, x: Tensor, contexts: dict[nn.Module, Tensor]) -> Tensor:
-        return self._at(x, FullMap(contexts), [layer.recurrent for layer in self.layers])
+        return self._outputs(x, FullMap(contexts), [layer.recurrent for layer in self.layers])
 
-    def _fill(self, canvas: Canvas, draw: Draw, contexts: dict[nn.Module, Tensor]) -> None:
-        size, (height, width) = len(canvas.values), self.shape[1:]
+    def fill(self, batch: GeneratedBatch, draw: DrawChannels, contexts: dict[nn.Module, Tensor]) -> None:
+        size, (height, width) = len(batch), self.shape[1:]
         pixel = CachedWindow(size, height, width, contexts)
-        memories = [layer.recurrent.start(size, width) for layer in self.layers]
-        visits = [partial(memory.visit, pixel=pixel) for memory in memories]
+        caches = [layer.recurrent.new_cache(size, width) for layer in self.layers]
+        visits = [partial(cache.visit, pixel=pixel) for cache in caches]
         for step in self.steps():
-            channels, (row, column) = step
-            if column == 0 and channels.start == 0:
-                for memory in memories:
-                    memory.next_row()
-            pixel.move(row, column, column + 1)
-            canvas.put(step, draw(self._at(canvas.inputs, pixel, visits)[..., 0, 0]))
+            row, column = step.position
+            if column == 0 and step.channels.start == 0:
+                for cache in caches:
+                    cache.next_row()
+            pixel.move_to_pixel(row, column)
+            batch.write(step, draw(self._outputs(batch.inputs, pixel, visits)[..., 0, 0]))

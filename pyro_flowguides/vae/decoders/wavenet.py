@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pyro_flowguides.vae.decoders.autoregressive_network import AutoregressiveNetwork, Canvas, ContextProjection, Draw
+from pyro_flowguides.vae.decoders.autoregressive_network import AutoregressiveNetwork
+from pyro_flowguides.vae.decoders.context_projection import ContextProjection
+from pyro_flowguides.vae.decoders.generation import DrawChannels, GeneratedBatch
 
 __all__ = ["WaveNet"]
 
-#: From features h and a layer's number to the pair (h one dilation earlier, h).
-Earlier = Callable[[Tensor, int], Tensor]
+#: From the features h that enter a layer, and its number, to those that entered one dilation earlier.
+Delay: TypeAlias = Callable[[Tensor, int], Tensor]
 
 
 class _Layer(nn.Module):
-    """One gated layer; a causal convolution of kernel 2 is a linear map of the pair (earlier, now)."""
+    """One gated layer; its causal convolution of kernel size 2 is a linear map of the pair (earlier, current)."""
 
     def __init__(self, residual: int, hidden: int, skip: int, features: int, maps: int, *, last: bool) -> None:
         super().__init__()
         self.pair = nn.Conv1d(2 * residual, 2 * hidden, 1)
-        self.given = ContextProjection(features, maps, 2 * hidden, space=1)
+        self.context_projection = ContextProjection(features, maps, 2 * hidden, spatial_dims=1)
         self.residual = None if last else nn.Conv1d(hidden, residual, 1)
         self.skip = nn.Conv1d(hidden, skip, 1)
 
@@ -40,7 +42,7 @@ class WaveNet(AutoregressiveNetwork):
         z_l = \tanh(W_l * h_l + V_l c) \odot \sigma(W'_l * h_l + V'_l c), \qquad h_{l+1} = h_l + R_l z_l, \qquad
         \theta = f\big(\textstyle\sum_l S_l z_l\big)
 
-    :math:`W_l` has kernel size 2 and dilation :math:`d_l`. The numbers at time t see x at the times
+    :math:`W_l` has kernel size 2 and dilation :math:`d_l`. The parameters at time t read x at the times
     :math:`t - 1, \dots, t - 1 - \sum_l d_l`; all of them if the dilations are 1, 2, 4, ….
 
     Cost: one pass for the density. :meth:`generate` keeps a queue of the last :math:`d_l` inputs of every layer, so
@@ -48,11 +50,11 @@ class WaveNet(AutoregressiveNetwork):
 
     Args:
         shape: ``(channels, length)``; the channels of one time step are drawn together.
-        outputs: numbers per time step.
-        dilations: of the layers.
+        outputs: number of parameters per time step.
+        dilations: dilations of the layers.
         residual, hidden, skip: channels of the residual path, of the gates and of the skip path.
-        features: global features, read by every layer.
-        maps: series as long as the data, read by every layer.
+        features: number of global features, read by every layer.
+        maps: number of series of the length of the data, read by every layer.
 
     Shapes:
         x ``(B, channels, length)`` -> ``(B, outputs, length)``.
@@ -66,13 +68,13 @@ class WaveNet(AutoregressiveNetwork):
 
     Example:
         >>> import torch
-        >>> from pyro_flowguides.vae.decoders import WaveNet
+        >>> from pyro_flowguides.vae import WaveNet
         >>> net = WaveNet((1, 30), outputs=2, dilations=[1, 2, 4], features=3)
         >>> net.receptive_field, net(torch.zeros(5, 1, 30), features=torch.randn(5, 3)).shape
         (8, torch.Size([5, 2, 30]))
     """
 
-    spaces = (1,)
+    supported_spatial_dims = (1,)
 
     def __init__(
         self,
@@ -91,46 +93,49 @@ class WaveNet(AutoregressiveNetwork):
             raise ValueError(f"WaveNet: dilations must be positive, got {list(dilations)}")
         self.dilations = tuple(dilations)
         self.first = nn.Conv1d(shape[0], residual, 1)
-        self.layers: Any = nn.ModuleList(
+        layers = nn.ModuleList(
             _Layer(residual, hidden, skip, features, maps, last=number == len(dilations) - 1)
             for number in range(len(dilations))
         )
+        self.layers = cast("Sequence[_Layer]", layers)
         self.head = nn.Sequential(nn.ReLU(), nn.Conv1d(skip, skip, 1), nn.ReLU(), nn.Conv1d(skip, outputs, 1))
 
     @property
     def receptive_field(self) -> int:
-        """How many time steps back the numbers at one time reach."""
+        """The number of earlier time steps that the parameters at one time read."""
         return 1 + sum(self.dilations)
 
-    def _run(self, previous: Tensor, earlier: Earlier, context: Callable[[nn.Module], Tensor]) -> Tensor:
-        """The network on data shifted by one step; ``earlier`` gives the features of a layer one dilation ago."""
+    def _outputs(self, previous: Tensor, delay: Delay, context: Callable[[nn.Module], Tensor]) -> Tensor:
+        """Return the outputs, given the data shifted by one time step and the delayed features of every layer."""
         h, skips = self.first(previous), []
         for number, layer in enumerate(self.layers):
-            h, skip = layer(h, earlier(h, number), context(layer.given))
+            h, skip = layer(h, delay(h, number), context(layer.context_projection))
             skips.append(skip)
         return self.head(torch.stack(skips).sum(0))
 
     def evaluate(self, x: Tensor, contexts: dict[nn.Module, Tensor]) -> Tensor:
-        def earlier(h: Tensor, number: int) -> Tensor:
+        def delay(h: Tensor, number: int) -> Tensor:
             return F.pad(h, (self.dilations[number], 0))[..., : h.shape[-1]]
 
-        return self._run(F.pad(x, (1, 0))[..., :-1], earlier, contexts.__getitem__)
+        return self._outputs(F.pad(x, (1, 0))[..., :-1], delay, contexts.__getitem__)
 
-    def _fill(self, canvas: Canvas, draw: Draw, contexts: dict[nn.Module, Tensor]) -> None:
-        size, residual = len(canvas.values), self.first.out_channels
-        queues = [canvas.inputs.new_zeros(size, residual, dilation) for dilation in self.dilations]
-        previous = torch.zeros_like(canvas.inputs[..., :1])
-        for time in range(self.shape[-1]):
+    def fill(self, batch: GeneratedBatch, draw: DrawChannels, contexts: dict[nn.Module, Tensor]) -> None:
+        size, residual = len(batch), self.first.out_channels
+        queues = [batch.inputs.new_zeros(size, residual, dilation) for dilation in self.dilations]
+        previous = torch.zeros_like(batch.inputs[..., :1])
+        for step in self.steps():
+            (time,) = step.position
+            now = slice(time, time + 1)
 
-            def earlier(h: Tensor, number: int, time: int = time) -> Tensor:
-                slot = slice(time % self.dilations[number], time % self.dilations[number] + 1)
-                old = queues[number][..., slot].clone()
-                queues[number][..., slot] = h
-                return old
+            def delay(h: Tensor, number: int, time: int = time) -> Tensor:
+                slot = time % self.dilations[number]
+                earlier = queues[number][..., slot : slot + 1].clone()
+                queues[number][..., slot : slot + 1] = h
+                return earlier
 
-            def context(projection: nn.Module, time: int = time) -> Tensor:
+            def context(projection: nn.Module, now: slice = now) -> Tensor:
                 whole = contexts[projection]
-                return whole[..., time : time + 1] if whole.shape[-1] > 1 else whole
+                return whole[..., now] if whole.shape[-1] > 1 else whole
 
-            canvas.put((slice(None), (time,)), draw(self._run(previous, earlier, context)[..., 0]))
-            previous = canvas.inputs[..., time : time + 1]
+            batch.write(step, draw(self._outputs(previous, delay, context)[..., 0]))
+            previous = batch.inputs[..., now]

@@ -1,4 +1,4 @@
-"""Networks for single batches, on inputs with any leading dimensions."""
+"""Batches of any shape for networks that take a single batch dimension."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["flatten_batch"]
 
 
 def flatten_batch(network: Callable[[Tensor], Tensor], x: Tensor, event_dim: int) -> Tensor:
-    """Run a network that takes one batch dimension on an input with any number of them.
+    """Apply a network that takes one batch dimension to an input with any number of them.
 
     Args:
         network: ``(N, *event) -> (N, *out)``.
@@ -26,8 +26,8 @@ def flatten_batch(network: Callable[[Tensor], Tensor], x: Tensor, event_dim: int
         >>> flatten_batch(torch.nn.Conv2d(1, 2, 3), torch.randn(5, 7, 1, 8, 8), 3).shape
         torch.Size([5, 7, 2, 6, 6])
     """
-    leading = x.shape[: x.dim() - event_dim]
-    if len(leading) == 1:
+    batch, event = x.shape[: x.dim() - event_dim], x.shape[x.dim() - event_dim :]
+    if len(batch) == 1:
         return network(x)
-    y = network(x.reshape(leading.numel(), *x.shape[x.dim() - event_dim :]))
-    return y.reshape(*leading, *y.shape[1:])
+    y = network(x.reshape(batch.numel(), *event))
+    return y.reshape(*batch, *y.shape[1:])

@@ -1,4 +1,4 @@
-"""Gated convolutions: encoder and decoder of van den Berg et al. (2018)."""
+"""Gated convolutions: the encoder and decoder of van den Berg et al. (2018)."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ import torch
 from torch import Tensor, nn
 
 from pyro_flowguides.vae.networks.batching import flatten_batch
+from pyro_flowguides.vae.networks.image_shapes import as_image_shape, halve_size, params_last
 
 __all__ = ["GatedConvDecoder", "GatedConvEncoder"]
 
 
-class _Gated(nn.Module):
-    """A convolution whose first half of the channels is gated by the sigmoid of the second half.
+class _GatedConv(nn.Module):
+    """A convolution whose first half of the channels is multiplied by the sigmoid of the second half.
 
-    The weights of the values start with a deviation of :math:`2 / \\sqrt{\\text{fan in}}`, which keeps the size of the
-    signal through gates that start half open: with torch's own start hardly anything of z reaches the image.
+    The weights of the first half start with a standard deviation of :math:`2 / \\sqrt{\\text{fan in}}`. This preserves
+    the scale of the signal, since the gates start half open. With PyTorch's default, z hardly affects the image.
 
     Args:
         convolution: with twice the channels of the output.
-        fan_in: how many products make one output.
+        fan_in: number of products that are summed into one output.
     """
 
     def __init__(self, convolution: nn.Conv2d | nn.ConvTranspose2d, fan_in: float) -> None:
@@ -39,44 +40,24 @@ class _Gated(nn.Module):
         return gated
 
 
-def _down(inputs: int, outputs: int, stride: int) -> _Gated:
-    return _Gated(nn.Conv2d(inputs, 2 * outputs, 5, stride, 2), 25 * inputs)
+def _gated_conv(inputs: int, outputs: int, stride: int) -> _GatedConv:
+    return _GatedConv(nn.Conv2d(inputs, 2 * outputs, 5, stride, 2), 25 * inputs)
 
 
-def _contract(inputs: int, outputs: int, size: tuple[int, int]) -> _Gated:
-    """One kernel over the whole image."""
-    return _Gated(nn.Conv2d(inputs, 2 * outputs, size), inputs * size[0] * size[1])
+def _image_to_pixel(inputs: int, outputs: int, size: tuple[int, int]) -> _GatedConv:
+    """Return a gated convolution with one kernel as large as the image."""
+    return _GatedConv(nn.Conv2d(inputs, 2 * outputs, size), inputs * size[0] * size[1])
 
 
-def _up(inputs: int, outputs: int, stride: int, size: tuple[int, int]) -> _Gated:
-    padding = (stride - 1) * (1 - size[0] % 2), (stride - 1) * (1 - size[1] % 2)  # to arrive at this size
-    return _Gated(nn.ConvTranspose2d(inputs, 2 * outputs, 5, stride, 2, padding), 25 * inputs / stride**2)
+def _gated_transposed_conv(inputs: int, outputs: int, stride: int, size: tuple[int, int]) -> _GatedConv:
+    """Return a gated transposed convolution with outputs of the given height and width."""
+    padding = (stride - 1) * (1 - size[0] % 2), (stride - 1) * (1 - size[1] % 2)
+    return _GatedConv(nn.ConvTranspose2d(inputs, 2 * outputs, 5, stride, 2, padding), 25 * inputs / stride**2)
 
 
-def _expand(inputs: int, outputs: int, size: tuple[int, int]) -> _Gated:
-    """From one pixel to a whole image."""
-    return _Gated(nn.ConvTranspose2d(inputs, 2 * outputs, size), inputs)
-
-
-def image_size(owner: str, data_shape: Sequence[int]) -> tuple[int, int, int]:
-    """Channels, height and width.
-
-    Raises:
-        ValueError: if the data are not images, or smaller than 4 × 4.
-    """
-    if len(data_shape) != 3 or min(data_shape[1:]) < 4:
-        raise ValueError(
-            f"{owner}: data_shape must be (channels, height, width) with at least 4 × 4 pixels, got "
-            f"{tuple(data_shape)}: reshape the images, or use the dense networks"
-        )
-    channels, height, width = data_shape
-    return channels, height, width
-
-
-def halved(size: tuple[int, int], times: int) -> tuple[int, int]:
-    """Height and width after convolutions of stride 2."""
-    height, width = (math.ceil(side / 2**times) for side in size)
-    return height, width
+def _pixel_to_image(inputs: int, outputs: int, size: tuple[int, int]) -> _GatedConv:
+    """Return a gated transposed convolution from one pixel to an image."""
+    return _GatedConv(nn.ConvTranspose2d(inputs, 2 * outputs, size), inputs)
 
 
 class GatedConvEncoder(nn.Module):
@@ -84,8 +65,8 @@ class GatedConvEncoder(nn.Module):
 
     .. math:: h \leftarrow (W h + b) \odot \sigma(V h + c)
 
-    5 × 5 kernels with 32, 32 (stride 2), 64, 64 (stride 2) and 64 channels, then one kernel as large as what is left
-    (7 × 7 for images of 28 × 28) with ``hidden`` channels.
+    Five layers have 5 × 5 kernels and 32, 32 (stride 2), 64, 64 (stride 2) and 64 channels. The last one has ``hidden``
+    channels and a kernel as large as the remaining image: 7 × 7 for images of 28 × 28.
 
     Args:
         data_shape: ``(channels, height, width)``, any size from 4 × 4.
@@ -95,7 +76,7 @@ class GatedConvEncoder(nn.Module):
         ``(..., channels, height, width) -> (..., hidden)``.
 
     Raises:
-        ValueError: if the data are not images.
+        ValueError: if ``data_shape`` is not that of an image.
 
     References:
         R. van den Berg, L. Hasenclever, J. Tomczak, M. Welling (2018). Sylvester normalizing flows for variational
@@ -105,22 +86,22 @@ class GatedConvEncoder(nn.Module):
 
     Example:
         >>> import torch
-        >>> from pyro_flowguides.vae.networks import GatedConvEncoder
+        >>> from pyro_flowguides.vae import GatedConvEncoder
         >>> GatedConvEncoder((1, 28, 20))(torch.rand(2, 1, 28, 20)).shape
         torch.Size([2, 256])
     """
 
     def __init__(self, data_shape: Sequence[int], hidden: int = 256) -> None:
         super().__init__()
-        channels, height, width = image_size("GatedConvEncoder", data_shape)
+        channels, height, width = as_image_shape("GatedConvEncoder", data_shape)
         self.features = hidden
         self.network = nn.Sequential(
-            _down(channels, 32, 1),
-            _down(32, 32, 2),
-            _down(32, 64, 1),
-            _down(64, 64, 2),
-            _down(64, 64, 1),
-            _contract(64, hidden, halved((height, width), 2)),
+            _gated_conv(channels, 32, 1),
+            _gated_conv(32, 32, 2),
+            _gated_conv(32, 64, 1),
+            _gated_conv(64, 64, 2),
+            _gated_conv(64, 64, 1),
+            _image_to_pixel(64, hidden, halve_size((height, width), 2)),
             nn.Flatten(),
         )
 
@@ -134,36 +115,38 @@ class GatedConvDecoder(nn.Module):
     Args:
         latent_dim: width of z.
         data_shape: ``(channels, height, width)``, any size from 4 × 4.
-        parameters: numbers per value of the data.
+        parameters_per_value: number of likelihood parameters for each value of the datum.
 
     Shapes:
-        ``(..., latent_dim) -> (..., channels, height, width, parameters)``.
+        ``(..., latent_dim) -> (..., channels, height, width, parameters_per_value)``.
+
+    Raises:
+        ValueError: if ``data_shape`` is not that of an image.
 
     References:
         R. van den Berg, L. Hasenclever, J. Tomczak, M. Welling (2018). arXiv:1803.05649.
 
     Example:
         >>> import torch
-        >>> from pyro_flowguides.vae.networks import GatedConvDecoder
-        >>> GatedConvDecoder(16, (1, 8, 8), parameters=2)(torch.randn(3, 2, 16)).shape
+        >>> from pyro_flowguides.vae import GatedConvDecoder
+        >>> GatedConvDecoder(16, (1, 8, 8), parameters_per_value=2)(torch.randn(3, 2, 16)).shape
         torch.Size([3, 2, 1, 8, 8, 2])
     """
 
-    def __init__(self, latent_dim: int, data_shape: Sequence[int], parameters: int) -> None:
+    def __init__(self, latent_dim: int, data_shape: Sequence[int], parameters_per_value: int) -> None:
         super().__init__()
-        channels, height, width = image_size("GatedConvDecoder", data_shape)
-        full, half, quarter = (halved((height, width), times) for times in range(3))
-        self.channels, self.parameters_per_value = channels, parameters
+        self.channels, height, width = as_image_shape("GatedConvDecoder", data_shape)
+        full, half, quarter = (halve_size((height, width), times) for times in range(3))
         self.network = nn.Sequential(
             nn.Unflatten(-1, (latent_dim, 1, 1)),
-            _expand(latent_dim, 64, quarter),
-            _up(64, 64, 1, quarter),
-            _up(64, 32, 2, half),
-            _up(32, 32, 1, half),
-            _up(32, 32, 2, full),
-            _up(32, 32, 1, full),
-            nn.Conv2d(32, channels * parameters, 1),
+            _pixel_to_image(latent_dim, 64, quarter),
+            _gated_transposed_conv(64, 64, 1, quarter),
+            _gated_transposed_conv(64, 32, 2, half),
+            _gated_transposed_conv(32, 32, 1, half),
+            _gated_transposed_conv(32, 32, 2, full),
+            _gated_transposed_conv(32, 32, 1, full),
+            nn.Conv2d(32, self.channels * parameters_per_value, 1),
         )
 
     def forward(self, z: Tensor) -> Tensor:
-        return flatten_batch(self.network, z, 1).unflatten(-3, (self.channels, -1)).movedim(-3, -1)
+        return params_last(flatten_batch(self.network, z, 1), self.channels)

@@ -1,47 +1,46 @@
-"""Encoder and decoder of a latent image: residual networks that keep where things are."""
+"""Encoder and decoder for latent images: residual networks that keep the spatial layout."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from pyro_flowguides.vae.networks.batching import flatten_batch
-from pyro_flowguides.vae.networks.gated_conv import halved, image_size
-from pyro_flowguides.vae.networks.resnet import RESIDUAL_SCALE, _down, _plain, _up
+from pyro_flowguides.vae.networks.gaussian_encoder import positive_scale
+from pyro_flowguides.vae.networks.image_shapes import as_image_shape, halve_size, params_last
+from pyro_flowguides.vae.networks.residual_blocks import RESIDUAL_SCALE, ResidualBlock
 from pyro_flowguides.vae.networks.weight_norm import WeightNormConv2d
 
 __all__ = ["SpatialDecoder", "SpatialEncoder"]
 
-#: How often the image is halved on the way to the latent image.
+#: Number of times that the image is halved to reach the size of the latent image.
 HALVINGS = 2
 
 
-def latent_shape(owner: str, latent_dim: int, data_shape: Sequence[int]) -> tuple[int, int, int]:
-    """Channels, height and width of the latent image.
+def _latent_shape(owner: str, latent_dim: int, data_shape: Sequence[int]) -> tuple[int, int, int]:
+    """Return channels, height and width of the latent image.
 
     Raises:
-        ValueError: if ``latent_dim`` is not a multiple of its pixels.
+        ValueError: if ``latent_dim`` is not a multiple of the number of its pixels.
     """
-    _, *size = image_size(owner, data_shape)
-    height, width = halved((size[0], size[1]), HALVINGS)
+    _, *size = as_image_shape(owner, data_shape)
+    height, width = halve_size((size[0], size[1]), HALVINGS)
     if latent_dim < 1 or latent_dim % (height * width):
         raise ValueError(
-            f"{owner}: for images of {size[0]}×{size[1]} the latent image has {height}×{width} pixels: latent_dim must "
+            f"{owner}: for images of {size[0]}×{size[1]} the latent image has {height}×{width} pixels; latent_dim must "
             f"be a multiple of {height * width}, got {latent_dim}"
         )
     return latent_dim // (height * width), height, width
 
 
 class SpatialEncoder(nn.Module):
-    r"""Location, scale and context of a latent image of a quarter of the height and width.
+    r"""Location, scale and context of a latent image with a quarter of the height and width.
 
-    Residual blocks with 3 × 3 convolutions, two of them with stride 2, and a 3 × 3 convolution to
-    :math:`(\mu, \operatorname{softplus}^{-1} \sigma)`. The latent image is handed out flat; the features are the
-    context.
+    Residual blocks of 3 × 3 convolutions, two of them with stride 2, compute the features. A 3 × 3 convolution maps the
+    features to :math:`(\mu, \operatorname{softplus}^{-1} \sigma)`. The latent image is returned flattened; the
+    flattened features are the context.
 
     Args:
         data_shape: ``(channels, height, width)``.
@@ -57,7 +56,7 @@ class SpatialEncoder(nn.Module):
 
     Example:
         >>> import torch
-        >>> from pyro_flowguides.vae.networks import SpatialEncoder
+        >>> from pyro_flowguides.vae import SpatialEncoder
         >>> loc, scale, context = SpatialEncoder((3, 16, 16), latent_dim=32, hidden=8)(torch.rand(5, 3, 16, 16))
         >>> loc.shape, context.shape
         (torch.Size([5, 32]), torch.Size([5, 128]))
@@ -65,53 +64,57 @@ class SpatialEncoder(nn.Module):
 
     def __init__(self, data_shape: Sequence[int], latent_dim: int, hidden: int = 32) -> None:
         super().__init__()
-        channels, height, width = latent_shape("SpatialEncoder", latent_dim, data_shape)
+        channels, height, width = _latent_shape("SpatialEncoder", latent_dim, data_shape)
         self.latent_dim, self.context_dim = latent_dim, hidden * height * width
-        layers: list[nn.Module] = [WeightNormConv2d(data_shape[0], hidden), _plain(hidden)]
+        layers: list[nn.Module] = [WeightNormConv2d(data_shape[0], hidden), ResidualBlock.same_size(hidden)]
         for _ in range(HALVINGS):
-            layers += [_down(hidden, hidden), _plain(hidden)]
+            layers += [ResidualBlock.downsampling(hidden, hidden), ResidualBlock.same_size(hidden)]
         self.network = nn.Sequential(*layers, nn.ELU())
         self.head = WeightNormConv2d(hidden, 2 * channels, init_scale=RESIDUAL_SCALE)
 
-    def _flat(self, x: Tensor) -> Tensor:
-        """Location, raw scale and context behind one another."""
+    def _flat_outputs(self, x: Tensor) -> Tensor:
+        """Concatenate location, raw scale and context of every image."""
         features = self.network(x)
         return torch.cat([self.head(features).flatten(1), features.flatten(1)], 1)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        flat = flatten_batch(self._flat, x, 3)
+        flat = flatten_batch(self._flat_outputs, x, 3)
         loc, raw, context = flat.split([self.latent_dim, self.latent_dim, self.context_dim], -1)
-        return loc, F.softplus(raw) / math.log(2), context
+        return loc, positive_scale(raw), context
 
 
 class SpatialDecoder(nn.Module):
-    """The mirror image of :class:`SpatialEncoder`: from a latent image to numbers for every value.
+    """The mirror image of :class:`SpatialEncoder`: from a latent image to the parameters of a likelihood.
 
     Args:
         latent_dim: c·h·w, as for the encoder.
         data_shape: ``(channels, height, width)``.
-        parameters: numbers per value of the data.
+        parameters_per_value: number of likelihood parameters for each value of the datum.
         hidden: feature maps.
 
     Shapes:
-        ``(..., latent_dim) -> (..., *data_shape, parameters)``.
+        ``(..., latent_dim) -> (..., *data_shape, parameters_per_value)``.
+
+    Raises:
+        ValueError: if ``latent_dim`` is not a multiple of h·w.
 
     Example:
         >>> import torch
-        >>> from pyro_flowguides.vae.networks import SpatialDecoder
-        >>> SpatialDecoder(32, (3, 16, 16), parameters=2, hidden=8)(torch.randn(5, 32)).shape
+        >>> from pyro_flowguides.vae import SpatialDecoder
+        >>> SpatialDecoder(32, (3, 16, 16), parameters_per_value=2, hidden=8)(torch.randn(5, 32)).shape
         torch.Size([5, 3, 16, 16, 2])
     """
 
-    def __init__(self, latent_dim: int, data_shape: Sequence[int], parameters: int, hidden: int = 32) -> None:
+    def __init__(self, latent_dim: int, data_shape: Sequence[int], parameters_per_value: int, hidden: int = 32) -> None:
         super().__init__()
-        shape = latent_shape("SpatialDecoder", latent_dim, data_shape)
+        shape = _latent_shape("SpatialDecoder", latent_dim, data_shape)
         self.channels, height, width = data_shape
         layers: list[nn.Module] = [nn.Unflatten(-1, shape), WeightNormConv2d(shape[0], hidden)]
         for times in reversed(range(HALVINGS)):
-            layers += [_plain(hidden), _up(hidden, hidden, halved((height, width), times))]
-        last = WeightNormConv2d(hidden, self.channels * parameters, init_scale=RESIDUAL_SCALE)
-        self.network = nn.Sequential(*layers, _plain(hidden), nn.ELU(), last)
+            size = halve_size((height, width), times)
+            layers += [ResidualBlock.same_size(hidden), ResidualBlock.upsampling(hidden, hidden, size)]
+        last = WeightNormConv2d(hidden, self.channels * parameters_per_value, init_scale=RESIDUAL_SCALE)
+        self.network = nn.Sequential(*layers, ResidualBlock.same_size(hidden), nn.ELU(), last)
 
     def forward(self, z: Tensor) -> Tensor:
-        return flatten_batch(self.network, z, 1).unflatten(-3, (self.channels, -1)).movedim(-3, -1)
+        return params_last(flatten_batch(self.network, z, 1), self.channels)

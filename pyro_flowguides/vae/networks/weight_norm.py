@@ -4,61 +4,64 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["WeightNormConv2d", "WeightNormLinear", "data_dependent_initialization"]
+__all__ = ["WeightNorm", "WeightNormConv2d", "WeightNormLinear", "data_dependent_initialization"]
 
 
-class _WeightNorm(nn.Module):
-    """A linear layer whose weight is a direction times a gain per output."""
+class WeightNorm(nn.Module):
+    """A mixin that normalizes the weight of a linear layer or a convolution and scales every output by a gain.
+
+    The layer defines ``unnormalized_weight`` and ``apply_weight``, and calls :meth:`add_gain` when it is built.
+    """
 
     weight: Tensor
-    bias: Any
+    bias: nn.Parameter
     gain: nn.Parameter
     init_scale: float
+    #: From nothing to the weight before normalization, with any mask applied.
+    unnormalized_weight: Callable[[], Tensor]
     #: From input, weight and bias to the output of the layer.
     apply_weight: Callable[[Tensor, Tensor, Tensor | None], Tensor]
-    #: Mean and standard deviation of each output of a batch.
-    _over_all_but_channels: Callable[[Tensor], tuple[Tensor, Tensor]]
 
-    def _add_gain(self, init_scale: float) -> None:
+    def add_gain(self, init_scale: float) -> None:
+        """Add a gain per output that leaves the weight of the layer as it is."""
         self.init_scale = init_scale
         self.gain = nn.Parameter(self.weight.detach().flatten(1).norm(dim=1))
 
-    def _direction(self) -> Tensor:
-        """What is normalized: a layer with a mask multiplies it in here."""
-        return self.weight
-
-    def normalized_weight(self) -> Tensor:
-        """The weight that the layer applies."""
-        v = self._direction()
+    def effective_weight(self) -> Tensor:
+        """Return the weight that the layer applies."""
+        v = self.unnormalized_weight()
         factor = self.gain / v.flatten(1).norm(dim=1).clamp(min=torch.finfo(v.dtype).tiny)
         return v * factor.view(-1, *[1] * (v.dim() - 1))
 
+    def output_moments(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean and standard deviation of each output over a batch, for images over all pixels as well."""
+        return y.mean((0, 2, 3)), y.std((0, 2, 3))
+
     def forward(self, x: Tensor) -> Tensor:
-        return self.apply_weight(x, self.normalized_weight(), self.bias)
+        return self.apply_weight(x, self.effective_weight(), self.bias)
 
     @torch.no_grad()
     def initialize(self, x: Tensor) -> None:
-        """Choose gain and bias so that the outputs for this batch have mean 0 and deviation ``init_scale``."""
+        """Set gain and bias so that the outputs for this batch have mean 0 and standard deviation ``init_scale``."""
         self.gain.fill_(1)
-        mean, std = self._over_all_but_channels(self.apply_weight(x, self.normalized_weight(), None))
-        gain = self.init_scale / torch.where(std > 1e-6, std, 1.0)  # an output that never varies stays as it is
+        mean, std = self.output_moments(self.apply_weight(x, self.effective_weight(), None))
+        gain = self.init_scale / torch.where(std > 1e-6, std, 1.0)  # a constant output is only centered
         self.gain.copy_(gain)
         self.bias.copy_(-mean * gain)
 
 
-class WeightNormLinear(_WeightNorm, nn.Linear):
+class WeightNormLinear(WeightNorm, nn.Linear):
     r"""A linear layer with weight normalization.
 
     .. math:: y = g \odot \frac{V}{\lVert V \rVert} x + b
 
-    the norms being those of the rows. Until :func:`data_dependent_initialization` it starts like
-    :class:`torch.nn.Linear`.
+    The norms are those of the rows. Before :func:`data_dependent_initialization` the layer equals a
+    :class:`torch.nn.Linear` with its default initialization.
 
     Args:
         in_features, out_features: widths.
@@ -72,7 +75,7 @@ class WeightNormLinear(_WeightNorm, nn.Linear):
 
     Example:
         >>> import torch
-        >>> from pyro_flowguides.vae.networks import WeightNormLinear, data_dependent_initialization
+        >>> from pyro_flowguides.vae import WeightNormLinear, data_dependent_initialization
         >>> layer, x = WeightNormLinear(3, 2), torch.randn(100, 3)
         >>> with data_dependent_initialization(layer):
         ...     y = layer(x)
@@ -82,17 +85,20 @@ class WeightNormLinear(_WeightNorm, nn.Linear):
 
     def __init__(self, in_features: int, out_features: int, *, init_scale: float = 1.0) -> None:
         super().__init__(in_features, out_features)
-        self._add_gain(init_scale)
+        self.add_gain(init_scale)
+
+    def unnormalized_weight(self) -> Tensor:
+        return self.weight
 
     def apply_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)
 
-    def _over_all_but_channels(self, y: Tensor) -> tuple[Tensor, Tensor]:
+    def output_moments(self, y: Tensor) -> tuple[Tensor, Tensor]:
         rows = y.flatten(0, -2)
         return rows.mean(0), rows.std(0)
 
 
-class WeightNormConv2d(_WeightNorm, nn.Conv2d):
+class WeightNormConv2d(WeightNorm, nn.Conv2d):
     r"""A convolution with weight normalization; the norms are those of the filters.
 
     Args:
@@ -109,42 +115,44 @@ class WeightNormConv2d(_WeightNorm, nn.Conv2d):
 
     Example:
         >>> import torch
-        >>> from pyro_flowguides.vae.networks import WeightNormConv2d
+        >>> from pyro_flowguides.vae import WeightNormConv2d
         >>> WeightNormConv2d(1, 4, 3, stride=2)(torch.randn(5, 1, 7, 8)).shape
         torch.Size([5, 4, 4, 4])
     """
+
+    bias: nn.Parameter
 
     def __init__(
         self, in_channels: int, out_channels: int, kernel_size: int = 3, stride: int = 1, *, init_scale: float = 1.0
     ) -> None:
         super().__init__(in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2)
-        self._add_gain(init_scale)
+        self.add_gain(init_scale)
+
+    def unnormalized_weight(self) -> Tensor:
+        return self.weight
 
     def apply_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return self._conv_forward(x, weight, bias)
 
-    def _over_all_but_channels(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        return y.mean((0, 2, 3)), y.std((0, 2, 3))
-
 
 @contextmanager
 def data_dependent_initialization(module: nn.Module) -> Iterator[None]:
-    """Within this context the weight-normalized layers of a module initialize themselves at each call, before it.
+    """Initialize the weight-normalized layers of a module from the data of the calls made within this context.
 
-    Run the module once on a batch of data. Layers are reached in the order of the calls, so that each sees its inputs
-    as initialized layers before it produce them.
+    Run the module once on a batch. Each layer is initialized immediately before its own call, so that its inputs come
+    from layers that are initialized already. Other layers are left unchanged.
 
     Args:
-        module: any; without weight-normalized layers nothing happens.
+        module: the network to initialize.
 
     References:
         T. Salimans, D. Kingma (2016). Weight normalization. arXiv:1602.07868.
     """
 
-    def initialize(layer: _WeightNorm, inputs: tuple[Any, ...]) -> None:
+    def initialize(layer: WeightNorm, inputs: tuple[Tensor]) -> None:
         layer.initialize(*inputs)
 
-    layers = [layer for layer in module.modules() if isinstance(layer, _WeightNorm)]
+    layers = [layer for layer in module.modules() if isinstance(layer, WeightNorm)]
     hooks = [layer.register_forward_pre_hook(initialize) for layer in layers]
     try:
         yield

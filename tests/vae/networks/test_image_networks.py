@@ -1,10 +1,10 @@
-"""Encoders and decoders for images and vectors, and weight normalization."""
+"""Encoders and decoders of vectors, images and latent images."""
 
 import pytest
 import torch
 from torch import nn
 
-from pyro_flowguides.vae.networks import (
+from pyro_flowguides.vae import (
     DenseDecoder,
     DenseEncoder,
     GatedConvDecoder,
@@ -12,8 +12,8 @@ from pyro_flowguides.vae.networks import (
     GaussianEncoder,
     ResNetDecoder,
     ResNetEncoder,
-    WeightNormConv2d,
-    WeightNormLinear,
+    SpatialDecoder,
+    SpatialEncoder,
     data_dependent_initialization,
 )
 
@@ -48,20 +48,20 @@ def test_decoders_take_any_leading_dimensions(decoder, shape):
 
 
 @pytest.mark.parametrize("decoder", [GatedConvDecoder, ResNetDecoder])
-def test_channels_and_parameters_are_not_mixed_up(decoder):
-    """Shifting the bias of one output map moves that parameter of that channel, everywhere in the image."""
+def test_every_output_map_is_one_parameter_of_one_channel(decoder):
+    """Adding to the bias of an output map changes one parameter of one channel, at all pixels."""
     network, z = decoder(5, (3, 8, 8), 2), torch.randn(4, 5)
     last = network.network[-1]
     before = network(z)
     with torch.no_grad():
         last.bias[2 * 1 + 1] += 1  # channel 1, parameter 1
-    wanted = torch.zeros(3, 8, 8, 2)
-    wanted[1, :, :, 1] = 1
-    torch.testing.assert_close(network(z) - before, wanted.expand(4, -1, -1, -1, -1))
+    change = torch.zeros(3, 8, 8, 2)
+    change[1, :, :, 1] = 1
+    torch.testing.assert_close(network(z) - before, change.expand(4, -1, -1, -1, -1))
 
 
 @pytest.mark.parametrize("decoder", [GatedConvDecoder, ResNetDecoder])
-def test_the_latent_vector_reaches_the_image_from_the_start(decoder):
+def test_the_latent_vector_affects_the_image_from_the_start(decoder):
     network, z = decoder(16, (1, 28, 28), 1), torch.randn(64, 16)
     with data_dependent_initialization(network):
         network(z)
@@ -69,15 +69,15 @@ def test_the_latent_vector_reaches_the_image_from_the_start(decoder):
 
 
 def test_the_gated_convolutions_are_those_of_the_paper():
-    """Channels, kernels and strides of the table in van den Berg et al. (2018), for images of 28 × 28."""
+    """Channels, kernels and strides are those of van den Berg et al. (2018), for images of 28 × 28."""
 
     def layers(module):
-        kinds = nn.Conv2d, nn.ConvTranspose2d
-        return [(m.out_channels, *m.kernel_size, m.stride[0]) for m in module.modules() if isinstance(m, kinds)]
+        convolutions = [m for m in module.modules() if isinstance(m, nn.Conv2d | nn.ConvTranspose2d)]
+        return [(m.out_channels, *m.kernel_size, m.stride[0]) for m in convolutions]
 
-    gated = [(64, 5, 5, 1), (64, 5, 5, 2), (128, 5, 5, 1), (128, 5, 5, 2), (128, 5, 5, 1), (512, 7, 7, 1)]
-    assert layers(GatedConvEncoder((1, 28, 28))) == gated
-    mirrored = [
+    encoder = [(64, 5, 5, 1), (64, 5, 5, 2), (128, 5, 5, 1), (128, 5, 5, 2), (128, 5, 5, 1), (512, 7, 7, 1)]
+    assert layers(GatedConvEncoder((1, 28, 28))) == encoder
+    decoder = [
         (128, 7, 7, 1),
         (128, 5, 5, 1),
         (64, 5, 5, 2),
@@ -86,10 +86,10 @@ def test_the_gated_convolutions_are_those_of_the_paper():
         (64, 5, 5, 1),
         (1, 1, 1, 1),
     ]
-    assert layers(GatedConvDecoder(64, (1, 28, 28), 1)) == mirrored
+    assert layers(GatedConvDecoder(64, (1, 28, 28), 1)) == decoder
 
 
-def test_the_gaussian_head():
+def test_the_gaussian_head_starts_from_the_standard_normal_at_zero_weights():
     encoder = GaussianEncoder(DenseEncoder((6,), [8]), latent_dim=3)
     nn.init.zeros_(encoder.head.weight)
     nn.init.zeros_(encoder.head.bias)
@@ -101,78 +101,39 @@ def test_the_gaussian_head():
 
 @pytest.mark.parametrize("network", [GatedConvEncoder, ResNetEncoder])
 @pytest.mark.parametrize("shape", [(28, 28), (784,), (1, 3, 8)])
-def test_what_is_no_image_is_refused(network, shape):
+def test_data_that_are_not_images_raise_an_error(network, shape):
     with pytest.raises(ValueError, match=r"\(channels, height, width\)"):
         network(shape)
 
 
-# -- weight normalization ----------------------------------------------------------------------------------------------
-
-LAYERS = [
-    pytest.param(lambda: WeightNormLinear(6, 4, init_scale=0.3), (500, 6), id="linear"),
-    pytest.param(lambda: WeightNormConv2d(2, 4, 3, init_scale=0.3), (50, 2, 5, 6), id="conv"),
-    pytest.param(lambda: WeightNormConv2d(2, 4, 5, stride=2, init_scale=0.3), (50, 2, 5, 6), id="strided"),
-]
+# -- latent images -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("make", "shape"), LAYERS)
-def test_weight_normalization_starts_as_the_plain_layer(make, shape):
-    layer, x = make(), torch.randn(shape)
-    torch.testing.assert_close(layer.normalized_weight(), layer.weight)
-    torch.testing.assert_close(layer(x), layer.apply_weight(x, layer.weight, layer.bias))
+def test_spatial_networks_take_any_leading_dimensions():
+    encoder, x = SpatialEncoder((3, 9, 16), latent_dim=2 * 3 * 4, hidden=6), torch.rand(2, 3, 3, 9, 16)
+    loc, scale, context = encoder(x)
+    assert loc.shape == scale.shape == (2, 3, 24)
+    assert context.shape == (2, 3, encoder.context_dim) == (2, 3, 6 * 3 * 4)
+    for batch, alone in zip((loc, scale, context), encoder(x[1, 2]), strict=True):
+        torch.testing.assert_close(batch[1, 2], alone)
+    decoder, z = SpatialDecoder(24, (3, 9, 16), parameters_per_value=2, hidden=6), torch.randn(2, 3, 24)
+    params = decoder(z)
+    assert params.shape == (2, 3, 3, 9, 16, 2)
+    torch.testing.assert_close(params[1, 2], decoder(z[1, 2]))
 
 
-@pytest.mark.parametrize(("make", "shape"), LAYERS)
-def test_the_length_of_the_direction_does_not_matter(make, shape):
-    layer, x = make(), torch.randn(shape)
-    before = layer(x)
-    with torch.no_grad():
-        layer.weight.mul_(torch.tensor([0.1, 1.0, 5.0, 100.0]).view(-1, *[1] * (layer.weight.dim() - 1)))
-    torch.testing.assert_close(layer(x), before)
+def test_latent_images_keep_the_spatial_layout():
+    """A corner of the image affects the nearest corner of a large latent image, and not the opposite one."""
+    encoder = SpatialEncoder((1, 128, 128), latent_dim=32 * 32, hidden=4)
+    x = torch.rand(1, 128, 128, requires_grad=True)
+    loc = encoder(x)[0].reshape(32, 32)
+    near, far = (torch.autograd.grad(loc[i, i], x, retain_graph=True)[0][0, :4, :4] for i in (0, -1))
+    assert near.abs().max() > 0
+    assert (far == 0).all()
 
 
-@pytest.mark.parametrize(("make", "shape"), LAYERS)
-def test_data_dependent_initialization_standardizes_the_outputs(make, shape):
-    layer, x = make(), 3 * torch.randn(shape) + 7
-    with data_dependent_initialization(layer):
-        layer(x)
-    y = layer(x).movedim(-3 if x.dim() == 4 else -1, 0).flatten(1)
-    torch.testing.assert_close(y.mean(1), torch.zeros(4), atol=1e-9, rtol=0)
-    torch.testing.assert_close(y.std(1), torch.full((4,), 0.3))
-
-
-def test_every_layer_of_a_network_is_initialized_on_initialized_inputs():
-    network, x = ResNetEncoder((1, 8, 8), hidden=20), torch.rand(64, 1, 8, 8)
-    with data_dependent_initialization(network):
-        network(x)
-    checked = []
-
-    def check(layer, inputs, output):
-        mean, std = layer._over_all_but_channels(output)
-        varies = std > 1e-3  # border pixels of a tiny image may leave an output constant
-        checked.append(varies.double().mean().item())
-        torch.testing.assert_close(mean, torch.zeros_like(mean), atol=1e-8, rtol=0)
-        torch.testing.assert_close(std[varies], torch.ones_like(std[varies]))
-
-    for layer in network.modules():
-        if isinstance(layer, WeightNormConv2d | WeightNormLinear):
-            layer.register_forward_hook(check)
-    network(x)
-    assert len(checked) == 17
-    assert min(checked) > 0.9
-
-
-def test_an_output_that_never_varies_stays_finite():
-    layer, x = WeightNormLinear(3, 2), torch.ones(10, 3)
-    with data_dependent_initialization(layer):
-        y = layer(x)
-    assert y.isfinite().all()
-    torch.testing.assert_close(y, torch.zeros(10, 2))
-
-
-def test_plain_networks_are_left_alone():
-    network, x = nn.Linear(3, 2), torch.randn(10, 3)
-    before = network(x)
-    with data_dependent_initialization(network):
-        network(x)
-    torch.testing.assert_close(network(x), before)
+def test_latent_dim_must_fill_the_latent_image():
+    with pytest.raises(ValueError, match=r"SpatialEncoder: .* latent_dim must be a multiple of 4, got 6"):
+        SpatialEncoder((1, 8, 8), latent_dim=6)
+    with pytest.raises(ValueError, match=r"SpatialDecoder: .* latent_dim must be a multiple of 4, got 6"):
+        SpatialDecoder(6, (1, 8, 8), parameters_per_value=1)

@@ -1,0 +1,146 @@
+"""Evaluation of causal convolutions on whole feature maps or, from caches, on a single row or pixel."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TypeAlias
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pyro_flowguides.vae.decoders.causal_conv import PaddedConv2d
+
+__all__ = ["CachedWindow", "FullMap", "MapRegion"]
+
+
+class FullMap:
+    """The region that covers whole feature maps.
+
+    :class:`CachedWindow` has the same methods for a row or a pixel, so that one definition of a network serves both
+    the density and generation.
+
+    Args:
+        contexts: the output of every :class:`~pyro_flowguides.vae.decoders.context_projection.ContextProjection`.
+    """
+
+    def __init__(self, contexts: Mapping[nn.Module, Tensor]) -> None:
+        self.contexts = contexts
+
+    @property
+    def half_resolution(self) -> FullMap:
+        """The same region of maps of half the resolution."""
+        return self
+
+    def context(self, projection: nn.Module) -> Tensor:
+        """Return the projected context in this region."""
+        return self.contexts[projection]
+
+    def crop(self, complete: Tensor) -> Tensor:
+        """Return the part of a complete map in this region."""
+        return complete
+
+    def apply_to_map(self, layer: PaddedConv2d, complete: Tensor) -> Tensor:
+        """Apply a layer to a map that is complete as far as the layer reads it."""
+        return layer(complete)
+
+    def apply(self, layer: PaddedConv2d, features: Tensor) -> Tensor:
+        """Apply a layer to the features of this region."""
+        return layer(features)
+
+    def downsample(self, layer: PaddedConv2d, features: Tensor) -> Tensor | None:
+        """Apply a layer of stride 2 to the features of this region; ``None`` if that yields no new output."""
+        return layer(features)
+
+    def latest(self, layer: nn.Module, upsampled: Tensor | None) -> Tensor:
+        """Return the upsampled features of a layer in this region; ``None`` means those of an earlier visit."""
+        assert upsampled is not None
+        return upsampled
+
+
+class CachedWindow:
+    """One row of the feature maps, or one pixel of it; all earlier rows and pixels must have been visited before.
+
+    The input of every layer is cached as a map. A visit adds the features of the window to the map and evaluates the
+    layer there only, so that a pixel costs one application of every kernel, whatever the size of the image. Upsampled
+    features are kept between the visits that compute them.
+
+    Args:
+        size: B.
+        height, width: of the maps.
+        contexts: as for :class:`FullMap`, for whole maps.
+    """
+
+    def __init__(self, size: int, height: int, width: int, contexts: Mapping[nn.Module, Tensor]) -> None:
+        self.size, self.height, self.width, self.contexts = size, height, width, contexts
+        self._maps: dict[nn.Module, Tensor] = {}
+        self._weights: dict[nn.Module, Tensor] = {}
+        self._half_resolution: CachedWindow | None = None
+        self.move_to_row(0)
+
+    def move_to_row(self, row: int) -> CachedWindow:
+        """Move the window to all columns of a row."""
+        return self._move(row, 0, self.width)
+
+    def move_to_pixel(self, row: int, column: int) -> CachedWindow:
+        """Move the window to one pixel."""
+        return self._move(row, column, column + 1)
+
+    def _move(self, row: int, start: int, stop: int) -> CachedWindow:
+        self.row, self.start, self.stop = row, start, stop
+        return self
+
+    @property
+    def half_resolution(self) -> CachedWindow:
+        if self._half_resolution is None:
+            self._half_resolution = CachedWindow(self.size, self.height // 2, self.width // 2, self.contexts)
+        return self._half_resolution._move(self.row // 2, self.start // 2, (self.stop + 1) // 2)
+
+    def context(self, projection: nn.Module) -> Tensor:
+        return self.crop(self.contexts[projection])
+
+    def crop(self, complete: Tensor) -> Tensor:
+        """Return the part of a complete map in the window; a map of one row or column is constant over the others."""
+        rows = slice(self.row, self.row + 1) if complete.shape[-2] > 1 else slice(None)
+        columns = slice(self.start, self.stop) if complete.shape[-1] > 1 else slice(None)
+        return complete[..., rows, columns]
+
+    def apply_to_map(self, layer: PaddedConv2d, complete: Tensor) -> Tensor:
+        top, left, right = self.row - layer.above, self.start - layer.left, self.stop + layer.right
+        patch = complete[:, :, max(top, 0) : self.row + 1, max(left, 0) : right]
+        margins = (max(-left, 0), max(right - self.width, 0), max(-top, 0), 0)
+        return self._apply_to_patch(layer, F.pad(patch, margins) if any(margins) else patch)
+
+    def _apply_to_patch(self, layer: PaddedConv2d, patch: Tensor) -> Tensor:
+        """Apply a layer to exactly the inputs that it reads for this window."""
+        if layer not in self._weights:
+            self._weights[layer] = layer.effective_weight()
+        weight = self._weights[layer]
+        if self.stop - self.start > 1:
+            return F.conv2d(patch, weight, layer.bias, layer.stride)
+        return F.linear(patch.flatten(1), weight.flatten(1), layer.bias)[..., None, None]
+
+    def _store(self, layer: nn.Module, features: Tensor) -> Tensor:
+        """Add features to the cached map of a layer, starting at the window's first pixel, and return the map."""
+        if layer not in self._maps:
+            self._maps[layer] = features.new_zeros(self.size, features.shape[1], self.height, self.width)
+        rows = slice(self.row, self.row + features.shape[-2])
+        columns = slice(self.start, self.start + features.shape[-1])
+        self._maps[layer][:, :, rows, columns] = features
+        return self._maps[layer]
+
+    def apply(self, layer: PaddedConv2d, features: Tensor) -> Tensor:
+        if layer.kernel_size == (1, 1):
+            return self._apply_to_patch(layer, features)
+        return self.apply_to_map(layer, self._store(layer, features))
+
+    def downsample(self, layer: PaddedConv2d, features: Tensor) -> Tensor | None:
+        """Apply a layer of stride 2 where it has a new output: at even rows and columns."""
+        complete = self._store(layer, features)
+        return None if self.row % 2 or self.start % 2 else self.apply_to_map(layer, complete)
+
+    def latest(self, layer: nn.Module, upsampled: Tensor | None) -> Tensor:
+        complete = self._maps[layer] if upsampled is None else self._store(layer, upsampled)
+        return complete[:, :, self.row : self.row + 1, self.start : self.stop]
+
+
+MapRegion: TypeAlias = FullMap | CachedWindow

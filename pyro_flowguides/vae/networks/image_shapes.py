@@ -1,0 +1,42 @@
+"""Shapes of images and feature maps in convolutional networks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from torch import Tensor
+
+__all__ = ["as_image_shape", "halve_size", "params_last"]
+
+
+def as_image_shape(owner: str, data_shape: Sequence[int]) -> tuple[int, int, int]:
+    """Return channels, height and width of images with at least 4 × 4 pixels.
+
+    Raises:
+        ValueError: if ``data_shape`` is not that of an image, or the image is smaller.
+    """
+    if len(data_shape) != 3 or min(data_shape[1:]) < 4:
+        raise ValueError(
+            f"{owner}: data_shape must be (channels, height, width) with at least 4 × 4 pixels, got "
+            f"{tuple(data_shape)}: reshape the images, or use the dense networks"
+        )
+    channels, height, width = data_shape
+    return channels, height, width
+
+
+def halve_size(size: tuple[int, int], times: int) -> tuple[int, int]:
+    """Return height and width after ``times`` convolutions of stride 2.
+
+    Example:
+        >>> from pyro_flowguides.vae.networks.image_shapes import halve_size
+        >>> halve_size((28, 20), 3)
+        (4, 3)
+    """
+    height, width = (math.ceil(side / 2**times) for side in size)
+    return height, width
+
+
+def params_last(maps: Tensor, channels: int) -> Tensor:
+    """Move the P parameters of every value to the last dimension: ``(..., C * P, H, W) -> (..., C, H, W, P)``."""
+    return maps.unflatten(-3, (channels, -1)).movedim(-3, -1)
