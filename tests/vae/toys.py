@@ -18,7 +18,7 @@ class Gaussian(Likelihood):
     parameters_per_value = 1
     low, high = -1.0, 1.0
     support = constraints.real
-    wanted = "real numbers"
+    expected_data = "real numbers"
 
     def log_prob(self, params, x):
         return -0.5 * ((x - params[..., 0]) / NOISE) ** 2 - math.log(NOISE * math.sqrt(2 * math.pi))

@@ -8,7 +8,7 @@ from pyro.infer import SVI, Trace_ELBO
 
 from pyro_flowguides.flows import FLOWS
 from pyro_flowguides.transforms import MaskedAutoregressive
-from pyro_flowguides.vae import DECODERS, MODELS, VLAE, Autoregressive, ELBOLoss
+from pyro_flowguides.vae import DECODERS, MODELS, VLAE, AutoregressiveDistribution, ELBOLoss
 from pyro_flowguides.vae.training.data import load_images
 from tests.transforms.families import randomize
 
@@ -35,7 +35,7 @@ def test_the_published_recipe():
     assert len(steps) == 4
     for step in steps:
         assert isinstance(step, MaskedAutoregressive)
-        assert step.fast == "inverse"
+        assert step.cheap_direction == "inverse"
         assert step.conditioner.hidden_dims == (640, 640, 640)
         assert step.conditioner.activation is torch.nn.functional.relu
     _, ladj = vae.prior.flow.inverse_and_ladj(torch.randn(3, 64))
@@ -49,7 +49,7 @@ def test_without_maps_it_is_the_autoregressive_model_alone():
     """z says nothing: the log likelihood is that of the network, whatever z."""
     vae = vlae(maps=0)
     x = bits(5, 1, 4, 4)
-    expected = Autoregressive(vae.network, vae.pixels).log_prob(x)
+    expected = AutoregressiveDistribution(vae.network, vae.pixels).log_prob(x)
     torch.testing.assert_close(vae.terms(x, 3).log_likelihood, expected.expand(3, 5))
 
 
@@ -90,7 +90,7 @@ def test_plain_svi():
 def test_decompressions_differ_only_in_what_z_leaves_open():
     vae = vlae()
     with torch.no_grad():
-        for parameter in vae.network.given.parameters():
+        for parameter in vae.network.context_projection.parameters():
             parameter.mul_(100)
     x = bits(6, 1, 4, 4)
     draws = vae.decompress(x, 40)
@@ -158,7 +158,7 @@ def test_a_pixel_of_the_latent_image_acts_where_it_is():
 
 
 def test_errors():
-    with pytest.raises(ValueError, match="unknown decoder 'cnn': known are pixelcnn, gated_pixelcnn"):
+    with pytest.raises(ValueError, match="unknown decoder 'cnn'; known decoders: pixelcnn, gated_pixelcnn"):
         vlae(decoder="cnn")
     with pytest.raises(ValueError, match="latent_dim must be a multiple of 4, got 6"):
         MODELS["spatial_vlae"]((1, 8, 8), latent_dim=6)
