@@ -1,8 +1,8 @@
-"""The few things asked of ArviZ, for its 0.2x releases and for 1.x.
+"""Calls to ArviZ that work with its 0.2x releases and with 1.x.
 
-ArviZ 1.x is three packages, ``arviz_base``, ``arviz_stats`` and ``arviz_plots``, which ``arviz`` re-exports. It keeps
-results in an ``xarray.DataTree`` where 0.2x has its own ``InferenceData``, and its ``psislw`` takes log *likelihoods*,
-so that the sign of what is passed differs. Nothing outside this file knows which of the two is installed.
+ArviZ 1.x consists of three packages, ``arviz_base``, ``arviz_stats`` and ``arviz_plots``, which ``arviz`` re-exports.
+It stores results in an ``xarray.DataTree`` instead of its own ``InferenceData``, and its ``psislw`` takes log
+*likelihoods*, so the sign of the argument differs. No other module depends on the installed version.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import importlib
 import warnings
 from collections.abc import Mapping, Sequence
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,13 +20,23 @@ if TYPE_CHECKING:
     import xarray as xr
     from matplotlib.figure import Figure
 
-_MISSING = "this needs ArviZ: pip install arviz"
+__all__ = [
+    "ArvizData",
+    "build_tree",
+    "group_names",
+    "is_legacy",
+    "load",
+    "pair_figure",
+    "posterior_predictive_figure",
+    "psislw",
+]
+
+#: ``arviz.InferenceData`` (0.2x) or ``xarray.DataTree`` (1.x): the type depends on the installed ArviZ.
+ArvizData: TypeAlias = Any
 
 
 def load() -> ModuleType:
-    """Import ArviZ.
-
-    The notice about its refactoring, which ArviZ 0.2x gives on one import a day, is kept quiet.
+    """Import ArviZ, without the notice about its refactoring that ArviZ 0.2x prints once a day.
 
     Raises:
         ImportError: if ArviZ is not installed.
@@ -36,11 +46,11 @@ def load() -> ModuleType:
         try:
             return importlib.import_module("arviz")
         except ModuleNotFoundError as error:
-            raise ImportError(_MISSING) from error
+            raise ImportError("this function needs ArviZ: pip install arviz") from error
 
 
 def is_legacy(arviz: ModuleType) -> bool:
-    """Whether an ArviZ module is of the 0.x series, which has ``InferenceData``."""
+    """Tell whether an ArviZ module belongs to the 0.x series, which has ``InferenceData``."""
     return int(str(arviz.__version__).split(".")[0]) < 1
 
 
@@ -51,10 +61,10 @@ def psislw(log_weights: NDArray[np.float64]) -> tuple[NDArray[np.float64], float
         log_weights: log importance ratios of independent draws, shape (S,).
 
     Returns:
-        Smoothed log weights, normalized to sum to one, shape (S,), and the tail index k-hat.
+        Smoothed log weights, normalized so that the weights sum to one, shape (S,), and the tail index k-hat.
     """
     arviz = load()
-    with np.errstate(all="ignore"):  # candidates for the tail index overflow where they do not fit
+    with np.errstate(all="ignore"):  # poor candidates for the tail index overflow
         if is_legacy(arviz):
             smoothed, khat = arviz.psislw(log_weights)
         else:
@@ -63,12 +73,12 @@ def psislw(log_weights: NDArray[np.float64]) -> tuple[NDArray[np.float64], float
     return np.asarray(smoothed, dtype=float), float(khat)
 
 
-def build_tree(groups: Mapping[str, xr.Dataset], attrs: Mapping[str, str]) -> Any:
+def build_tree(groups: Mapping[str, xr.Dataset], attrs: Mapping[str, str]) -> ArvizData:
     """Join datasets into an ``arviz.InferenceData`` (0.2x) or an ``xarray.DataTree`` (1.x).
 
     Args:
         groups: dataset of each group.
-        attrs: attributes of the whole.
+        attrs: attributes of the root.
     """
     arviz = load()
     if is_legacy(arviz):
@@ -79,34 +89,32 @@ def build_tree(groups: Mapping[str, xr.Dataset], attrs: Mapping[str, str]) -> An
     return tree
 
 
-def pair_figure(data: Any, var_names: Sequence[str] | None, **options: Any) -> Figure:
-    """Draw every pair of variables of the posterior against each other."""
-    arviz = load()
+def group_names(data: ArvizData) -> set[str]:
+    """Return the names of the groups."""
+    return set(data.children) if hasattr(data, "children") else set(data.groups())
+
+
+def pair_figure(data: ArvizData, var_names: Sequence[str] | None, **options: object) -> Figure:
+    """Plot all pairs of posterior variables."""
+    defaults = {"marginals": True, "scatter_kwargs": {"alpha": 0.3}, "show": False} if is_legacy(load()) else {}
+    return _figure("plot_pair", data, var_names, {**defaults, **options})
+
+
+def posterior_predictive_figure(
+    data: ArvizData, var_names: Sequence[str] | None, num_samples: int, **options: object
+) -> Figure:
+    """Plot datasets from the posterior predictive distribution together with the observed data."""
+    if is_legacy(load()):
+        return _figure("plot_ppc", data, var_names, {"num_pp_samples": num_samples, "show": False, **options})
+    return _figure("plot_ppc_dist", data, var_names, {"num_samples": num_samples, **options})
+
+
+def _figure(function: str, data: ArvizData, var_names: Sequence[str] | None, options: Mapping[str, object]) -> Figure:
+    """Call a plotting function of ArviZ, and return its figure after removing it from pyplot's open figures."""
+    names = None if var_names is None else list(var_names)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        if is_legacy(arviz):
-            names = None if var_names is None else list(var_names)
-            options = {"marginals": True, "scatter_kwargs": {"alpha": 0.3}, **options}
-            return _figure(arviz.plot_pair(data, var_names=names, show=False, backend="matplotlib", **options))
-        return _figure(arviz.plot_pair(data, var_names=var_names, backend="matplotlib", **options))
-
-
-def ppc_figure(data: Any, var_names: Sequence[str] | None, num_samples: int, **options: Any) -> Figure:
-    """Draw data sets from the posterior predictive distribution over the observed data."""
-    arviz = load()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        if is_legacy(arviz):
-            names = None if var_names is None else list(var_names)
-            options = {"num_pp_samples": num_samples, "show": False, "backend": "matplotlib", **options}
-            return _figure(arviz.plot_ppc(data, var_names=names, **options))
-        return _figure(
-            arviz.plot_ppc_dist(data, var_names=var_names, num_samples=num_samples, backend="matplotlib", **options)
-        )
-
-
-def _figure(plot: Any) -> Figure:
-    """The figure behind ArviZ's axes (0.2x) or plot collection (1.x), taken out of pyplot's list of open figures."""
+        plot = getattr(load(), function)(data, var_names=names, backend="matplotlib", **options)
     figure = plot.viz["figure"].item() if hasattr(plot, "viz") else np.ravel(plot)[0].figure
     importlib.import_module("matplotlib.pyplot").close(figure)
     return figure

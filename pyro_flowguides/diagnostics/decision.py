@@ -1,17 +1,19 @@
-"""How the evidence on a guide is weighed: the limits, and the order in which they are asked."""
+"""The rules that turn the findings on a guide into a verdict: the limits, and the order in which they are checked."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
-from pyro_flowguides.diagnostics.defensive import WiderLook
+from pyro_flowguides.diagnostics.defensive import DefensiveCheck
 from pyro_flowguides.diagnostics.fit_agreement import Agreement
+
+__all__ = ["Findings", "Verdict", "decide"]
 
 Verdict = Literal["good", "usable with importance resampling", "do not trust"]
 
-# Where the verdict is "good", no posterior mean may be more than 0.3 sd off. The limits on what the weights show
-# (shifts in sd, fractions of mass) leave room for what they cannot show.
+# A "good" verdict promises posterior means within 0.3 sd. The limits (shifts in sd, fractions of mass) are tighter,
+# since the weights do not show every error.
 _GOOD_KHAT = 0.5
 _GOOD_ESS_FRACTION = 0.3
 _FLAT_ESS_FRACTION = 0.95
@@ -23,14 +25,17 @@ _USABLE_SHIFT = 0.25
 _USABLE_MISSED = 0.08
 _USABLE_DISAGREEMENT = 0.3
 _INVALID_FRACTION = 0.01
-# A k-hat above its threshold may be put down to tails that carry no weight if a wider look reaches this far.
+# A confirmed guide may have a k-hat above its threshold, due to tails without weight, if k-hat is below the first limit
+# or the guide was widened by at least the second.
 _HARMLESS_KHAT = 1.0
-_FAR_REACHING = 2.5
+_FAR_WIDENING = 2.5
+
+_RESAMPLE = "Use importance_resample. A longer fit or a more flexible guide may make it unnecessary."
 
 
-@dataclass(frozen=True)
-class Evidence:
-    """All that the verdict weighs; see :class:`Diagnosis` for what the numbers mean."""
+@dataclass(frozen=True, kw_only=True)
+class Findings:
+    """Numbers that decide the verdict; :class:`~pyro_flowguides.diagnostics.Diagnosis` explains them."""
 
     khat: float
     khat_threshold: float
@@ -42,7 +47,7 @@ class Evidence:
     num_zero: int
     num_invalid: int
     point_sites: tuple[str, ...]
-    wider: WiderLook | None
+    defensive: DefensiveCheck | None
     agreement: Agreement | None
 
     @property
@@ -52,140 +57,148 @@ class Evidence:
 
     @property
     def is_confirmed(self) -> bool:
-        """Whether a reliable wider look finds the moments and the mass that the guide's draws show."""
-        wider = self.wider
-        if wider is None or not wider.is_reliable:
+        """Whether a reliable defensive check finds the moments and the mass that the guide's draws show."""
+        check = self.defensive
+        if check is None or not check.is_reliable:
             return False
-        return wider.missed_mass <= _GOOD_MISSED and wider.shift <= _GOOD_SHIFT + wider.noise
+        return check.missed_mass <= _GOOD_MISSED and check.shift <= _GOOD_SHIFT + check.monte_carlo_error
 
     @property
     def is_tail_harmless(self) -> bool:
-        """Whether a k-hat above its threshold can be put down to tails that carry no weight."""
-        reaches_far = self.wider is not None and self.wider.factor >= _FAR_REACHING
-        return self.is_confirmed and (self.khat < _HARMLESS_KHAT or reaches_far)
+        """Whether a k-hat above its threshold comes from tails without weight."""
+        is_far = self.defensive is not None and self.defensive.widening_factor >= _FAR_WIDENING
+        return self.is_confirmed and (self.khat < _HARMLESS_KHAT or is_far)
 
 
-def decide(evidence: Evidence) -> tuple[Verdict, str, str]:
-    """The verdict, its reason and an advice."""
-    found = _meaningless(evidence) or _unreliable(evidence)
-    if found is not None:
-        return "do not trust", *found
-    found = _improvable(evidence)
-    if found is not None:
-        return "usable with importance resampling", *found
-    return "good", _praise(evidence), _caution(evidence)
+def decide(findings: Findings) -> tuple[Verdict, str, str]:
+    """Return the verdict, its reason, and advice."""
+    explanation = _without_usable_weights(findings) or _untrustworthy(findings)
+    if explanation is not None:
+        return "do not trust", *explanation
+    explanation = _improved_by_weighting(findings)
+    if explanation is not None:
+        return "usable with importance resampling", *explanation
+    return "good", *_good(findings)
 
 
-def _meaningless(e: Evidence) -> tuple[str, str] | None:
-    """What leaves nothing to weigh."""
-    if e.point_sites:
+def _without_usable_weights(f: Findings) -> tuple[str, str] | None:
+    """Explain why the weights say nothing, if so."""
+    if f.point_sites:
         return (
-            f"All draws of site '{e.point_sites[0]}' are the same: a point estimate has no density to weigh.",
-            "Use a guide with a spread, such as AutoNormal or AutoIAF, started at this point.",
+            f"All draws of site '{f.point_sites[0]}' are equal: the guide is a point estimate, which has no density.",
+            "Use a guide with a density, such as AutoNormal or AutoIAF, and start it at this estimate.",
         )
-    if e.ess == 0:
+    if f.ess == 0:
         return (
-            f"No draw has a positive and finite weight ({e.num_zero} at zero density, {e.num_invalid} undefined).",
-            "Check that the guide's supports match the model's, and look for NaN in the model at the guide's draws.",
+            f"No draw has a positive, finite weight: {f.num_zero} have zero density under the model, and "
+            f"{f.num_invalid} have an undefined density.",
+            "Check that the guide has the model's supports, and look for NaN in the model at the guide's draws.",
         )
-    if e.num_invalid > _INVALID_FRACTION * e.num_samples:
+    if f.num_invalid > _INVALID_FRACTION * f.num_samples:
         return (
-            f"The density is NaN or infinite at {e.num_invalid} of {e.num_samples} draws.",
-            "Look for overflow in the model at extreme draws; double precision often helps.",
+            f"The density is NaN or infinite at {f.num_invalid} of {f.num_samples} draws.",
+            "Look for overflow in the model at extreme draws. Double precision often helps.",
         )
     return None
 
 
-def _unreliable(e: Evidence) -> tuple[str, str] | None:
-    """What keeps the weighted draws from being the posterior's."""
-    if e.agreement is not None and not e.agreement.worst <= _USABLE_DISAGREEMENT:
+def _untrustworthy(f: Findings) -> tuple[str, str] | None:
+    """Explain why even weighted draws do not represent the posterior, if so."""
+    if f.agreement is not None and not f.agreement.worst_difference <= _USABLE_DISAGREEMENT:
         return (
-            f"Independent fits disagree at site '{e.agreement.worst_site}': their means by "
-            f"{e.agreement.mean_difference:.2f} sd, their log sd by {e.agreement.log_sd_difference:.2f}.",
-            "There may be several modes: temper the fit, or try a more flexible flow.",
+            f"Independent fits disagree: {_differences(f.agreement)}.",
+            "The posterior may have several modes. Pass temper to fit, or try a more flexible flow.",
         )
-    missed = _missed(e.wider)
+    missed = None if f.defensive is None else _missed(f.defensive)
     if missed is not None:
-        return missed, "Start the fit wider, temper it, or use a more flexible guide."
-    if not e.khat <= e.khat_threshold and not e.is_tail_harmless:
+        return missed, "Start the fit from a wider guide, pass temper to fit, or use a more flexible guide."
+    if not f.khat <= f.khat_threshold and not f.is_tail_harmless:
         return (
-            f"k-hat is {e.khat:.2f}, above {e.khat_threshold:.2f}: draws in the tail carry too much of the weight.",
-            "Fit longer, use a more flexible guide (AutoIAF with more depth), or reparametrize the model.",
+            f"k-hat is {f.khat:.2f}, above its threshold of {f.khat_threshold:.2f}: a few draws carry too much weight.",
+            "Fit longer, use a more flexible guide (such as AutoIAF with more depth), or reparametrize the model.",
         )
-    if e.ess < min(_USABLE_ESS, e.num_samples / 2):
+    if f.ess < min(_USABLE_ESS, f.num_samples / 2):
         return (
-            f"{e.num_samples} weighted draws are worth only {e.ess:.0f}.",
+            f"The effective sample size of {f.num_samples} weighted draws is only {f.ess:.0f}.",
             "Fit longer, use a more flexible guide, or diagnose with more draws.",
         )
     return None
 
 
-def _missed(wider: WiderLook | None) -> str | None:
-    """What draws with wider noise have found where the guide never goes."""
-    if wider is None:
-        return None
-    is_harmless = wider.is_reliable and wider.weighted_shift <= _GOOD_SHIFT
-    if wider.missed_mass > _USABLE_MISSED and not is_harmless:
-        return f"With wider noise, {100 * wider.missed_mass:.0f} % of the posterior lies where the guide does not go."
-    if wider.is_surprised:
+def _missed(check: DefensiveCheck) -> str | None:
+    """Describe the part of the posterior that the guide misses, if the widened guide finds any."""
+    is_harmless = check.is_reliable and check.weighted_shift <= _GOOD_SHIFT
+    if check.missed_mass > _USABLE_MISSED and not is_harmless:
+        return f"The widened guide finds {100 * check.missed_mass:.0f} % of the posterior where the guide has no draws."
+    if check.has_dominant_draw:
         return (
-            f"One draw with wider noise carries {100 * wider.largest_share:.1f} % of all weight: there may be a mode "
-            "that the guide has missed."
+            f"One draw of the widened guide carries {100 * check.largest_share:.1f} % of the total weight: the guide "
+            "may miss a mode."
         )
-    if wider.is_reliable and wider.weighted_shift > _USABLE_SHIFT + wider.noise:
-        return f"With wider noise, weighted moments change by {wider.weighted_shift:.2f} sd."
+    if check.is_reliable and check.weighted_shift > _USABLE_SHIFT + check.monte_carlo_error:
+        return f"Draws of the widened guide change the weighted moments by {check.weighted_shift:.2f} sd."
     return None
 
 
-def _improvable(e: Evidence) -> tuple[str, str] | None:
-    """What makes weighted draws better than the guide's own."""
-    advice = "Use importance_resample; a longer fit or a more flexible guide may make it unnecessary."
-    if max(e.mean_shift, e.log_sd_shift) > _GOOD_SHIFT:
+def _improved_by_weighting(f: Findings) -> tuple[str, str] | None:
+    """Explain why weighted draws are better than the guide's own, if so."""
+    if max(f.mean_shift, f.log_sd_shift) > _GOOD_SHIFT:
         return (
-            f"Weighting moves means by up to {e.mean_shift:.2f} sd and log sd by up to {e.log_sd_shift:.2f} "
-            f"(worst at '{e.shift_site}').",
-            advice,
+            f"Weighting changes means by up to {f.mean_shift:.2f} sd and log sd by up to {f.log_sd_shift:.2f} "
+            f"(most at site '{f.shift_site}').",
+            _RESAMPLE,
         )
-    if not e.khat <= e.khat_threshold:
-        return f"k-hat is {e.khat:.2f}: tails are too light, though wider noise finds no other moments.", advice
-    if e.khat > _GOOD_KHAT and e.ess_fraction < _FLAT_ESS_FRACTION and not e.is_confirmed:
-        return f"k-hat is {e.khat:.2f}: the guide's tails are too light in places.", advice
-    if e.wider is not None and not e.is_confirmed:
-        return _unconfirmed(e.wider), advice
-    if e.ess_fraction < _GOOD_ESS_FRACTION:
-        return f"Only {100 * e.ess_fraction:.0f} % of the draws count after weighting.", advice
-    if e.num_invalid > 0 or e.num_zero > _INVALID_FRACTION * e.num_samples:
-        return f"{e.num_zero} draws have zero density under the model, at {e.num_invalid} it is undefined.", advice
-    if e.agreement is not None and e.agreement.worst > _GOOD_DISAGREEMENT:
+    if not f.khat <= f.khat_threshold:
         return (
-            f"Independent fits differ by up to {e.agreement.worst:.2f} at site '{e.agreement.worst_site}'.",
+            f"k-hat is {f.khat:.2f}: the guide's tails are too light, but the widened guide gives the same moments.",
+            _RESAMPLE,
+        )
+    if f.khat > _GOOD_KHAT and f.ess_fraction < _FLAT_ESS_FRACTION and not f.is_confirmed:
+        return f"k-hat is {f.khat:.2f}: some tails of the guide are too light.", _RESAMPLE
+    if f.defensive is not None and not f.is_confirmed:
+        return _unconfirmed(f.defensive), _RESAMPLE
+    if f.ess_fraction < _GOOD_ESS_FRACTION:
+        return f"The effective sample size is only {100 * f.ess_fraction:.0f} % of the number of draws.", _RESAMPLE
+    if f.num_invalid > 0 or f.num_zero > _INVALID_FRACTION * f.num_samples:
+        reason = f"{f.num_zero} draws have zero density under the model, and {f.num_invalid} have an undefined density."
+        return reason, _RESAMPLE
+    if f.agreement is not None and f.agreement.worst_difference > _GOOD_DISAGREEMENT:
+        return (
+            f"Independent fits differ slightly: {_differences(f.agreement)}.",
             "Fit longer, or pool the resampled draws of several fits.",
         )
     return None
 
 
-def _unconfirmed(wider: WiderLook) -> str:
-    if not wider.is_reliable:
+def _unconfirmed(check: DefensiveCheck) -> str:
+    if not check.is_reliable:
         return (
-            f"Draws with wider noise cannot confirm the guide: their k-hat is {wider.khat:.2f}, and they are worth "
-            f"{wider.ess:.0f}."
+            f"The widened guide cannot confirm the fit: its weights have a k-hat of {check.khat:.2f} and an effective "
+            f"sample size of {check.ess:.0f}."
         )
     return (
-        f"Draws with wider noise differ from the guide's by {wider.shift:.2f} sd, or hold "
-        f"{100 * wider.missed_mass:.0f} % more mass."
+        f"The widened guide does not confirm the fit: moments differ by {check.shift:.2f} sd, and the guide misses "
+        f"{100 * check.missed_mass:.0f} % of the posterior."
     )
 
 
-def _praise(e: Evidence) -> str:
-    parts = [f"{100 * e.ess_fraction:.0f} % of the draws count after weighting", f"k-hat is {e.khat:.2f}"]
-    if e.is_confirmed:
-        parts.append("draws with wider noise find the same")
-    if e.agreement is not None:
-        parts.append(f"{e.agreement.num_fits} independent fits agree")
-    return ", ".join(parts) + "."
+def _differences(agreement: Agreement) -> str:
+    return (
+        f"means differ by up to {agreement.mean_difference:.2f} sd (at site '{agreement.mean_site}'), log sd by up to "
+        f"{agreement.log_sd_difference:.2f} (at site '{agreement.log_sd_site}')"
+    )
 
 
-def _caution(e: Evidence) -> str:
-    if e.agreement is None:
-        return "The draws can be used as they are. One fit cannot show a distant mode; compare fits where that matters."
-    return "The draws can be used as they are."
+def _good(f: Findings) -> tuple[str, str]:
+    parts = [
+        f"The effective sample size is {100 * f.ess_fraction:.0f} % of the number of draws",
+        f"k-hat is {f.khat:.2f}",
+    ]
+    if f.is_confirmed:
+        parts.append("the widened guide gives the same moments")
+    if f.agreement is not None:
+        parts.append(f"{f.agreement.num_fits} independent fits agree")
+    advice = "Use the draws as they are."
+    if f.agreement is None:
+        advice += " A single fit cannot show a distant mode; compare independent fits if that matters."
+    return ", ".join(parts[:-1]) + f", and {parts[-1]}.", advice

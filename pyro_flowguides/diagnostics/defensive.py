@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_flowguides.diagnostics.moments import Moments, shift
+from pyro_flowguides.diagnostics.moments import Moments, moment_shift
 from pyro_flowguides.diagnostics.psis import effective_sample_size, log_mean_weight
-from pyro_flowguides.diagnostics.summary import SmoothedMoments, Summary
-from pyro_flowguides.diagnostics.weights import WeightedDraws, log_weight, weigh_guide
+from pyro_flowguides.diagnostics.summary import GuideSummary, SmoothedMoments
+from pyro_flowguides.diagnostics.weights import WeightedDraws, log_weight, weigh_widened
+from pyro_flowguides.diagnostics.widening import Widening
 from pyro_flowguides.programs.chunking import chunks
-from pyro_flowguides.programs.program import Program, inspect_program
+from pyro_flowguides.programs.program import Program
 
 _SEQUENTIAL_SHARE = 4
 _RELIABLE_KHAT = 0.7
@@ -70,11 +71,13 @@ def defensive_log_weights(
         ...  for found in (log_weights, defensive_log_weights)]
         [0.5, 1.0]
     """
-    program = inspect_program(model, guide, args, kwargs)
-    own, own_ratio = weigh_guide(program, num_samples)
-    if not program.widenable:
+    program = Program.inspect(model, guide, args, kwargs)
+    widening = Widening.of(program)
+    own, own_ratio = weigh_widened(program, widening, num_samples)
+    if not widening.sites:
         return None
-    wide, wide_ratio = weigh_guide(program, _num_wide(own, num_samples), wide=True)
+    num_wide = _num_wide(own, num_samples)
+    wide, wide_ratio = weigh_widened(program, widening, num_wide, from_widened=True)
     share = own.num_samples / (own.num_samples + wide.num_samples)
     parts = _of_mixture(own, own_ratio, share), _of_mixture(wide, wide_ratio, share)
     return replace(
@@ -86,21 +89,23 @@ def defensive_log_weights(
     )
 
 
-def survey(program: Program, num_samples: int) -> tuple[Summary, SmoothedMoments | None]:
+def weigh_own_and_widened(
+    program: Program, widening: Widening, num_samples: int
+) -> tuple[GuideSummary, SmoothedMoments | None]:
     """What :func:`log_weights` and :func:`defensive_log_weights` find, the draws of the guide shared and none kept.
 
     Returns:
         A summary of the guide's draws; the moments of the mixture, ``None`` if no distribution can be widened.
     """
-    own, mixture = Summary(num_samples), None
-    for lot, log_ratio in _lots(program, num_samples):
+    own, mixture = GuideSummary(num_samples), None
+    for lot, log_ratio in _lots(program, widening, num_samples):
         own.add(lot.draws, lot.log_w)
-        if program.widenable:
+        if widening.sites:
             mixture = mixture or _Mixture(num_samples, _num_wide(lot, num_samples))
             mixture.add(lot, log_ratio)
     if mixture is None:
         return own, None
-    for lot, log_ratio in _lots(program, mixture.num_wide, wide=True):
+    for lot, log_ratio in _lots(program, widening, mixture.num_wide, from_widened=True):
         mixture.add(lot, log_ratio)
     return own, mixture.found
 
@@ -117,10 +122,12 @@ class _Mixture:
         self.found.add(lot.draws, _of_mixture(lot, log_ratio, self.share).log_w)
 
 
-def _lots(program: Program, num_samples: int, *, wide: bool = False) -> Iterator[tuple[WeightedDraws, Tensor]]:
+def _lots(
+    program: Program, widening: Widening, num_samples: int, *, from_widened: bool = False
+) -> Iterator[tuple[WeightedDraws, Tensor]]:
     """Weighted draws, as many at a time as are run together."""
     for chunk in chunks(num_samples, program.default_chunk_size):
-        yield weigh_guide(program, chunk.stop - chunk.start, wide=wide)
+        yield weigh_widened(program, widening, chunk.stop - chunk.start, from_widened=from_widened)
 
 
 def _num_wide(own: WeightedDraws, num_samples: int) -> int:
@@ -136,11 +143,11 @@ def _of_mixture(weighted: WeightedDraws, log_ratio: Tensor, share: float) -> Wei
 
 
 @dataclass(frozen=True)
-class WiderLook:
+class DefensiveCheck:
     """What the draws of :func:`defensive_log_weights` show, compared with the guide's own.
 
     Attributes:
-        factor: by how much the guide was widened.
+        widening_factor: factor by which the scales of the guide were multiplied.
         khat: tail index of the mixture's weights.
         ess: their effective sample size.
         num_samples: number of draws from the mixture.
@@ -152,10 +159,10 @@ class WiderLook:
         shift: largest difference between a mean here and one of the guide's draws in standard deviations, or between
             the logarithms of two standard deviations.
         weighted_shift: the same, compared with the guide's draws after weighting.
-        is_surprised: whether a single draw weighs far more than any of the guide's own: the trace of a lost mode.
+        has_dominant_draw: whether a single draw weighs far more than any of the guide's own: the trace of a lost mode.
     """
 
-    factor: float
+    widening_factor: float
     khat: float
     ess: float
     num_samples: int
@@ -165,28 +172,36 @@ class WiderLook:
     missed_mass: float
     shift: float
     weighted_shift: float
-    is_surprised: bool
+    has_dominant_draw: bool
 
     @property
     def is_reliable(self) -> bool:
         """Whether moments can be estimated from these draws."""
         limit = _RELIABLE_KHAT if self.ess < _FLAT_ESS_FRACTION * self.num_samples else _FLAT_KHAT
-        return self.khat <= limit and self.ess >= _RELIABLE_ESS and not self.is_surprised
+        return self.khat <= limit and self.ess >= _RELIABLE_ESS and not self.has_dominant_draw
 
     @property
-    def noise(self) -> float:
-        """Monte-Carlo error to allow for in the shifts."""
+    def monte_carlo_error(self) -> float:
+        """Two standard errors of the shifts."""
         return 2.0 / math.sqrt(self.ess)
 
+    def __str__(self) -> str:
+        return (
+            f"guide widened {self.widening_factor:.1f} times: k-hat {self.khat:.2f}, ESS {self.ess:.0f}, missed mass "
+            f"{100 * self.missed_mass:.0f} %, moments differ by {self.shift:.2f} sd"
+        )
 
-def look_wider(own: Summary, corrected: Moments, mixture: SmoothedMoments, factor: float) -> WiderLook | None:
+
+def defensive_check(
+    own: GuideSummary, corrected: Moments, mixture: SmoothedMoments, widening_factor: float
+) -> DefensiveCheck | None:
     """Compare the guide's own draws with those of the mixture.
 
     Args:
         own: summary of the guide's draws, some of whose weights are positive.
         corrected: moments of these draws after weighting.
         mixture: what the mixture's draws have shown.
-        factor: by how much the guide was widened.
+        widening_factor: factor by which the guide was widened.
 
     Returns:
         The comparison; ``None`` if no weight of the mixture is positive.
@@ -200,8 +215,8 @@ def look_wider(own: Summary, corrected: Moments, mixture: SmoothedMoments, facto
     own_log_evidence, own_se = log_mean_weight(own_log_w)
     excess = log_evidence - own_log_evidence
     share, own_share = _largest_share(log_w), _largest_share(own_log_w)
-    return WiderLook(
-        factor=factor,
+    return DefensiveCheck(
+        widening_factor=widening_factor,
         khat=smoothed.khat,
         ess=ess,
         num_samples=len(log_w),
@@ -209,9 +224,9 @@ def look_wider(own: Summary, corrected: Moments, mixture: SmoothedMoments, facto
         log_evidence=log_evidence,
         log_evidence_se=se,
         missed_mass=1 - math.exp(-excess) if excess > 3 * math.hypot(se, own_se) else 0.0,
-        shift=max(shift(own.plain, reference)[:2]),
-        weighted_shift=max(shift(corrected, reference)[:2]),
-        is_surprised=share > max(_SURPRISING_SHARE, 3 * own_share, 20 / len(log_w)),
+        shift=max(moment_shift(own.unweighted, reference)[:2]),
+        weighted_shift=max(moment_shift(corrected, reference)[:2]),
+        has_dominant_draw=share > max(_SURPRISING_SHARE, 3 * own_share, 20 / len(log_w)),
     )
 
 

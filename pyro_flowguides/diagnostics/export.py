@@ -18,10 +18,14 @@ from torch import Tensor
 from pyro_flowguides.diagnostics import arviz_compat as _arviz
 from pyro_flowguides.diagnostics.resampling import resample as resample_draws
 from pyro_flowguides.diagnostics.weights import WeightedDraws, weigh
-from pyro_flowguides.programs.program import Program, SiteInfo, inspect_program
-from pyro_flowguides.programs.runs import ALONE, Collect, run_model
+from pyro_flowguides.programs.batched_run import RunMode
+from pyro_flowguides.programs.layout import Layout, NotVectorizedError
+from pyro_flowguides.programs.model_runs import Collect, run_model
+from pyro_flowguides.programs.program import Program
+from pyro_flowguides.programs.running import SampleObserved, evaluation
+from pyro_flowguides.programs.sites import SiteInfo
 from pyro_flowguides.programs.trace_density import scored_sites
-from pyro_flowguides.programs.traces import Layout, NotVectorizedError, SampleObserved, Values, evaluation
+from pyro_flowguides.programs.types import Values
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -81,7 +85,18 @@ def to_inference_data(
         >>> data["posterior_predictive"]["x"].dims
         ('chain', 'draw', 'person')
     """
-    program = inspect_program(model, guide, args, kwargs)
+    program = Program.inspect(model, guide, args, kwargs)
+    return export_program(program, num_samples=num_samples, resample=resample, coords=coords)
+
+
+def export_program(
+    program: Program,
+    *,
+    num_samples: int = 1000,
+    resample: bool = False,
+    coords: Mapping[str, Sequence[Any]] | None = None,
+) -> Any:
+    """Draw from the guide of an inspected program and hand the draws to ArviZ; see :func:`to_inference_data`."""
     weighted = weigh(program, num_samples * _OVERSAMPLING if resample else num_samples)
     if resample:
         weighted = resample_draws(weighted, num_samples)
@@ -166,7 +181,7 @@ class _Runs:
         return self._run({}, collect, sample_observed=True)
 
     def _run(self, values: Values, collect: Collect, *, sample_observed: bool = False) -> Values:
-        def run(how: str) -> Values:
+        def run(mode: RunMode) -> Values:
             with evaluation():
                 return run_model(
                     self.program,
@@ -174,16 +189,16 @@ class _Runs:
                     self.weighted.num_samples,
                     collect,
                     self.program.default_chunk_size,
-                    how=how,
+                    mode=mode,
                     handlers=[SampleObserved()] if sample_observed else [],
                 )
 
         try:
-            return run(self.weighted.model_run)
+            return run(self.weighted.model_mode)
         except (NotVectorizedError, RuntimeError):  # a distribution may draw what it can score at once only one by one
-            if self.weighted.model_run == ALONE:
+            if self.weighted.model_mode is RunMode.SINGLE:
                 raise
-            return run(ALONE)
+            return run(RunMode.SINGLE)
 
 
 def _split_sites(trace: Trace, layout: Layout, sites: Mapping[str, SiteInfo]) -> Values:

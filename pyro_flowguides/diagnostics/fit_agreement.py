@@ -1,4 +1,4 @@
-"""Whether independent fits of one posterior tell the same story."""
+"""Agreement of independent fits of one posterior."""
 
 from __future__ import annotations
 
@@ -10,19 +10,21 @@ from torch import Tensor
 
 from pyro_flowguides.diagnostics.moments import Moments, log_sd_difference, mean_difference, moments
 
+__all__ = ["Agreement", "agreement"]
+
 Draws = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """The largest differences between the fits of one posterior, over all pairs of fits and all coordinates.
+    """Largest differences between fits of one posterior, over all pairs of fits and all coordinates.
 
     Attributes:
-        mean_difference: difference of two means, in posterior standard deviations.
-        log_sd_difference: difference of the logarithms of two standard deviations.
-        mean_site: the site at which the means differ most.
-        log_sd_site: the site at which the standard deviations differ most.
-        num_fits: number of fits that were compared.
+        mean_difference: largest difference of two means, in posterior standard deviations.
+        log_sd_difference: largest difference of the logarithms of two standard deviations.
+        mean_site: site where the means differ most.
+        log_sd_site: site where the standard deviations differ most.
+        num_fits: number of fits.
     """
 
     mean_difference: float
@@ -32,13 +34,13 @@ class Agreement:
     num_fits: int = 2
 
     @property
-    def worst(self) -> float:
+    def worst_difference(self) -> float:
         """The larger of the two differences."""
         return max(self.mean_difference, self.log_sd_difference)
 
     @property
     def worst_site(self) -> str:
-        """The site of the larger of the two differences."""
+        """The site where the larger of the two differences occurs."""
         return self.mean_site if self.mean_difference >= self.log_sd_difference else self.log_sd_site
 
     def __str__(self) -> str:
@@ -49,33 +51,33 @@ class Agreement:
 
 
 def agreement(draws_a: Draws, draws_b: Draws, *more: Draws) -> Agreement:
-    r"""Compare the draws of fits that were made independently of each other, best after :func:`importance_resample`.
+    r"""Compare draws of independent fits, preferably after :func:`importance_resample`.
 
-    The largest, over all coordinates and all pairs of fits, of
+    Return the largest, over all coordinates and all pairs of fits, of
 
     .. math:: \frac{|m_a - m_b|}{\sqrt{(s_a^2 + s_b^2)/2}} \quad\text{and}\quad |\log s_a - \log s_b|,
 
-    where m and s are mean and standard deviation. A fit that has lost a mode cannot see it in its own weights; fits
-    that have lost different modes see it in each other. The differences carry Monte-Carlo noise of about
-    :math:`\sqrt{2/n}` with n (effective) draws each.
+    where m and s are mean and standard deviation. The weights of a fit do not reveal a mode that it misses; another fit
+    that finds this mode does. The differences have a Monte Carlo error of about :math:`\sqrt{2/n}`, where n is the
+    (effective) number of draws of each fit.
 
     Args:
         draws_a: draws of one fit: site -> (S, ...).
-        draws_b: draws of another, with the same sites; the number of draws may differ.
+        draws_b: draws of another fit, with the same sites; the number of draws may differ.
         *more: draws of further fits.
 
     Raises:
-        ValueError: if the fits do not have the same sites and shapes, a fit has fewer than two draws, or there are no
+        ValueError: if the fits differ in their sites or shapes, if a fit has fewer than two draws, or if there are no
             sites.
 
     References:
-        Y. Yao, A. Vehtari, A. Gelman (2022). Stacking for non-mixing Bayesian computations. arXiv:2006.12335: what
-        independent runs show that one run cannot.
+        Y. Yao, A. Vehtari, A. Gelman (2022). Stacking for non-mixing Bayesian computations: the curse and blessing of
+        multimodal posteriors. arXiv:2006.12335.
 
     Example:
         >>> import torch
         >>> _ = torch.manual_seed(0)
-        >>> left, right = torch.randn(1000) - 5, torch.randn(1000) + 5  # each fit has found one of two modes
+        >>> left, right = torch.randn(1000) - 5, torch.randn(1000) + 5  # each fit finds one of two modes
         >>> agreement({"z": left}, {"z": right}).mean_difference > 5
         True
     """
@@ -88,7 +90,13 @@ def agreement(draws_a: Draws, draws_b: Draws, *more: Draws) -> Agreement:
     differences = [difference for pair in itertools.combinations(summaries, 2) for difference in _differences(*pair)]
     by_mean = max(differences, key=lambda difference: difference[0])
     by_log_sd = max(differences, key=lambda difference: difference[1])
-    return Agreement(by_mean[0], by_log_sd[1], by_mean[2], by_log_sd[2], len(fits))
+    return Agreement(
+        mean_difference=by_mean[0],
+        log_sd_difference=by_log_sd[1],
+        mean_site=by_mean[2],
+        log_sd_site=by_log_sd[2],
+        num_fits=len(fits),
+    )
 
 
 def _summary(draws: Draws) -> Moments:
@@ -102,12 +110,13 @@ def _check_same_sites(first: Moments, second: Moments) -> None:
     if first.keys() != second.keys():
         raise ValueError(f"the fits have different sites: {sorted(first)} and {sorted(second)}")
     for site in first:
-        if first[site][0].shape != second[site][0].shape:
-            raise ValueError(f"site '{site}' has different shapes in two fits")
+        sizes = len(first[site].mean), len(second[site].mean)
+        if sizes[0] != sizes[1]:
+            raise ValueError(f"site '{site}' has different shapes in two fits: {sizes[0]} and {sizes[1]} coordinates")
 
 
 def _differences(first: Moments, second: Moments) -> Iterator[tuple[float, float, str]]:
-    for site, here in first.items():
-        there = second[site]
-        pooled = ((here[1].square() + there[1].square()) / 2).sqrt()
-        yield mean_difference(here, there, pooled), log_sd_difference(here, there), site
+    for site in first:
+        a, b = first[site], second[site]
+        pooled_sd = ((a.sd.square() + b.sd.square()) / 2).sqrt()
+        yield mean_difference(a, b, pooled_sd), log_sd_difference(a, b), site

@@ -1,55 +1,78 @@
-"""Means and standard deviations of draws, and how far apart two sets of them are."""
+"""Means and standard deviations of draws, and differences between them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from pyro_flowguides.programs.chunking import chunks, per_chunk
 
-Moments = dict[str, tuple[Tensor, Tensor]]
+__all__ = [
+    "Moments",
+    "RunningMoments",
+    "SiteMoments",
+    "log_sd_difference",
+    "mean_difference",
+    "moment_shift",
+    "moments",
+]
 
-_NOTHING = 1e-10
-#: Draws, their deviations and the squares of these, in double precision.
+#: Means that differ by less than this, relative to their size, are equal.
+_NEGLIGIBLE = 1e-10
+#: Double-precision copies of the draws in memory at once: values, deviations, and their squares, two numbers each.
 _COPIES = 6
 
 
+class SiteMoments(NamedTuple):
+    """Mean and standard deviation of each coordinate of a site, both (D,)."""
+
+    mean: Tensor
+    sd: Tensor
+
+
+Moments = dict[str, SiteMoments]
+
+
 def moments(draws: Mapping[str, Tensor], weights: Tensor | None = None) -> Moments:
-    """Mean and standard deviation of each coordinate of some draws, a few coordinates at a time.
+    """Compute the mean and standard deviation of each coordinate.
 
     Args:
         draws: site -> (S, ...).
-        weights: weights that sum to one, (S,); equal weights if not given.
+        weights: weights that sum to one, (S,); equal by default.
 
     Returns:
         site -> (mean, sd), each (D,), in double precision on the CPU.
+
+    Cost: processes a few coordinates at a time, so that memory beyond the draws stays near 16 MiB.
     """
     return {site: _site_moments(value, weights) for site, value in draws.items()}
 
 
-def _site_moments(draws: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+def _site_moments(draws: Tensor, weights: Tensor | None) -> SiteMoments:
     flat = draws.detach().reshape(draws.shape[0], -1)
     if weights is None:
         weights = torch.full((len(flat),), 1 / len(flat), dtype=torch.float64)
     mean, sd = weights.new_empty(2, flat.shape[1])
-    for few in chunks(len(mean), per_chunk(_COPIES * len(weights))):
-        values = flat[:, few].cpu().double()
-        mean[few] = weights @ values
-        sd[few] = (weights @ (values - mean[few]).square()).sqrt()
-    return mean, sd
+    for columns in chunks(len(mean), per_chunk(_COPIES * len(weights))):
+        values = flat[:, columns].cpu().double()
+        mean[columns] = weights @ values
+        sd[columns] = (weights @ (values - mean[columns]).square()).sqrt()
+    return SiteMoments(mean, sd)
 
 
 class RunningMoments:
-    r"""Moments of weighted draws that come in parts.
+    r"""Moments of weighted draws that arrive in parts.
 
-    Of two parts with shares :math:`a + b = 1` of all weight, means :math:`m_a, m_b` and variances :math:`v_a, v_b`,
+    For two parts with shares :math:`a + b = 1` of the total weight, means :math:`m_a, m_b` and variances
+    :math:`v_a, v_b`,
 
     .. math:: m = a m_a + b m_b, \qquad v = a v_a + b v_b + a b (m_a - m_b)^2 .
 
     Attributes:
-        moments: those of all draws so far; empty before the first with a positive weight.
+        moments: moments of all draws so far; empty until a draw has positive weight.
 
     References:
         T. Chan, G. Golub, R. LeVeque (1983). Algorithms for computing the sample variance. Am. Stat. 37(3).
@@ -60,55 +83,58 @@ class RunningMoments:
         self._log_total = torch.tensor(-torch.inf, dtype=torch.float64)
 
     def add(self, draws: Mapping[str, Tensor], log_w: Tensor) -> None:
-        """Take in draws, site -> (S, ...), with log weights (S,)."""
-        total = log_w.logsumexp(0)
-        if not total.isneginf():
-            self.merge(total, moments(draws, (log_w - total).exp()))
+        """Add draws, site -> (S, ...), with log weights (S,)."""
+        log_total = log_w.logsumexp(0)
+        if not log_total.isneginf():
+            self.merge(log_total, moments(draws, (log_w - log_total).exp()))
 
-    def merge(self, log_total: Tensor, found: Moments) -> None:
-        """Take in the moments of draws whose weights have a sum with this logarithm."""
+    def merge(self, log_total: Tensor, part: Moments) -> None:
+        """Add draws by their moments and the logarithm of the sum of their weights."""
         if log_total.isneginf():
             return
         before, self._log_total = self._log_total, torch.logaddexp(self._log_total, log_total)
         a, b = (before - self._log_total).exp(), (log_total - self._log_total).exp()
         self.moments = {
-            site: _merged(a, self.moments[site], b, here) if self.moments else here for site, here in found.items()
+            site: _merge(a, self.moments[site], b, added) if self.moments else added for site, added in part.items()
         }
 
 
-def _merged(a: Tensor, first: tuple[Tensor, Tensor], b: Tensor, second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    between = a * b * (first[0] - second[0]).square()
-    return a * first[0] + b * second[0], (a * first[1].square() + b * second[1].square() + between).sqrt()
+def _merge(a: Tensor, first: SiteMoments, b: Tensor, second: SiteMoments) -> SiteMoments:
+    between = a * b * (first.mean - second.mean).square()
+    variance = a * first.sd.square() + b * second.sd.square() + between
+    return SiteMoments(a * first.mean + b * second.mean, variance.sqrt())
 
 
-def mean_difference(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor], sd: Tensor) -> float:
-    """Largest difference of two means in units of ``sd``; 0/0, as for the constant entries of a matrix, is 0."""
-    difference = (first[0] - second[0]).abs()
-    is_nothing = (difference <= _NOTHING * (1 + first[0].abs())) & (sd <= _NOTHING * (1 + first[0].abs()))
-    return _largest(torch.where(is_nothing, 0.0, difference / sd))
+def mean_difference(first: SiteMoments, second: SiteMoments, sd: Tensor) -> float:
+    """Return the largest difference of two means in units of ``sd``; 0/0, as for a constant coordinate, is 0."""
+    difference = (first.mean - second.mean).abs()
+    negligible = _NEGLIGIBLE * (1 + first.mean.abs())
+    is_zero = (difference <= negligible) & (sd <= negligible)
+    return _largest(torch.where(is_zero, 0.0, difference / sd))
 
 
-def log_sd_difference(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> float:
-    """Largest difference of the logarithms of two standard deviations; 0 where both vanish."""
-    is_nothing = (first[1] <= _NOTHING * (1 + first[0].abs())) & (second[1] <= _NOTHING * (1 + first[0].abs()))
-    return _largest(torch.where(is_nothing, 0.0, (first[1].log() - second[1].log()).abs()))
+def log_sd_difference(first: SiteMoments, second: SiteMoments) -> float:
+    """Return the largest difference of the logarithms of two standard deviations; 0 where both vanish."""
+    negligible = _NEGLIGIBLE * (1 + first.mean.abs())
+    is_zero = (first.sd <= negligible) & (second.sd <= negligible)
+    return _largest(torch.where(is_zero, 0.0, (first.sd.log() - second.sd.log()).abs()))
 
 
-def shift(found: Moments, reference: Moments) -> tuple[float, float, str]:
-    """How far moments lie from a reference.
+def moment_shift(shifted: Moments, reference: Moments) -> tuple[float, float, str]:
+    """Compare moments with those of a reference.
 
     Returns:
         The largest difference of means, in standard deviations of the reference; the largest difference of log
-        standard deviations; and the site of the larger of the two.
+        standard deviations; and the site where the larger of the two occurs.
     """
-    changes = []
-    for site, here in found.items():
-        there = reference[site]
-        changes.append((mean_difference(here, there, there[1]), log_sd_difference(here, there), site))
-    worst = max(changes, key=lambda change: max(change[:2]))
-    return max(change[0] for change in changes), max(change[1] for change in changes), worst[2]
+    by_site = {
+        site: (mean_difference(found, reference[site], reference[site].sd), log_sd_difference(found, reference[site]))
+        for site, found in shifted.items()
+    }
+    largest_mean, largest_log_sd = map(max, zip(*by_site.values(), strict=True))
+    return largest_mean, largest_log_sd, max(by_site, key=lambda site: max(by_site[site]))
 
 
 def _largest(values: Tensor) -> float:
-    """The largest of some non-negative numbers; NaN counts as infinite, and no number at all as 0."""
+    """Return the largest of non-negative numbers; NaN counts as infinite, an empty tensor as 0."""
     return float(values.nan_to_num(nan=torch.inf, posinf=torch.inf).max()) if values.numel() else 0.0

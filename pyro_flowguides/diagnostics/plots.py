@@ -1,16 +1,17 @@
-"""Pictures of a fitted guide."""
+"""Plots of a fitted guide."""
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_flowguides.diagnostics import arviz_compat as _arviz
+from pyro_flowguides.diagnostics import arviz_compat
+from pyro_flowguides.diagnostics.arviz_compat import ArvizData
 from pyro_flowguides.diagnostics.psis import (
     MIN_DRAWS,
     effective_sample_size,
@@ -24,25 +25,38 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_SMALLEST = 100
-_STEPS = 12
-_KNOTS = 400
+__all__ = ["plot_elbo", "plot_khat", "plot_pairs", "plot_ppc"]
+
+#: Fewest draws from which :func:`plot_khat` computes a k-hat, if there are as many.
+_FEWEST_DRAWS = 100
+#: Number of k-hats in :func:`plot_khat`.
+_NUM_KHATS = 12
+#: Number of points of the running median in :func:`plot_elbo`.
+_NUM_MEDIANS = 400
 
 
-def plot_elbo(history: Sequence[float] | Tensor | Any) -> Figure:
-    """The ELBO at every step of a fit, with its running median.
+class HasElboHistory(Protocol):
+    """Any result with the ELBO at every step."""
 
-    The scale is that of the second half of the fit: a low start is cut off, and how many steps lie outside is written
-    into the picture. Steps without a finite value are marked at the bottom.
+    @property
+    def elbo_history(self) -> Sequence[float]:
+        """The ELBO at every step."""
+
+
+def plot_elbo(history: HasElboHistory | Sequence[float] | np.ndarray | Tensor) -> Figure:
+    """Plot the ELBO at every step of a fit, with its running median.
+
+    The second half of the fit sets the scale, so a low start may be cut off; the plot tells how many steps lie outside.
+    Steps without a finite value are marked at the bottom.
 
     Args:
-        history: what :func:`~pyro_flowguides.fit` returns (anything with ``elbo_history``), or numbers, one per step.
+        history: result of :func:`~pyro_flowguides.fit` (or anything with ``elbo_history``), or one number per step.
 
     Returns:
-        A figure with one axes. It is not shown, and does not belong to pyplot.
+        A figure with one axes. It is not shown and not registered with pyplot.
 
     Raises:
-        ValueError: if the history is not one-dimensional or holds no finite value.
+        ValueError: if the history is not one-dimensional or has no finite value.
 
     Example:
         >>> figure = plot_elbo([-400.0, -30.0, -5.0, float("nan"), -3.2, -3.1, -3.2])
@@ -52,31 +66,34 @@ def plot_elbo(history: Sequence[float] | Tensor | Any) -> Figure:
     values = torch.as_tensor(getattr(history, "elbo_history", history)).detach().cpu().double().numpy()
     finite = np.isfinite(values)
     if values.ndim != 1 or not finite.any():
-        raise ValueError(f"an ELBO history is a sequence of numbers, some of them finite; got shape {values.shape}")
-    figure: Figure = importlib.import_module("matplotlib.figure").Figure(figsize=(7, 3.5), layout="constrained")
+        raise ValueError(
+            "an ELBO history must be a sequence of numbers with at least one finite value; got "
+            f"shape {values.shape} with {finite.sum()} finite values"
+        )
+    figure = _new_figure(width=7)
     axes = figure.subplots()
     _draw_history(axes, np.flatnonzero(finite), values[finite])
-    _mark_steps(axes, np.flatnonzero(~finite))
+    _mark_missing(axes, np.flatnonzero(~finite))
     axes.set(xlabel="step", ylabel="ELBO (nats)", xlim=(0, max(1, len(values) - 1)))
     axes.legend(loc="lower right")
     return figure
 
 
-def plot_khat(weights: WeightedDraws | Tensor | Any) -> Figure:
-    """The importance weights of a guide, and the tail index k-hat as more and more of them are looked at.
+def plot_khat(weights: WeightedDraws | Tensor | ArvizData) -> Figure:
+    """Plot the importance weights of a guide, and the tail index k-hat for growing numbers of draws.
 
-    On the left the distribution of the weights relative to their mean, which is a spike at one for an exact guide. On
-    the right k-hat of the first n draws beside its threshold for n draws; a k-hat that still climbs is not to be
-    trusted at its last value.
+    The left panel shows the distribution of the weights relative to their mean: a spike at one for an exact guide. The
+    right panel shows the k-hat of the first n draws and its threshold for n draws. If k-hat still rises at the end,
+    its last value is too low.
 
     Args:
-        weights: result of :func:`log_weights`, log weights (S,), or data from :func:`to_inference_data`.
+        weights: result of :func:`log_weights`, log weights (S,), or result of :func:`to_inference_data`.
 
     Returns:
-        A figure with two axes. It is not shown, and does not belong to pyplot.
+        A figure with two axes. It is not shown and not registered with pyplot.
 
     Raises:
-        ValueError: if there are fewer than 25 draws, no positive weight, or the data hold resampled draws.
+        ValueError: if there are fewer than 25 draws, if no weight is positive, or if the draws were resampled.
 
     Example:
         >>> import torch
@@ -85,75 +102,79 @@ def plot_khat(weights: WeightedDraws | Tensor | Any) -> Figure:
         2
     """
     log_w = _log_weights_of(weights)
-    figure: Figure = importlib.import_module("matplotlib.figure").Figure(figsize=(9, 3.5), layout="constrained")
+    figure = _new_figure(width=9)
     left, right = figure.subplots(1, 2)
     _draw_weights(left, log_w)
     _draw_khats(right, log_w)
     return figure
 
 
-def plot_pairs(data: Any, var_names: Sequence[str] | None = None, **options: Any) -> Figure:
-    """Every pair of variables of the posterior.
+def plot_pairs(data: ArvizData, var_names: Sequence[str] | None = None, **options: object) -> Figure:
+    """Plot all pairs of posterior variables.
 
     Args:
         data: result of :func:`to_inference_data`.
-        var_names: names of sites; all if not given.
+        var_names: names of sites; all by default.
         **options: passed to ``arviz.plot_pair``.
 
     Returns:
-        The figure. It is not shown, and does not belong to pyplot.
+        The figure. It is not shown and not registered with pyplot.
 
     Raises:
         ImportError: if ArviZ is not installed.
-        KeyError: if there is no such variable.
+        KeyError: if a variable does not exist.
     """
-    return _arviz.pair_figure(data, var_names, **options)
+    return arviz_compat.pair_figure(data, var_names, **options)
 
 
-def plot_ppc(data: Any, var_names: Sequence[str] | None = None, *, num_samples: int = 50, **options: Any) -> Figure:
-    """The data beside data drawn from the posterior predictive distribution.
+def plot_ppc(
+    data: ArvizData, var_names: Sequence[str] | None = None, *, num_samples: int = 50, **options: object
+) -> Figure:
+    """Plot datasets from the posterior predictive distribution together with the observed data.
 
     Args:
         data: result of :func:`to_inference_data`.
-        var_names: names of observed sites; all if not given.
-        num_samples: number of data sets to draw, at most.
+        var_names: names of observed sites; all by default.
+        num_samples: largest number of datasets to plot.
         **options: passed to ``arviz.plot_ppc`` (ArviZ 0.2x) or ``arviz.plot_ppc_dist`` (1.x).
 
     Returns:
-        The figure. It is not shown, and does not belong to pyplot.
+        The figure. It is not shown and not registered with pyplot.
 
     Raises:
         ImportError: if ArviZ is not installed.
-        ValueError: if the data hold no posterior predictive draws.
+        ValueError: if ``data`` has no posterior predictive draws.
     """
-    if "posterior_predictive" not in _groups_of(data):
-        raise ValueError("the data hold no posterior predictive draws")
+    if "posterior_predictive" not in arviz_compat.group_names(data):
+        raise ValueError("the data have no posterior predictive draws")
     available = int(data["posterior_predictive"].sizes["draw"])
-    return _arviz.ppc_figure(data, var_names, min(num_samples, available), **options)
+    return arviz_compat.posterior_predictive_figure(data, var_names, min(num_samples, available), **options)
 
 
-def _groups_of(data: Any) -> set[str]:
-    return set(data.children) if hasattr(data, "children") else set(data.groups())
+def _new_figure(width: float) -> Figure:
+    """Make a figure that pyplot does not know of."""
+    figure: Figure = importlib.import_module("matplotlib.figure").Figure(figsize=(width, 3.5), layout="constrained")
+    return figure
 
 
-def _log_weights_of(weights: WeightedDraws | Tensor | Any) -> Tensor:
+def _log_weights_of(weights: WeightedDraws | Tensor | ArvizData) -> Tensor:
     if isinstance(weights, WeightedDraws):
         return weights.log_w
     if isinstance(weights, Tensor):
         return weights.detach().cpu().double()
     if weights.attrs.get("draws") == "importance-resampled":
-        raise ValueError("the data hold resampled draws, whose weights have been used up")
+        raise ValueError("the draws were resampled by their weights: export them with resample=False to plot k-hat")
     return torch.from_numpy(np.asarray(weights["sample_stats"]["log_weights"], dtype=float).ravel())
 
 
 def _draw_history(axes: Axes, steps: np.ndarray, values: np.ndarray) -> None:
-    half = max(1, len(values) // 50)
-    knots = np.unique(np.linspace(0, len(values) - 1, _KNOTS).astype(int))
+    half = max(1, len(values) // 50)  # of the window of the median
+    knots = np.unique(np.linspace(0, len(values) - 1, _NUM_MEDIANS).astype(int))
     medians = [np.median(values[max(0, knot - half) : knot + half + 1]) for knot in knots]
     axes.plot(steps, values, color="C0", alpha=0.35, linewidth=0.8, label="each step")
     axes.plot(steps[knots], medians, color="C0", linewidth=1.8, label=f"median of {2 * half + 1} steps")
     axes.set_title(f"ELBO {medians[-1]:.2f}")
-    bottom, top = _settled_limits(values)
+    bottom, top = _limits_of_second_half(values)
     axes.set_ylim(bottom, top)
     outside = int(((values < bottom) | (values > top)).sum())
     if outside:
@@ -161,14 +182,15 @@ def _draw_history(axes: Axes, steps: np.ndarray, values: np.ndarray) -> None:
         axes.text(0.01, 0.98, text, transform=axes.transAxes, va="top", fontsize="small", color="0.4")
 
 
-def _settled_limits(values: np.ndarray) -> tuple[float, float]:
-    """Limits that hold nearly all values of the second half, with some room for what came before."""
+def _limits_of_second_half(values: np.ndarray) -> tuple[float, float]:
+    """Return limits around nearly all values of the second half, with some room for earlier ones."""
     low, high = np.quantile(values[len(values) // 2 :], [0.01, 0.99])
-    room = max(high - low, 1e-3 * abs(high), 1e-6)
-    return float(max(low - room, values.min() - 0.1 * room)), float(min(high + room, values.max() + 0.1 * room))
+    margin = max(high - low, 1e-3 * abs(high), 1e-6)
+    bottom, top = max(low - margin, values.min() - 0.1 * margin), min(high + margin, values.max() + 0.1 * margin)
+    return float(bottom), float(top)
 
 
-def _mark_steps(axes: Axes, steps: np.ndarray) -> None:
+def _mark_missing(axes: Axes, steps: np.ndarray) -> None:
     if len(steps):
         bottom, label = np.full(len(steps), 0.02), f"no finite value ({len(steps)})"
         axes.plot(steps, bottom, "|", color="C3", label=label, transform=axes.get_xaxis_transform())
@@ -184,8 +206,8 @@ def _draw_weights(axes: Axes, log_w: Tensor) -> None:
 
 
 def _draw_khats(axes: Axes, log_w: Tensor) -> None:
-    start = max(MIN_DRAWS, min(_SMALLEST, len(log_w)))
-    sizes = sorted({int(size) for size in np.geomspace(start, max(start, len(log_w)), _STEPS)})
+    start = max(MIN_DRAWS, min(_FEWEST_DRAWS, len(log_w)))
+    sizes = sorted({int(size) for size in np.geomspace(start, max(start, len(log_w)), _NUM_KHATS)})
     khats = [pareto_smooth(log_w[:size]).khat for size in sizes]
     axes.plot(sizes, khats, marker="o", color="C0", label="k-hat")
     axes.plot(sizes, [khat_threshold(size) for size in sizes], color="C3", linestyle="--", label="threshold")

@@ -1,4 +1,4 @@
-"""Pareto-smoothed importance sampling: what the tail of the weights says, and weights with a calmer tail."""
+"""Pareto-smoothed importance sampling: the tail index k-hat, smoothed weights, and effective sample size."""
 
 from __future__ import annotations
 
@@ -8,10 +8,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyro_flowguides.diagnostics import arviz_compat as _arviz
+from pyro_flowguides.diagnostics import arviz_compat
 
+__all__ = [
+    "MIN_DRAWS",
+    "ParetoSmoothed",
+    "effective_sample_size",
+    "khat_threshold",
+    "log_mean_weight",
+    "pareto_smooth",
+    "tail_length",
+    "without_invalid",
+]
+
+#: Fewest draws for which the tail of the weights is fitted.
 MIN_DRAWS = 25
-_CONSTANT = 1e-3
+#: The largest weights have no tail if their logarithms span less than this.
+_FLAT_TAIL = 1e-3
 
 
 @dataclass(frozen=True)
@@ -20,7 +33,7 @@ class ParetoSmoothed:
 
     Attributes:
         log_weights: smoothed log weights, normalized so that the weights sum to one, shape (S,).
-        khat: the tail index k-hat.
+        khat: tail index k-hat.
     """
 
     log_weights: Tensor
@@ -30,16 +43,16 @@ class ParetoSmoothed:
 def pareto_smooth(log_w: Tensor) -> ParetoSmoothed:
     r"""Replace the largest importance weights by quantiles of a generalized Pareto distribution fitted to them.
 
-    The weights above a high threshold u are fitted by
+    Above a high threshold u, the distribution of the weights is modeled by
 
     .. math:: \Pr(w - u > x \mid w > u) = (1 + k x / \sigma)^{-1/k},
 
-    and k-hat is the estimate of k: the weights have 1/k finite moments. When the largest weights are within 0.1 % of
-    each other there is no tail to fit: k-hat is 0 and the weights stay as they are. When too few weights differ from
-    zero to fit a tail, k-hat is infinite.
+    and k-hat is the estimate of k: the weights have 1/k finite moments. If the largest weights are within 0.1 % of
+    each other, there is no tail to fit: k-hat is 0 and the weights are not changed. If too few weights are positive to
+    fit a tail, k-hat is infinite.
 
     Args:
-        log_w: log importance ratios, shape (S,). Entries of −inf and NaN get no weight.
+        log_w: log importance ratios, shape (S,). Entries of −inf and NaN get zero weight.
 
     Raises:
         ValueError: if ``log_w`` is not one-dimensional, has fewer than 25 entries, or has no finite entry.
@@ -57,7 +70,8 @@ def pareto_smooth(log_w: Tensor) -> ParetoSmoothed:
         (True, 1.0)
     """
     if log_w.dim() != 1 or log_w.shape[0] < MIN_DRAWS:
-        raise ValueError(f"Pareto smoothing needs a vector of at least {MIN_DRAWS} weights, not {tuple(log_w.shape)}")
+        shape = tuple(log_w.shape)
+        raise ValueError(f"Pareto smoothing needs a vector of at least {MIN_DRAWS} log weights, got shape {shape}")
     clean = without_invalid(log_w)
     finite = clean[clean.isfinite()]
     if len(finite) == 0:
@@ -66,14 +80,14 @@ def pareto_smooth(log_w: Tensor) -> ParetoSmoothed:
     if len(finite) <= length + 1:
         return ParetoSmoothed(_normalize(clean), math.inf)
     tail = finite.topk(length).values
-    if float(tail[0] - tail[-1]) < _CONSTANT:
+    if float(tail[0] - tail[-1]) < _FLAT_TAIL:
         return ParetoSmoothed(_normalize(clean), 0.0)
-    smoothed, khat = _arviz.psislw((clean - finite.max()).numpy())
+    smoothed, khat = arviz_compat.psislw((clean - finite.max()).numpy())
     return ParetoSmoothed(_normalize(torch.from_numpy(smoothed)), khat)
 
 
 def khat_threshold(num_samples: int) -> float:
-    r"""The largest k-hat at which Pareto-smoothed estimates from S draws can be relied on.
+    r"""Return the largest k-hat at which Pareto-smoothed estimates from S draws are reliable.
 
     .. math:: \min(1 - 1/\log_{10} S,\ 0.7)
 
@@ -81,7 +95,7 @@ def khat_threshold(num_samples: int) -> float:
         num_samples: number of draws S.
 
     Raises:
-        ValueError: if S is not larger than one.
+        ValueError: if S is less than two.
 
     References:
         A. Vehtari, D. Simpson, A. Gelman, Y. Yao, J. Gabry (2024). Pareto smoothed importance sampling.
@@ -92,17 +106,17 @@ def khat_threshold(num_samples: int) -> float:
         (0.5, 0.7)
     """
     if num_samples < 2:
-        raise ValueError(f"the threshold is defined for at least two draws, not {num_samples}")
+        raise ValueError(f"the threshold of k-hat needs at least two draws, got {num_samples}")
     return min(1 - 1 / math.log10(num_samples), 0.7)
 
 
 def effective_sample_size(log_w: Tensor) -> float:
-    r"""Number of equally weighted draws that S weighted draws are worth.
+    r"""Return the number of equally weighted draws that estimate means as well as S weighted draws do.
 
     .. math:: \Big(\sum_s w_s\Big)^2 \Big/ \sum_s w_s^2
 
     Args:
-        log_w: log weights up to a constant, shape (S,). Entries of −inf and NaN get no weight.
+        log_w: log weights up to a constant, shape (S,). Entries of −inf and NaN get zero weight.
 
     Returns:
         A number between 1 and S; 0 if no weight is positive and finite.
@@ -122,17 +136,18 @@ def effective_sample_size(log_w: Tensor) -> float:
 
 
 def log_mean_weight(log_w: Tensor) -> tuple[float, float]:
-    r"""Estimate of the log evidence, and its standard error.
+    r"""Estimate the log evidence and its standard error.
 
     .. math:: \log \frac1S \sum_s w_s, \qquad \sqrt{(S / \text{ESS} - 1) / S}
 
-    The error is that of the delta method, since var(w) / mean(w)² = S / ESS − 1; it means little if k-hat > 0.5.
+    The standard error follows from the delta method, since var(w) / mean(w)² = S / ESS − 1. It is unreliable if
+    k-hat > 0.5.
 
     Args:
-        log_w: log weights, shape (S,). NaN entries are left out.
+        log_w: log weights, shape (S,). NaN entries are ignored.
 
     Returns:
-        The estimate and its error; NaN if no weight is positive and finite.
+        The estimate and its standard error; both NaN if no weight is positive and finite.
 
     Example:
         >>> import torch
@@ -148,7 +163,7 @@ def log_mean_weight(log_w: Tensor) -> tuple[float, float]:
 
 
 def without_invalid(log_w: Tensor) -> Tensor:
-    """Log weights in double precision on the CPU, −inf where they are undefined."""
+    """Return log weights in double precision on the CPU, with −inf in place of NaN and +inf."""
     log_w = log_w.detach().cpu().double()
     return torch.where(log_w.isnan() | log_w.isposinf(), -torch.inf, log_w)
 
@@ -158,5 +173,5 @@ def _normalize(log_w: Tensor) -> Tensor:
 
 
 def tail_length(num_samples: int) -> int:
-    """How many of the largest weights are smoothed, at most."""
+    """Return the largest number of weights that smoothing changes."""
     return math.ceil(min(num_samples / 5, 3 * math.sqrt(num_samples)))

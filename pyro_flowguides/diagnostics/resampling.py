@@ -1,32 +1,36 @@
-"""Draws of a guide turned into draws of the posterior by Pareto-smoothed importance resampling."""
+"""Pareto-smoothed importance resampling: from draws of a guide to draws of the posterior."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import dataclasses
 
 import torch
 from torch import Tensor
 
 from pyro_flowguides.diagnostics.psis import pareto_smooth
-from pyro_flowguides.diagnostics.weights import WeightedDraws, log_weights
+from pyro_flowguides.diagnostics.weights import WeightedDraws, weigh
+from pyro_flowguides.programs.program import Program
+from pyro_flowguides.programs.types import Guide, Model, Values
+
+__all__ = ["importance_resample", "resample"]
 
 
 def importance_resample(
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
-    *args: Any,
+    model: Model,
+    guide: Guide,
+    *args: object,
     num_samples: int = 1000,
     num_proposals: int = 4000,
     replace: bool = True,
-    **kwargs: Any,
-) -> dict[str, Tensor]:
-    r"""Draw from the posterior by drawing from a guide and resampling with Pareto-smoothed weights.
+    **kwargs: object,
+) -> Values:
+    r"""Draw from a guide, and resample the draws with Pareto-smoothed weights, so that they follow the posterior.
 
-    Draw s of S is chosen with probability proportional to its smoothed weight :math:`\tilde w_s`. With replacement, the
-    choice is systematic: each draw appears :math:`n \tilde w_s` times, rounded up or down, and the order is shuffled.
-    Without, draws are distinct, and the result lies between guide and posterior unless n is much smaller than the
-    effective sample size. Look at :func:`diagnose` first: weights with k-hat above its threshold help little.
+    Of S draws, draw s is selected with probability proportional to its smoothed weight :math:`\tilde w_s`. With
+    replacement, resampling is systematic: draw s appears :math:`n \tilde w_s` times, rounded up or down, in shuffled
+    order. Without replacement, the n draws are distinct, and their distribution lies between guide and posterior unless
+    n is much smaller than the effective sample size. Run :func:`diagnose` first: if k-hat is above its threshold,
+    resampling helps little.
 
     Args:
         model: a Pyro model.
@@ -34,15 +38,17 @@ def importance_resample(
         *args: arguments of model and guide.
         num_samples: number of draws n to return.
         num_proposals: number of draws S from the guide.
-        replace: whether a draw may be chosen more than once.
+        replace: whether a draw may be selected more than once.
         **kwargs: keyword arguments of model and guide.
 
     Returns:
         Draws of each latent site, ``(n, *batch, *event)``.
 
     Raises:
-        ValueError: if no weight is positive; if fewer than ``num_samples`` are, without replacement; and as
-            :func:`log_weights`.
+        ValueError: if ``num_samples`` or ``num_proposals`` is too small; if no weight is positive, or, without
+            replacement, fewer than ``num_samples`` are; and for the reasons that :func:`log_weights` gives.
+
+    Cost: S runs of guide and model.
 
     References:
         A. Vehtari, D. Simpson, A. Gelman, Y. Yao, J. Gabry (2024). Pareto smoothed importance sampling.
@@ -60,50 +66,50 @@ def importance_resample(
         >>> draws["z"].shape, round(draws["z"].mean().item(), 1)
         (torch.Size([2000]), 1.0)
     """
-    weighted = log_weights(model, guide, *args, num_samples=num_proposals, **kwargs)
+    weighted = weigh(Program.inspect(model, guide, args, kwargs), num_proposals)
     return resample(weighted, num_samples, replace=replace).draws
 
 
 def resample(weighted: WeightedDraws, num_samples: int, *, replace: bool = True) -> WeightedDraws:
-    """Resample draws that are there already; densities and weights stay with their draws.
+    """Resample weighted draws; each keeps its densities and its weight.
 
     Args:
         weighted: draws with their weights.
         num_samples: number of draws n to return.
-        replace: whether a draw may be chosen more than once.
+        replace: whether a draw may be selected more than once.
 
     Raises:
-        ValueError: as :func:`importance_resample`.
+        ValueError: for the reasons that :func:`importance_resample` gives.
     """
     if num_samples < 1:
-        raise ValueError(f"num_samples must be positive, not {num_samples}")
+        raise ValueError(f"num_samples must be positive, got {num_samples}")
     smoothed = pareto_smooth(weighted.log_w).log_weights
-    chosen = _systematic(smoothed, num_samples) if replace else _distinct(smoothed, num_samples)
-    return WeightedDraws(
-        draws={name: value[chosen.to(value.device)] for name, value in weighted.draws.items()},
-        log_p=weighted.log_p[chosen],
-        log_q=weighted.log_q[chosen],
-        log_w=weighted.log_w[chosen],
-        point_sites=weighted.point_sites,
-        guide_note=weighted.guide_note,
-        model_run=weighted.model_run,
-        model_note=weighted.model_note,
+    index = _systematic(smoothed, num_samples) if replace else _distinct(smoothed, num_samples)
+    return dataclasses.replace(
+        weighted,
+        draws={name: value[index.to(value.device)] for name, value in weighted.draws.items()},
+        log_p=weighted.log_p[index],
+        log_q=weighted.log_q[index],
+        log_w=weighted.log_w[index],
     )
 
 
 def _systematic(log_w: Tensor, num_samples: int) -> Tensor:
-    """Systematic resampling, shuffled: expected counts n·w, with the smallest spread around them."""
+    """Select indices by systematic resampling, shuffled: index s appears n·w_s times, rounded up or down."""
     edges = log_w.exp().cumsum(0)
     ticks = (torch.arange(num_samples, dtype=edges.dtype) + torch.rand((), dtype=edges.dtype)) / num_samples
-    chosen = torch.searchsorted(edges / edges[-1], ticks, right=True)
-    last = int(torch.where(log_w.isfinite())[0][-1])
-    return chosen.clamp(max=last)[torch.randperm(num_samples)]
+    index = torch.searchsorted(edges / edges[-1], ticks, right=True)
+    last_positive = int(torch.where(log_w.isfinite())[0][-1])
+    return index.clamp(max=last_positive)[torch.randperm(num_samples)]
 
 
 def _distinct(log_w: Tensor, num_samples: int) -> Tensor:
-    """Sampling without replacement: the largest of the log weights with Gumbel noise."""
+    """Select distinct indices: those of the largest log weights after adding Gumbel noise."""
     num_positive = int(log_w.isfinite().sum())
     if num_samples > num_positive:
-        raise ValueError(f"{num_samples} different draws asked for, but only {num_positive} have positive weight")
+        raise ValueError(
+            f"cannot select {num_samples} distinct draws: only {num_positive} have positive weight. Ask for fewer, or "
+            "pass replace=True"
+        )
     noise = -torch.empty_like(log_w).exponential_().log()
     return (log_w + noise).topk(num_samples).indices

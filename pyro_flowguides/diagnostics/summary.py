@@ -1,4 +1,4 @@
-"""What a verdict asks of weighted draws, gathered while they come in parts, without keeping them."""
+"""Moments of draws that arrive in parts, computed without keeping the draws."""
 
 from __future__ import annotations
 
@@ -7,27 +7,29 @@ from torch import Tensor
 
 from pyro_flowguides.diagnostics.moments import Moments, RunningMoments
 from pyro_flowguides.diagnostics.psis import ParetoSmoothed, pareto_smooth, tail_length, without_invalid
-from pyro_flowguides.programs.traces import Values
+from pyro_flowguides.programs.types import Values
+
+__all__ = ["GuideSummary", "SmoothedMoments"]
 
 
 class SmoothedMoments:
-    """Moments under Pareto-smoothed weights, of draws that come in parts.
+    """Moments under Pareto-smoothed weights, of draws that arrive in parts.
 
-    Smoothing changes the largest weights only. Draws that may be among these are kept; of all others it is known
-    already by what they count relative to each other.
+    Smoothing changes only the largest weights, so only draws that may be among these are kept. The weights of all
+    other draws are final relative to each other, and their moments are merged at once.
 
     Args:
-        num_samples: number of draws S that will come.
+        num_samples: total number of draws S.
 
     Cost: memory for min(S / 5, 3 √S) draws.
     """
 
     def __init__(self, num_samples: int) -> None:
-        self._tail = tail_length(num_samples)
+        self._tail_length = tail_length(num_samples)
         self._log_w: list[Tensor] = []
-        self._rest = RunningMoments()
-        self._heavy: Values = {}
-        self._places = torch.zeros(0, dtype=torch.long)
+        self._body = RunningMoments()
+        self._tail_draws: Values = {}
+        self._tail_index = torch.zeros(0, dtype=torch.long)
 
     @property
     def log_w(self) -> Tensor:
@@ -35,42 +37,45 @@ class SmoothedMoments:
         return torch.cat(self._log_w)
 
     def add(self, draws: Values, log_w: Tensor) -> None:
-        """Take in a part: site -> (S', ...), and log weights (S',)."""
+        """Add a part: site -> (S', ...), and log weights (S',)."""
         start = sum(map(len, self._log_w))
         self._log_w.append(log_w)
-        places = torch.cat([self._places, torch.arange(start, start + len(log_w))])
-        if self._heavy:
-            draws = {name: torch.cat([self._heavy[name], value]) for name, value in draws.items()}
-        weights = without_invalid(self.log_w[places])
-        is_heavy = torch.zeros(len(places), dtype=torch.bool)
-        is_heavy[weights.topk(min(self._tail, len(places))).indices] = True
-        self._rest.add(_chosen(draws, ~is_heavy), weights[~is_heavy])
-        self._heavy, self._places = _chosen(draws, is_heavy), places[is_heavy]
+        index = torch.cat([self._tail_index, torch.arange(start, start + len(log_w))])
+        if self._tail_draws:
+            draws = {name: torch.cat([self._tail_draws[name], value]) for name, value in draws.items()}
+        weights = without_invalid(self.log_w[index])
+        in_tail = torch.zeros(len(index), dtype=torch.bool)
+        in_tail[weights.topk(min(self._tail_length, len(index))).indices] = True
+        self._body.add(_select(draws, ~in_tail), weights[~in_tail])
+        self._tail_draws, self._tail_index = _select(draws, in_tail), index[in_tail]
 
     def smooth(self) -> tuple[ParetoSmoothed, Moments]:
-        """The smoothed weights, some of which must be positive, and the moments under them."""
+        """Return the smoothed weights and the moments under them; at least one weight must be positive."""
         smoothed = pareto_smooth(self.log_w)
-        weights, is_rest = smoothed.log_weights, torch.ones(len(self.log_w), dtype=torch.bool)
-        is_rest[self._places] = False
-        whole = RunningMoments()
-        whole.merge(weights[is_rest].logsumexp(0), self._rest.moments)
-        whole.add(self._heavy, weights[self._places])
-        return smoothed, whole.moments
+        weights, in_body = smoothed.log_weights, torch.ones(len(self.log_w), dtype=torch.bool)
+        in_body[self._tail_index] = False
+        total = RunningMoments()
+        total.merge(weights[in_body].logsumexp(0), self._body.moments)
+        total.add(self._tail_draws, weights[self._tail_index])
+        return smoothed, total.moments
 
 
-class Summary:
-    """The log weights of a guide's own draws, their moments before and after weighting, and where they do not vary.
+class GuideSummary:
+    """Log weights of a guide's own draws, and their moments before and after weighting.
 
     Args:
-        num_samples: number of draws that will come.
+        num_samples: total number of draws.
+
+    Attributes:
+        weighted: moments under Pareto-smoothed weights.
+        constant: sites where all draws so far are equal.
     """
 
     def __init__(self, num_samples: int) -> None:
         self.weighted = SmoothedMoments(num_samples)
-        self._plain = RunningMoments()
-        self._first: Values = {}
-        #: Sites at which all draws so far are the same.
         self.constant: set[str] = set()
+        self._unweighted = RunningMoments()
+        self._first: Values = {}
 
     @property
     def log_w(self) -> Tensor:
@@ -78,19 +83,19 @@ class Summary:
         return self.weighted.log_w
 
     @property
-    def plain(self) -> Moments:
+    def unweighted(self) -> Moments:
         """Moments of all draws so far, equally weighted."""
-        return self._plain.moments
+        return self._unweighted.moments
 
     def add(self, draws: Values, log_w: Tensor) -> None:
-        """Take in a part: site -> (S', ...), and log weights (S',)."""
+        """Add a part: site -> (S', ...), and log weights (S',)."""
         if not self._first:
             self._first = {name: value[0].clone() for name, value in draws.items()}
             self.constant = set(draws)
         self.constant = {name for name in self.constant if bool((draws[name] == self._first[name]).all())}
-        self._plain.add(draws, torch.zeros_like(log_w))
+        self._unweighted.add(draws, torch.zeros_like(log_w))
         self.weighted.add(draws, log_w)
 
 
-def _chosen(draws: Values, mask: Tensor) -> Values:
+def _select(draws: Values, mask: Tensor) -> Values:
     return {name: value[mask.to(value.device)] for name, value in draws.items()}

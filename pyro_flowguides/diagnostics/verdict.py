@@ -3,47 +3,51 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
-from pyro_flowguides.diagnostics.decision import Evidence, Verdict, decide
-from pyro_flowguides.diagnostics.defensive import WiderLook, look_wider, survey
+from pyro_flowguides.diagnostics.decision import Findings, Verdict, decide
+from pyro_flowguides.diagnostics.defensive import defensive_check, weigh_own_and_widened
 from pyro_flowguides.diagnostics.fit_agreement import Agreement
-from pyro_flowguides.diagnostics.moments import shift
+from pyro_flowguides.diagnostics.moments import moment_shift
 from pyro_flowguides.diagnostics.psis import MIN_DRAWS, effective_sample_size, khat_threshold, log_mean_weight
-from pyro_flowguides.diagnostics.summary import SmoothedMoments, Summary
+from pyro_flowguides.diagnostics.summary import GuideSummary, SmoothedMoments
 from pyro_flowguides.diagnostics.weights import WeightedDraws, point_sites
-from pyro_flowguides.programs.program import inspect_program
+from pyro_flowguides.diagnostics.widening import Widening
+from pyro_flowguides.programs.program import Program
+from pyro_flowguides.programs.types import Guide, Model
+
+__all__ = ["Diagnosis", "diagnose", "diagnose_draws", "diagnose_program"]
 
 
-@dataclass(frozen=True)
-class Diagnosis:
-    """What can be said of a fitted guide from S of its draws.
+@dataclass(frozen=True, kw_only=True)
+class Diagnosis(Findings):
+    """Verdict on a fitted guide, with the numbers behind it, from S draws of the guide.
 
     Attributes:
-        verdict: ``"good"``: the guide's draws can be used as they are; ``"usable with importance resampling"``: use
-            :func:`importance_resample`; ``"do not trust"``: neither will do.
-        reason: why, in a sentence.
-        advice: what to try next.
+        verdict: ``"good"``: use the guide's draws as they are; ``"usable with importance resampling"``: use
+            :func:`importance_resample`; ``"do not trust"``: use neither.
+        reason: the reason for the verdict, in one sentence.
+        advice: what to do next.
         elbo: mean log weight, in nats; −inf if a draw has zero density under the model.
         elbo_se: its standard error.
         log_evidence: importance-sampling estimate of log p(x).
         log_evidence_se: its standard error.
         khat: tail index of the weights; NaN if no weight is positive.
-        khat_threshold: the k-hat up to which estimates from S weighted draws are reliable.
+        khat_threshold: largest k-hat at which estimates from S weighted draws are reliable.
         ess: effective sample size of the weights.
         num_samples: number of draws S.
-        mean_shift: largest change of a posterior mean when the draws are weighted, in standard deviations.
+        mean_shift: largest change of a mean when the draws are weighted, in standard deviations of the posterior.
         log_sd_shift: largest change of the logarithm of a standard deviation when the draws are weighted.
-        shift_site: the site of the larger of the two changes.
+        shift_site: site where the larger of the two changes occurs.
         log_weight_min: smallest finite log weight.
         log_weight_max: largest finite log weight.
-        num_nonfinite: number of draws whose log weight is −inf or NaN.
-        wider: what draws from a widened guide add; ``None`` if the guide cannot be widened.
-        agreement: comparison with independent fits, if there was one.
+        num_zero: number of draws with zero density under the model.
+        num_invalid: number of draws at which a density is NaN or infinite.
+        point_sites: continuous sites where all draws are equal, so that the guide has no density.
+        defensive: comparison with draws of a widened guide; ``None`` if the guide cannot be widened.
+        agreement: comparison of independent fits; ``None`` if there was none.
     """
 
     verdict: Verdict
@@ -53,28 +57,18 @@ class Diagnosis:
     elbo_se: float
     log_evidence: float
     log_evidence_se: float
-    khat: float
-    khat_threshold: float
-    ess: float
-    num_samples: int
-    mean_shift: float
-    log_sd_shift: float
-    shift_site: str
     log_weight_min: float
     log_weight_max: float
-    num_nonfinite: int
-    wider: WiderLook | None = None
-    agreement: Agreement | None = None
-
-    @property
-    def ess_fraction(self) -> float:
-        """Effective sample size as a fraction of the number of draws."""
-        return self.ess / self.num_samples
 
     @property
     def gap(self) -> float:
         """log evidence − ELBO, an estimate of KL(q || p) in nats."""
         return self.log_evidence - self.elbo
+
+    @property
+    def num_nonfinite(self) -> int:
+        """Number of draws whose log weight is −inf or NaN."""
+        return self.num_zero + self.num_invalid
 
     def __str__(self) -> str:
         lines = [
@@ -85,28 +79,25 @@ class Diagnosis:
             f"{self.log_evidence_se:.3f}; gap {self.gap:.3f} nats",
             f"  k-hat        {self.khat:.2f} (reliable up to {self.khat_threshold:.2f})",
             f"  ESS          {self.ess:.0f} of {self.num_samples} draws ({100 * self.ess_fraction:.1f} %)",
-            f"  weighting    moves means by up to {self.mean_shift:.2f} sd, log sd by up to {self.log_sd_shift:.2f} "
-            f"(worst at '{self.shift_site}')",
+            f"  weighting    changes means by up to {self.mean_shift:.2f} sd, log sd by up to {self.log_sd_shift:.2f} "
+            f"(most at '{self.shift_site}')",
             f"  log weights  {self.log_weight_min:.2f} to {self.log_weight_max:.2f}; {self.num_nonfinite} not finite",
         ]
-        if self.wider is not None:
-            lines.append(
-                f"  wider look   {self.wider.factor:.1f} times: k-hat {self.wider.khat:.2f}, ESS {self.wider.ess:.0f}, "
-                f"missed mass {100 * self.wider.missed_mass:.0f} %, moments off by {self.wider.shift:.2f} sd"
-            )
+        if self.defensive is not None:
+            lines.append(f"  defensive    {self.defensive}")
         lines.append(f"  agreement    {'not checked' if self.agreement is None else self.agreement}")
         return "\n".join(lines)
 
 
 def diagnose(
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
-    *args: Any,
+    model: Model,
+    guide: Guide,
+    *args: object,
     num_samples: int = 4000,
     agreement: Agreement | None = None,
-    **kwargs: Any,
+    **kwargs: object,
 ) -> Diagnosis:
-    r"""Judge a fitted guide by the importance weights of its draws.
+    r"""Assess a fitted guide by the importance weights of its draws.
 
     With :math:`\log w_s = \log p(x, z_s) - \log q(z_s)` and :math:`z_s \sim q`, the report holds
 
@@ -115,11 +106,11 @@ def diagnose(
         \log \hat p(x) = \log \frac1S \sum_s w_s, \qquad
         \text{ESS} = \frac{(\sum_s w_s)^2}{\sum_s w_s^2},
 
-    the tail index k-hat, and by how much means and standard deviations change when the draws are weighted. No number
-    decides alone. k-hat says whether the others can be believed, not whether they are good, and it says little of
-    weights that are nearly equal. All of them rest on the guide's own draws, so a second set of draws from a widened
-    guide (:func:`defensive_log_weights`) looks for posterior mass next to them. A mode that is far off stays hidden
-    even then: where that matters, pass the :func:`agreement` of independent fits.
+    the tail index k-hat, and the changes of means and standard deviations when the draws are weighted. No single number
+    decides. k-hat tells whether the other numbers are reliable, not whether the fit is good, and it tells little if the
+    weights are nearly equal. All these numbers come from the guide's own draws, so draws from a widened guide
+    (:func:`defensive_log_weights`) search for posterior mass next to them. Even these do not reveal a distant mode. If
+    that matters, pass the :func:`agreement` of independent fits.
 
     Args:
         model: a Pyro model.
@@ -130,10 +121,10 @@ def diagnose(
         **kwargs: keyword arguments of model and guide.
 
     Raises:
-        ValueError: if there are fewer than 25 draws, and as :func:`log_weights`.
+        ValueError: if there are fewer than 25 draws, and for the reasons that :func:`log_weights` gives.
 
-    Cost: 2 S runs of guide and model, as many at a time as hold some tens of MB. No draws are kept but those of large
-    weight, at most 8 √S.
+    Cost: 2 S runs of guide and model, in chunks of some tens of MB. Only the draws with the largest weights are kept,
+    at most 8 √S of them.
 
     References:
         Y. Yao, A. Vehtari, D. Simpson, A. Gelman (2018). Yes, but did it work? Evaluating variational inference.
@@ -153,54 +144,63 @@ def diagnose(
         >>> diagnose(model, guide, 0.1).verdict  # much too narrow
         'do not trust'
     """
-    if num_samples < MIN_DRAWS:
-        raise ValueError(f"a diagnosis needs at least {MIN_DRAWS} draws, not {num_samples}")
-    program = inspect_program(model, guide, args, kwargs)
-    own, mixture = survey(program, num_samples)
-    return _judge(own, mixture, program.widening, agreement, point_sites(program, own.constant))
+    return diagnose_program(Program.inspect(model, guide, args, kwargs), num_samples=num_samples, agreement=agreement)
 
 
-def judge(
+def diagnose_program(program: Program, *, num_samples: int = 4000, agreement: Agreement | None = None) -> Diagnosis:
+    """Assess the guide of an inspected program; see :func:`diagnose`."""
+    _check_num_samples(num_samples)
+    widening = Widening.of(program)
+    own, mixture = weigh_own_and_widened(program, widening, num_samples)
+    return _diagnosis(own, mixture, widening.factor, agreement, point_sites(program, own.constant))
+
+
+def diagnose_draws(
     weighted: WeightedDraws,
     defensive: WeightedDraws | None = None,
-    factor: float = math.nan,
+    widening_factor: float = math.nan,
     agreement: Agreement | None = None,
 ) -> Diagnosis:
-    """As :func:`diagnose`, for draws that are there already.
+    """Assess a guide by weighted draws that already exist; see :func:`diagnose`.
 
     Args:
-        weighted: draws of the guide with their weights.
-        defensive: those of :func:`defensive_log_weights`, if there are any.
-        factor: by how much the guide was widened for them.
+        weighted: result of :func:`log_weights`.
+        defensive: result of :func:`defensive_log_weights`, if any.
+        widening_factor: factor by which the guide was widened for ``defensive``.
         agreement: comparison of the resampled draws of independent fits.
 
     Raises:
         ValueError: if there are fewer than 25 draws.
     """
-    if weighted.num_samples < MIN_DRAWS:
-        raise ValueError(f"a diagnosis needs at least {MIN_DRAWS} draws, not {weighted.num_samples}")
-    own = Summary(weighted.num_samples)
+    _check_num_samples(weighted.num_samples)
+    own = GuideSummary(weighted.num_samples)
     own.add(weighted.draws, weighted.log_w)
     mixture = None
     if defensive is not None:
         mixture = SmoothedMoments(defensive.num_samples)
         mixture.add(defensive.draws, defensive.log_w)
-    return _judge(own, mixture, factor, agreement, weighted.point_sites)
+    return _diagnosis(own, mixture, widening_factor, agreement, weighted.point_sites)
 
 
-def _judge(
-    own: Summary,
+def _check_num_samples(num_samples: int) -> None:
+    if num_samples < MIN_DRAWS:
+        raise ValueError(f"a diagnosis needs at least {MIN_DRAWS} draws, got {num_samples}")
+
+
+def _diagnosis(
+    own: GuideSummary,
     mixture: SmoothedMoments | None,
-    factor: float,
+    widening_factor: float,
     agreement: Agreement | None,
     point_sites: tuple[str, ...],
 ) -> Diagnosis:
-    evidence = _evidence(own, mixture, factor, agreement, point_sites)
-    verdict, reason, advice = decide(evidence)
+    findings = _findings(own, mixture, widening_factor, agreement, point_sites)
+    verdict, reason, advice = decide(findings)
     elbo, elbo_se = _elbo(own.log_w)
     log_evidence, log_evidence_se = log_mean_weight(own.log_w)
     finite = own.log_w[own.log_w.isfinite()]
     return Diagnosis(
+        **vars(findings),
         verdict=verdict,
         reason=reason,
         advice=advice,
@@ -208,53 +208,43 @@ def _judge(
         elbo_se=elbo_se,
         log_evidence=log_evidence,
         log_evidence_se=log_evidence_se,
-        khat=evidence.khat,
-        khat_threshold=evidence.khat_threshold,
-        ess=evidence.ess,
-        num_samples=evidence.num_samples,
-        mean_shift=evidence.mean_shift,
-        log_sd_shift=evidence.log_sd_shift,
-        shift_site=evidence.shift_site,
         log_weight_min=float(finite.min()) if len(finite) else math.nan,
         log_weight_max=float(finite.max()) if len(finite) else math.nan,
-        num_nonfinite=evidence.num_zero + evidence.num_invalid,
-        wider=evidence.wider,
-        agreement=agreement,
     )
 
 
-def _evidence(
-    own: Summary,
+def _findings(
+    own: GuideSummary,
     mixture: SmoothedMoments | None,
-    factor: float,
+    widening_factor: float,
     agreement: Agreement | None,
     point_sites: tuple[str, ...],
-) -> Evidence:
+) -> Findings:
     log_w = own.log_w
     ess = effective_sample_size(log_w)
-    khat, change, wider = math.nan, (math.nan, math.nan, next(iter(own.plain))), None
+    khat, shift, defensive = math.nan, (math.nan, math.nan, next(iter(own.unweighted))), None
     if ess > 0:
         smoothed, corrected = own.weighted.smooth()
-        khat, change = smoothed.khat, shift(own.plain, corrected)
-        wider = None if mixture is None else look_wider(own, corrected, mixture, factor)
-    return Evidence(
+        khat, shift = smoothed.khat, moment_shift(own.unweighted, corrected)
+        defensive = None if mixture is None else defensive_check(own, corrected, mixture, widening_factor)
+    return Findings(
         khat=khat,
         khat_threshold=khat_threshold(len(log_w)),
         ess=ess,
         num_samples=len(log_w),
-        mean_shift=change[0],
-        log_sd_shift=change[1],
-        shift_site=change[2],
+        mean_shift=shift[0],
+        log_sd_shift=shift[1],
+        shift_site=shift[2],
         num_zero=int(log_w.isneginf().sum()),
         num_invalid=int(log_w.isnan().sum()),
         point_sites=point_sites,
-        wider=wider,
+        defensive=defensive,
         agreement=agreement,
     )
 
 
 def _elbo(log_w: Tensor) -> tuple[float, float]:
-    """Mean log weight and its standard error; −inf without an error if a weight is zero."""
+    """Return the mean log weight and its standard error; −inf and NaN if a weight is zero."""
     valid = log_w[~log_w.isnan()]
     if len(valid) < 2:
         return math.nan, math.nan

@@ -9,9 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_flowguides.programs.program import Program, inspect_program
-from pyro_flowguides.programs.runs import ALONE, TOGETHER, sample_guide, score_model
-from pyro_flowguides.programs.traces import evaluation
+from pyro_flowguides.diagnostics.widening import LOG_RATIO, Widening
+from pyro_flowguides.programs.batched_run import RunMode
+from pyro_flowguides.programs.guide_draws import sample_guide
+from pyro_flowguides.programs.model_runs import score_model
+from pyro_flowguides.programs.program import Program
+from pyro_flowguides.programs.running import evaluation
+
+__all__ = ["WeightedDraws", "log_weight", "log_weights", "point_sites", "weigh", "weigh_widened"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,8 +32,8 @@ class WeightedDraws:
         log_w: log p(x, z) − log q(z), shape (S,); −inf where p is zero, NaN where either density is undefined.
         point_sites: continuous sites whose draws are all the same: the guide has no density there.
         guide_note: why the guide was run draw by draw; empty if it was run on many draws at once.
-        model_run: how the model was run: "together", under a plate of draws, "mapped" over them or "draw by draw".
-        model_note: why the model was not run under a plate of draws; empty if it was.
+        model_mode: how the model ran.
+        model_note: why the model did not run under a plate of draws; empty if it did.
     """
 
     draws: dict[str, Tensor]
@@ -37,7 +42,7 @@ class WeightedDraws:
     log_w: Tensor
     point_sites: tuple[str, ...] = ()
     guide_note: str = ""
-    model_run: str = TOGETHER
+    model_mode: RunMode = RunMode.PLATE
     model_note: str = ""
 
     @property
@@ -58,7 +63,7 @@ class WeightedDraws:
     @property
     def vectorized(self) -> bool:
         """Whether model and guide were run on many draws at once."""
-        return not self.guide_note and self.model_run != ALONE
+        return not self.guide_note and self.model_mode is not RunMode.SINGLE
 
 
 def log_weights(
@@ -106,19 +111,35 @@ def log_weights(
         >>> weighted.draws["z"].shape, torch.allclose(weighted.log_w.float(), evidence)
         (torch.Size([100]), True)
     """
-    program = inspect_program(model, guide, args, kwargs)
-    return weigh(program, num_samples, chunk_size)
+    return weigh(Program.inspect(model, guide, args, kwargs), num_samples, chunk_size)
 
 
 def weigh(program: Program, num_samples: int, chunk_size: int | None = None) -> WeightedDraws:
-    """As :func:`log_weights`, for a program that has been inspected."""
-    return weigh_guide(program, num_samples, chunk_size)[0]
+    """Draw from the guide of an inspected program and weigh the draws; see :func:`log_weights`."""
+    return weigh_widened(program, Widening((), 1.0), num_samples, chunk_size)[0]
 
 
-def weigh_guide(
-    program: Program, num_samples: int, chunk_size: int | None = None, *, wide: bool = False
+def weigh_widened(
+    program: Program,
+    widening: Widening,
+    num_samples: int,
+    chunk_size: int | None = None,
+    *,
+    from_widened: bool = False,
 ) -> tuple[WeightedDraws, Tensor]:
-    """As :func:`weigh`, or with draws of the widened guide; with its log density relative to the guide's, (S,)."""
+    """Draw from a guide, or from its widened self, and weigh the draws.
+
+    Args:
+        program: the program.
+        widening: how the guide is widened.
+        num_samples: number of draws S.
+        chunk_size: number of draws that run together.
+        from_widened: draw from the widened guide. ``log_q`` is the density of the guide itself in both cases.
+
+    Returns:
+        The weighted draws, and the log density of the widened guide, less that of the guide itself, (S,).
+    """
+    program.check_full_density()
     size = program.default_chunk_size if chunk_size is None else chunk_size
     for name, number in (("num_samples", num_samples), ("chunk_size", size)):
         if number < 1:
@@ -126,20 +147,23 @@ def weigh_guide(
     if not program.latents:
         raise ValueError("model and guide share no latent site")
     with evaluation():
-        drawn = sample_guide(program, num_samples, size, wide=wide)
+        widen = widening.handler(active=from_widened)
+        drawn = sample_guide(program, num_samples, size, handlers=[widen], collect=widen.collect)
         scores = score_model(program, drawn.values, size)
+    log_ratio = drawn.extras[LOG_RATIO]
+    log_q = drawn.log_density - log_ratio if from_widened else drawn.log_density
     constant = {name for name, value in drawn.values.items() if num_samples > 1 and bool((value == value[:1]).all())}
     weighted = WeightedDraws(
         draws=drawn.values,
         log_p=scores.log_p,
-        log_q=drawn.log_q,
-        log_w=log_weight(scores.log_p, drawn.log_q),
+        log_q=log_q,
+        log_w=log_weight(scores.log_p, log_q),
         point_sites=point_sites(program, constant),
         guide_note=drawn.note,
         model_note=scores.note,
-        model_run=scores.how,
+        model_mode=scores.mode,
     )
-    return weighted, drawn.log_ratio
+    return weighted, log_ratio
 
 
 def log_weight(log_p: Tensor, log_q: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
-"""An autoguide for models with a plate of local latent variables, amortized over the data."""
+"""The autoguide for models with a plate of local latent variables, amortized over the data."""
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -9,41 +10,46 @@ from functools import partial
 from typing import Any, cast
 
 import pyro
+import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.infer.autoguide.initialization import InitMessenger, init_to_median
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
 
-from pyro_flowguides.flows import Builder, get_flow
-from pyro_flowguides.guides import structure
+from pyro_flowguides.flows import Builder, check_options, get_flow
 from pyro_flowguides.guides.autoflow import AutoFlow, marginal_quantiles
-from pyro_flowguides.guides.data_plate import Plate, plate_of
+from pyro_flowguides.guides.data_features import encode_data
+from pyro_flowguides.guides.data_plate import DataPlate, find_data_plate
 from pyro_flowguides.guides.flow_posterior import FlowPosterior
 from pyro_flowguides.guides.initialization import InitialValue
 from pyro_flowguides.guides.lazy import LazyGuide
-from pyro_flowguides.guides.local_posterior import Conditional, log_prob_on_path
+from pyro_flowguides.guides.local_posterior import LocalPosterior, local_path_log_prob
 from pyro_flowguides.guides.local_site import LocalSite
-from pyro_flowguides.guides.param_names import bind
+from pyro_flowguides.guides.param_names import claim_names
 from pyro_flowguides.guides.path_distribution import PathDistribution
+from pyro_flowguides.programs import structure
+from pyro_flowguides.programs.running import isolated
+from pyro_flowguides.programs.sites import latent_sites
+from pyro_flowguides.programs.types import Args, Kwargs, Model, Site, Values
 
 __all__ = ["AutoAmortizedFlow"]
 
-#: Draws behind :meth:`AutoAmortizedFlow.median` and :meth:`AutoAmortizedFlow.quantiles`.
-QUANTILE_DRAWS = 1024
-#: Rows (draws times data) computed at a time by :meth:`AutoAmortizedFlow.sample_all`.
-ROWS_AT_A_TIME = 2**18
+#: Number of draws behind :meth:`AutoAmortizedFlow.median` and :meth:`AutoAmortizedFlow.quantiles`.
+NUM_QUANTILE_SAMPLES = 1024
+#: Number of rows (draws times data) that :meth:`AutoAmortizedFlow.sample_all` computes in one pass.
+ROWS_PER_PASS = 2**18
 
 
-class Local(nn.Module):
-    """The encoder, which is given, and the conditional posterior, which is built once the model has been run."""
+class LocalModule(nn.Module):
+    """The user's encoder, and the posterior of the local variables, which exists once the model has been run."""
 
-    conditional: Conditional | None
+    posterior: LocalPosterior | None
 
     def __init__(self, encoder: nn.Module) -> None:
         super().__init__()
         self.encoder = encoder
-        self.conditional = None
+        self.posterior = None
 
 
 class AutoAmortizedFlow(LazyGuide):
@@ -52,25 +58,25 @@ class AutoAmortizedFlow(LazyGuide):
     .. math:: q(g, z \mid x) = q(g) \prod_{i=1}^{N} q(z_i \mid h(x_i), g)
 
     The variables :math:`z_i` of all sites in the plate, mapped to unconstrained space and stacked per datum, have a
-    :class:`~pyro_flowguides.guides.FlowPosterior` whose location, scale and context are functions of the datum's
-    features, which the ``encoder`` computes, and of how far the global variables g lie from their location. The sites
+    :class:`~pyro_flowguides.guides.FlowPosterior`. Its location, scale and context are functions of the features of the
+    datum, computed by the ``encoder``, and of the deviation of the global variables g from their location. The sites
     outside the plate have an :class:`~pyro_flowguides.guides.AutoFlow`. Local variables are independent given g in the
-    exact posterior too, so that the family contains it where encoder and flows are rich enough. Without the dependence
-    on g the posterior of g would come out too narrow, however good the rest.
+    exact posterior too, so the family contains the exact posterior if encoder and flows are rich enough. Without the
+    dependence on g, the posterior of g would come out too narrow however good the other parts are.
 
-    **The plate.** In every call the guide asks the model which plate it makes for these arguments, and makes the same
-    one: of the same size, subsampled to the same size, or with the indices that the model passes as ``subsample``. The
-    model then uses the guide's indices, as Pyro's models always do. So the model may take all data and subsample them
-    itself, or take a minibatch, and it may do now one and now the other.
+    **The plate.** In every call the guide looks up the plate that the model creates for these arguments, and creates
+    the same one: of the same size, subsampled to the same size, or with the indices that the model passes as
+    ``subsample``. The model then uses the guide's indices, as Pyro's models always do. So the model may take all data
+    and subsample them itself, or take a minibatch, and may do either from call to call.
 
-    **The encoder** is called with the model's arguments, tensors among them that have one row for each of the N data
-    cut down to the rows of the subsample; it returns the features ``(B, C)``, one row for each of the B data in the
-    subsample. Where it does not take the model's arguments, or data have another layout, ``inputs`` says what it takes:
-    a function of the indices ``(B,)`` and the model's arguments that returns the encoder's argument or a tuple of them.
+    **The encoder** is called with the model's arguments. Tensors among them with one row for each of the N data are cut
+    down to the rows of the subsample. It returns the features ``(B, C)``, one row for each of the B data in the
+    subsample. If it takes other arguments, or data have another layout, pass ``inputs``: a function of the indices
+    ``(B,)`` and the model's arguments that returns the encoder's argument or a tuple of its arguments.
 
-    Further plates inside or outside of that of the data are allowed if they are not subsampled: what a site holds for
-    one datum is then an array. Everything else is as for :class:`~pyro_flowguides.guides.AutoFlow`: parameters are
-    created when the model is first run, two guides are independent, and the initial posterior is at ``init_loc_fn``
+    Further plates inside or outside the plate of the data are allowed if they are not subsampled; the value of a site
+    for one datum is then an array. Otherwise the guide behaves as :class:`~pyro_flowguides.guides.AutoFlow`: parameters
+    are created when the model is first run, two guides are independent, and the initial posterior is at ``init_loc_fn``
     with standard deviation ``init_scale``.
 
     Args:
@@ -81,18 +87,20 @@ class AutoAmortizedFlow(LazyGuide):
         inputs: ``(indices, *args, **kwargs) -> argument or arguments of the encoder``, see above.
         global_flow: the flow of the global variables.
         global_options: options of its builder.
-        condition_on_globals: whether the local posterior reads the global variables; where these are very many, such as
-            the weights of a network, it should not.
+        condition_on_globals: let the local posterior depend on the global variables; turn it off for very many of them,
+            such as the weights of a network.
         init_loc_fn: where to start, one of Pyro's initialization functions.
         init_scale: initial standard deviation of every unconstrained coordinate, positive.
-        path_gradient: follow the path gradient (:class:`~pyro_flowguides.guides.path_distribution.PathDistribution`) of the
-            joint posterior, which has no noise at the solution but that of the subsample.
-        **flow_options: passed to the builder of ``flow``, for example ``depth`` or ``hidden_dims``.
+        path_gradient: follow the path gradient of the joint posterior
+            (:class:`~pyro_flowguides.guides.path_distribution.PathDistribution`). At the solution, its only noise is
+            that of the subsample.
+        **flow_options: options of the builder of ``flow``, for example ``depth`` or ``hidden_dims``.
 
     Raises:
         ValueError: if there is no such plate, no latent site in it, a discrete one, one whose support depends on the
             datum or on other sites, another subsampled plate around a latent site, a structure that changes, or if the
             encoder returns anything but one row of features per datum.
+        TypeError: for an option that a builder does not take, or if the encoder does not accept the model's arguments.
 
     References:
         D. Kingma, M. Welling (2014). Auto-encoding variational Bayes. arXiv:1312.6114.
@@ -114,21 +122,21 @@ class AutoAmortizedFlow(LazyGuide):
         {'mu': (100,), 'theta': (100, 50)}
     """
 
-    learned = "local"
-    transient = ("_init", "_build")
+    module_name = "local"
+    setup_only = ("_init", "_new_global_guide", "_new_posterior")
 
     def __init__(
         self,
-        model: Callable[..., Any],
+        model: Model,
         encoder: nn.Module,
         flow: str | Builder = "iaf",
         *,
         plate: str,
-        inputs: Callable[..., Any] | None = None,
+        inputs: Callable[..., object] | None = None,
         global_flow: str | Builder = "iaf",
         global_options: Mapping[str, Any] | None = None,
         condition_on_globals: bool = True,
-        init_loc_fn: Callable[..., Any] = init_to_median,
+        init_loc_fn: Callable[[Site], Tensor] = init_to_median,
         init_scale: float = 0.1,
         path_gradient: bool = False,
         **flow_options: Any,
@@ -139,43 +147,43 @@ class AutoAmortizedFlow(LazyGuide):
         if not isinstance(encoder, nn.Module):
             raise ValueError(
                 f"{owner}: the encoder must be a torch.nn.Module, so that its parameters are trained, got "
-                f"{type(encoder).__name__}. What prepares its arguments goes into inputs."
+                f"{type(encoder).__name__}. Prepare its arguments in inputs."
             )
         super().__init__(model)
+        check_options(owner, get_flow(flow), flow_options, others=inspect.signature(type(self)).parameters)
+        check_options(f"{owner}: global_options", get_flow(global_flow), global_options or {})
         self._init = InitialValue(init_loc_fn)
         self.model = model
-        self.local = Local(encoder)
+        self.local = LocalModule(encoder)
         self.register_module("globals", None)
         self._plate, self._inputs, self._init_scale = plate, inputs, init_scale
         self._condition_on_globals = condition_on_globals
-        get_flow(flow), get_flow(global_flow)
-        self._build: Any = (
-            partial(AutoFlow, flow=global_flow, path_gradient=path_gradient, **(global_options or {})),
-            partial(FlowPosterior, flow=flow, path_gradient=path_gradient, **flow_options),
-        )
+        common = {"path_gradient": path_gradient}
+        self._new_global_guide = partial(AutoFlow, flow=global_flow, **common, **(global_options or {}))
+        self._new_posterior = partial(FlowPosterior, flow=flow, **common, **flow_options)
 
     # -- setting up ----------------------------------------------------------------------------------------------------
 
     @property
-    def _built(self) -> Local | None:
+    def _module_or_none(self) -> LocalModule | None:
         local = self._modules["local"]
-        return local if isinstance(local, Local) and local.conditional is not None else None
+        return local if isinstance(local, LocalModule) and local.posterior is not None else None
 
-    def _prepared(self, model: Callable[..., Any]) -> tuple[Callable[..., Any], ...]:
-        """The model as it is run for its structure, and as it was given."""
+    def _wrap_model(self, model: Model) -> tuple[Model, ...]:
+        """Return the model as it is run for its structure, and the user's own."""
         return InitMessenger(self._init)(model) if self._init else model, model
 
-    def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
-        asked = self._ask(args, kwargs)
-        with structure.isolated():
+    def _setup_prototype(self, *args: object, **kwargs: object) -> None:
+        data_plate = self._find_data_plate(args, kwargs)
+        with isolated():
             super()._setup_prototype(*args, **kwargs)
         try:
-            self._create(asked, args, kwargs)
+            self._create(data_plate, args, kwargs)
         except Exception:
             self.prototype_trace = None  # so that the next call, with a mended encoder or other arguments, starts anew
             raise
 
-    def _create(self, asked: Plate, args: Any, kwargs: Any) -> None:
+    def _create(self, data_plate: DataPlate, args: Args, kwargs: Kwargs) -> None:
         owner, prototype = type(self).__name__, self._prototype
         self._signatures.add(structure.call_signature(args, kwargs))
         self._observed = structure.observed_sites(self.model, args, kwargs)
@@ -185,50 +193,50 @@ class AutoAmortizedFlow(LazyGuide):
                 f"{owner}: no latent site lies in plate {self._plate!r}. Use AutoFlow for a model whose latent sites "
                 f"are all global."
             )
-        self._create_globals(args, kwargs)
+        self._create_global_guide(args, kwargs)
         structure.check_static(owner, self.model, self._prototype_hide_fn, prototype, args, kwargs)
-        if self._built is None:
-            self._create_local(asked, args, kwargs)
+        if self._module_or_none is None:
+            self._create_posterior(data_plate, args, kwargs)
 
     def _local_sites(self, trace: Trace) -> list[LocalSite]:
         return [
             LocalSite.of(type(self).__name__, self._plate, site)
-            for name, site in structure.latent_sites(trace)
+            for name, site in latent_sites(trace)
             if any(frame.name == self._plate for frame in site["cond_indep_stack"])
         ]
 
-    def _create_globals(self, args: Any, kwargs: Any) -> None:
+    def _create_global_guide(self, args: Args, kwargs: Kwargs) -> None:
         local = [site.name for site in self._sites]
-        if len(local) == len(list(structure.latent_sites(self._prototype))):
+        if len(local) == len(list(latent_sites(self._prototype))):
             return
         if self._modules["globals"] is None:
-            guide = self._build[0](
-                poutine.block(self.model, hide=local), init_loc_fn=self._init, init_scale=self._init_scale
-            )
-            guide._anchor, guide._anchor_start = self._anchor, self._anchor_start
-            # Assigned as an attribute, it would first delete the values of its parameters that Pyro's store may hold.
+            model = poutine.block(self.model, hide=local)
+            guide = self._new_global_guide(model, init_loc_fn=self._init, init_scale=self._init_scale)
+            guide._placeholder, guide._initial_placeholder = self._placeholder, self._initial_placeholder
+            # Assigning the attribute would first delete the values of its parameters that Pyro's store may hold.
             self.add_module("globals", guide)
             guide._update_master(self.master or weakref.ref(self))
         self.globals._setup_prototype(*args, **kwargs)
 
-    def _create_local(self, asked: Plate, args: Any, kwargs: Any) -> None:
-        nodes: Any = self._prototype.nodes
-        loc = self._requested(torch.cat([site.rows(nodes[site.name]["value"]).mean(0) for site in self._sites]))
-        local: Any = self._modules["local"]
-        with structure.isolated():
-            self.plates = self._open(asked)
+    def _create_posterior(self, data_plate: DataPlate, args: Args, kwargs: Kwargs) -> None:
+        nodes = cast("Mapping[str, Site]", self._prototype.nodes)
+        start = torch.cat([site.to_rows(nodes[site.name]["value"]).mean(0) for site in self._sites])
+        loc = self._convert_as_requested(start)
+        local = cast("LocalModule", self._modules["local"])
+        with isolated():
+            self.plates = self._plates_with(data_plate)
             with self.plates[self._plate] as indices:
-                features = self._features(local.encoder, cast("Tensor", indices), args, kwargs)
+                features = self._encode(local.encoder, indices, args, kwargs)
         if features.dtype != loc.dtype:
             raise ValueError(
                 f"{type(self).__name__}: the encoder returns {features.dtype}, the local variables are {loc.dtype}. "
                 f"Convert the encoder (encoder.to({loc.dtype})) or the guide."
             )
-        guide: Any = self._modules["globals"]
-        global_dim: int = guide.latent_dim if guide is not None and self._condition_on_globals else 0
-        local.conditional = Conditional(loc, self._init_scale, features.shape[-1], global_dim, self._build[1])
+        guide = cast("AutoFlow | None", self._modules["globals"])
+        global_dim = guide.latent_dim if guide is not None and self._condition_on_globals else 0
+        local.posterior = LocalPosterior(loc, self._init_scale, features.shape[-1], global_dim, self._new_posterior)
 
-    def _compare(self, args: Any, kwargs: Any) -> None:
+    def _compare_structure(self, args: Args, kwargs: Kwargs) -> None:
         trace = structure.latent_trace(self.model, self._prototype_hide_fn, args, kwargs)
         before = {site.name: site.layout for site in self._sites}
         after = {site.name: site.layout for site in self._local_sites(trace) if site.name not in self._observed}
@@ -239,81 +247,35 @@ class AutoAmortizedFlow(LazyGuide):
                 f"one fixed structure per datum: create one guide per structure."
             )
 
-    # -- the plate -----------------------------------------------------------------------------------------------------
+    # -- the plates ----------------------------------------------------------------------------------------------------
 
-    def _ask(self, args: Any, kwargs: Any) -> Plate:
-        """The plate of the data as the model makes it for these arguments."""
-        _, raw = self._model if self._model is not None else (None, self.model)
-        return plate_of(type(self).__name__, raw, self._plate, args, kwargs)
+    def _find_data_plate(self, args: Args, kwargs: Kwargs) -> DataPlate:
+        users_model = self.model if self._model is None else self._model[1]
+        return find_data_plate(type(self).__name__, users_model, self._plate, args, kwargs)
 
-    def _open(self, asked: Plate) -> dict[str, pyro.plate]:
-        """All plates around latent sites, that of the data as asked for."""
-        plates = {}
-        for name, frame in sorted(self._prototype_frames.items()):
-            if name != self._plate:
-                plates[name] = pyro.plate(name, frame.full_size or frame.size, dim=frame.dim)
-            elif asked.subsample is not None:
-                plates[name] = pyro.plate(name, asked.size, subsample=asked.subsample, dim=frame.dim)
-            else:
-                plates[name] = pyro.plate(name, asked.size, asked.subsample_size, dim=frame.dim)
-        return plates
+    def _plates_with(self, data_plate: DataPlate) -> dict[str, pyro.plate]:
+        """Create all plates around latent sites, with this plate of the data."""
+        return {
+            name: data_plate.create(name, frame.dim)
+            if name == self._plate
+            else pyro.plate(name, frame.full_size or frame.size, dim=frame.dim)
+            for name, frame in sorted(self._prototype_frames.items())
+        }
 
-    def _create_plates(self, *args: Any, **kwargs: Any) -> dict[str, pyro.plate]:
+    def _create_plates(self, *args: object, **kwargs: object) -> dict[str, pyro.plate]:
         if self.master is not None:
             self.plates = self.master().plates
         else:
-            self.plates = self._open(self._ask(args, kwargs))
+            self.plates = self._plates_with(self._find_data_plate(args, kwargs))
         return self.plates
 
     def _check_prototype(self, part_trace: Trace) -> None:
-        """Pyro's question to the owner of the plates: the sites of the global part are those of the same model."""
-
-    # -- the features of the data --------------------------------------------------------------------------------------
-
-    def _features(self, encoder: Any, indices: Tensor, args: Any, kwargs: Any) -> Tensor:
-        """What the encoder says of the data with these indices, ``(B, C)``."""
-        if self._inputs is not None:
-            chosen = self._inputs(indices, *args, **kwargs)
-            features = encoder(*chosen) if isinstance(chosen, tuple) else encoder(chosen)
-        else:
-            features = self._encode_arguments(encoder, indices, args, kwargs)
-        if not isinstance(features, Tensor) or features.dim() != 2 or len(features) != len(indices):
-            got = f"shape {tuple(features.shape)}" if isinstance(features, Tensor) else type(features).__name__
-            raise ValueError(
-                f"{type(self).__name__}: the encoder must return a tensor of shape ({len(indices)}, C), one row of "
-                f"features for each datum in the subsample of plate {self._plate!r}, got {got}. If the model's "
-                f"arguments are not what it takes, or have no leading dimension for the data, say what it takes with "
-                f"inputs=lambda indices, *args, **kwargs: ..."
-            )
-        return features
-
-    def _encode_arguments(self, encoder: Any, indices: Tensor, args: Any, kwargs: Any) -> Any:
-        """The encoder at the model's arguments, tensors with one row per datum cut down to the subsample."""
-        size = self.plates[self._plate].size
-        if len(indices) == size and not torch.equal(indices, torch.arange(size, device=indices.device)):
-            raise ValueError(
-                f"{type(self).__name__}: the subsample of plate {self._plate!r} is all data in another order, and the "
-                f"model's arguments may be in that order already. Say what the encoder takes with "
-                f"inputs=lambda indices, *args, **kwargs: ..."
-            )
-
-        def rows(value: Any) -> Any:
-            if len(indices) == size or not isinstance(value, Tensor) or value.dim() == 0 or len(value) != size:
-                return value
-            return value[indices.to(value.device)]
-
-        try:
-            return encoder(*map(rows, args), **{name: rows(value) for name, value in kwargs.items()})
-        except TypeError as error:
-            raise TypeError(
-                f"{type(self).__name__}: the encoder could not be called with the model's arguments ({error}). Say "
-                f"what it takes with inputs=lambda indices, *args, **kwargs: ..."
-            ) from error
+        """Accept the sites of the global part, which Pyro compares with the master's: both run the same model."""
 
     # -- the posterior -------------------------------------------------------------------------------------------------
 
-    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Draw all latent sites; arguments are those of the model."""
+    def forward(self, *args: object, **kwargs: object) -> Values:
+        """Draw all latent sites; the arguments are those of the model."""
         if self.prototype_trace is None:
             self._setup_prototype(*args, **kwargs)
         else:
@@ -321,23 +283,23 @@ class AutoAmortizedFlow(LazyGuide):
         self._create_plates(*args, **kwargs)
         return self._draw(args, kwargs)
 
-    def _draw(self, args: Any, kwargs: Any) -> dict[str, Tensor]:
-        bind(self, self.learned, self._token)
-        values, latent = self._draw_globals(args, kwargs)
-        local = self.local  # within a call this registers the parameters with Pyro, once
+    def _draw(self, args: Args, kwargs: Kwargs) -> Values:
+        claim_names(self, "local", self._owner)
+        values, global_draw = self._draw_globals(args, kwargs)
+        local = self.local  # within a Pyro program, reading it registers the parameters once
         with self.plates[self._plate] as indices:
-            features = self._features(local.encoder, indices, args, kwargs)
-            posterior = self._posterior(local.conditional, features, latent)
-            drawn = pyro.sample(f"_{self._pyro_name}_latent", posterior, infer={"is_auxiliary": True})
-            for site, rows in zip(self._sites, drawn.split([site.size for site in self._sites], -1), strict=True):
+            features = self._encode(local.encoder, indices, args, kwargs)
+            distribution = self._local_distribution(local.posterior, features, global_draw)
+            draw = pyro.sample(f"_{self._pyro_name}_latent", distribution, infer={"is_auxiliary": True})
+            for site, rows in zip(self._sites, draw.split([site.size for site in self._sites], -1), strict=True):
                 with ExitStack() as stack:
-                    for frame in site.frames:
-                        stack.enter_context(self.plates[frame.name])
-                    values[site.name] = pyro.sample(site.name, site.image(rows))
+                    for plate in site.further_plates:
+                        stack.enter_context(self.plates[plate.name])
+                    values[site.name] = pyro.sample(site.name, site.delta(rows))
         return values
 
-    def _draw_globals(self, args: Any, kwargs: Any) -> tuple[dict[str, Tensor], Tensor | None]:
-        """The global sites, and the latent vector behind them if the local posterior reads it."""
+    def _draw_globals(self, args: Args, kwargs: Kwargs) -> tuple[Values, Tensor | None]:
+        """Draw the global sites; return also their latent vector if the local posterior depends on it."""
         guide = self._modules["globals"]
         if guide is None:
             return {}, None
@@ -347,32 +309,40 @@ class AutoAmortizedFlow(LazyGuide):
             return values, None
         return values, tracer.trace.nodes[f"_{guide._pyro_name}_latent"]["value"]
 
-    def _posterior(self, conditional: Any, features: Tensor, latent: Tensor | None) -> Any:
-        """The distribution of the rows of the local sites."""
-        if features.shape[-1] != conditional.features:
+    def _encode(self, encoder: nn.Module, indices: Tensor, args: Args, kwargs: Kwargs) -> Tensor:
+        plate = self.plates[self._plate]
+        return encode_data(type(self).__name__, encoder, self._inputs, plate, indices, args, kwargs)
+
+    def _local_distribution(
+        self, posterior: LocalPosterior, features: Tensor, global_draw: Tensor | None
+    ) -> dist.TransformedDistribution:
+        """Return the distribution of the rows of the local sites."""
+        if features.shape[-1] != posterior.feature_dim:
             raise ValueError(
                 f"{type(self).__name__}: the encoder returned {features.shape[-1]} features, and "
-                f"{conditional.features} when the guide was set up"
+                f"{posterior.feature_dim} when the guide was set up"
             )
-        if latent is None:
-            return conditional(self._context(features))
+        if global_draw is None:
+            return posterior(self._context(features))
         location = self.globals.location
-        posterior = conditional(self._context(features, latent - location))
-        if isinstance(posterior, PathDistribution):
-            context = self._context(features.detach(), latent - location.detach())
-            posterior.on_path = partial(log_prob_on_path, conditional, context)
-        return posterior
+        distribution = posterior(self._context(features, global_draw - location))
+        if isinstance(distribution, PathDistribution):
+            context = self._context(features.detach(), global_draw - location.detach())
+            distribution.path_log_prob = partial(local_path_log_prob, posterior, context)
+        return distribution
 
     def _context(self, features: Tensor, *deviation: Tensor) -> Tensor:
-        """Features ``(B, C)`` with B at the plate's dimension, beside the global variables of every particle."""
+        """Join features ``(B, C)``, with B at the plate's dimension, and the global variables of every particle."""
         inner = -1 - self._prototype_frames[self._plate].dim
         parts = [features.reshape(len(features), *(1,) * inner, features.shape[-1]), *deviation]
         batch = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))
         return torch.cat([part.expand(*batch, part.shape[-1]) for part in parts], -1)
 
+    # -- draws for all data --------------------------------------------------------------------------------------------
+
     @torch.no_grad()
-    def sample_all(self, num_samples: int, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Draws of the posterior over all data, also where the model subsamples them.
+    def sample_all(self, num_samples: int, *args: object, **kwargs: object) -> Values:
+        """Draw from the posterior over all data, even if the model subsamples them.
 
         Args:
             num_samples: number of joint draws.
@@ -382,29 +352,29 @@ class AutoAmortizedFlow(LazyGuide):
             site -> draws ``(num_samples, *shape of the site for all data)``.
         """
         self.setup(*args, **kwargs)
-        size = self._ask(args, kwargs).size
+        size = self._find_data_plate(args, kwargs).size
         leftmost = min(frame.dim for frame in self._prototype_frames.values())
-        at_a_time = max(1, ROWS_AT_A_TIME // size)
+        draws_per_pass = max(1, ROWS_PER_PASS // size)
         parts = []
-        for start in range(0, num_samples, at_a_time):
-            count = min(at_a_time, num_samples - start)
+        for start in range(0, num_samples, draws_per_pass):
+            count = min(draws_per_pass, num_samples - start)
             with poutine.block():
-                self.plates = self._open(Plate(size, size))
+                self.plates = self._plates_with(DataPlate(size, size))
                 with pyro.plate("_draws", count, dim=leftmost - 1):
                     parts.append(self._draw(args, kwargs))
-        return {name: torch.cat([self._compact(name, part[name]) for part in parts]) for name in parts[0]}
+        return {name: torch.cat([self._drop_other_plates(name, part[name]) for part in parts]) for name in parts[0]}
 
-    def _compact(self, name: str, draws: Tensor) -> Tensor:
-        """Draws without the dimensions of plates that the site is not in."""
+    def _drop_other_plates(self, name: str, draws: Tensor) -> Tensor:
+        """Drop the dimensions of plates that the site is not in."""
         dims = cast("Tensor", self._prototype.nodes[name]["value"]).dim()
         return draws.reshape(len(draws), *draws.shape[draws.dim() - dims :])
 
-    def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """The marginal median of every site for all data, estimated from 1,024 draws."""
+    def median(self, *args: object, **kwargs: object) -> Values:
+        """Return the marginal median of every site for all data, estimated from 1,024 draws."""
         return {name: value[0] for name, value in self.quantiles([0.5], *args, **kwargs).items()}
 
-    def quantiles(self, quantiles: Sequence[float] | Tensor, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Marginal quantiles for all data, estimated from 1,024 draws.
+    def quantiles(self, quantiles: Sequence[float] | Tensor, *args: object, **kwargs: object) -> Values:
+        """Return marginal quantiles for all data, estimated from 1,024 draws.
 
         Args:
             quantiles: numbers in [0, 1].
@@ -413,7 +383,7 @@ class AutoAmortizedFlow(LazyGuide):
         Returns:
             site -> tensor with a leading dimension for the quantiles.
         """
-        draws = self.sample_all(QUANTILE_DRAWS, *args, **kwargs)
+        draws = self.sample_all(NUM_QUANTILE_SAMPLES, *args, **kwargs)
         result = {}
         for name, values in draws.items():
             levels = torch.as_tensor(quantiles, dtype=values.dtype, device=values.device)

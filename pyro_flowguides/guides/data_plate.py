@@ -1,58 +1,67 @@
-"""What a model says of the plate of its data before it comes to what lies inside."""
+"""The plate of the data as a model creates it, before the model is run any further."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from collections.abc import Sequence
+from typing import NamedTuple
 
+import pyro
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
+from torch import Tensor
 
-from pyro_flowguides.guides import structure
+from pyro_flowguides.programs.running import isolated
+from pyro_flowguides.programs.types import Args, Kwargs, Model, Site
 
-__all__ = ["Plate", "plate_of"]
+__all__ = ["DataPlate", "find_data_plate"]
 
 
-class Plate(NamedTuple):
-    """What a model says of its plate: N, B, and the indices if it passes them."""
+class DataPlate(NamedTuple):
+    """The plate of the data: N, B, and the indices if the model passes them."""
 
     size: int
     subsample_size: int
-    subsample: Any = None
+    subsample: Tensor | Sequence[int] | None = None
+
+    def create(self, name: str, dim: int) -> pyro.plate:
+        """Create this plate under a name at a dimension."""
+        if self.subsample is not None:
+            return pyro.plate(name, self.size, subsample=self.subsample, dim=dim)
+        return pyro.plate(name, self.size, self.subsample_size, dim=dim)
 
 
-class _Found(BaseException):  # no model's own handling of exceptions should stop it
-    def __init__(self, plate: Plate) -> None:
+class _PlateFound(BaseException):  # no handler of Exception in the model may catch it
+    def __init__(self, plate: DataPlate) -> None:
         self.plate = plate
 
 
 class _StopAtPlate(Messenger):
-    """Runs a model until it makes a plate of this name, and raises what it was asked for."""
+    """Run a model until it creates the plate of this name, and raise the plate's arguments."""
 
     def __init__(self, name: str) -> None:
         super().__init__()
         self.name = name
 
-    def _pyro_sample(self, msg: dict[str, Any]) -> None:
-        if msg["name"] == self.name and site_is_subsample(cast("Any", msg)):
+    def _pyro_sample(self, msg: Site) -> None:
+        if msg["name"] == self.name and site_is_subsample(msg):  # type: ignore[arg-type]
             size, subsample = msg["fn"].size, msg["value"]
             count = msg["fn"].subsample_size if subsample is None else len(subsample)
-            raise _Found(Plate(size, size if count is None else min(count, size), subsample))
+            raise _PlateFound(DataPlate(size, size if count is None else min(count, size), subsample))
 
 
-def plate_of(owner: str, model: Callable[..., Any], name: str, args: Any, kwargs: Any) -> Plate:
-    """The plate of this name as the model makes it for these arguments; the model is run as far as there.
+def find_data_plate(owner: str, model: Model, name: str, args: Args, kwargs: Kwargs) -> DataPlate:
+    """Return the plate of this name as the model creates it for these arguments; the model is run no further.
 
     Raises:
-        ValueError: if the model makes no such plate; the message names the owner and the plates that there are.
+        ValueError: if the model creates no such plate; the message names the owner and the model's plates.
     """
     try:
-        with structure.isolated(), _StopAtPlate(name):
+        with isolated(), _StopAtPlate(name):
             model(*args, **kwargs)
-    except _Found as found:
+    except _PlateFound as found:
         return found.plate
-    with structure.isolated():
+    with isolated():
         nodes = poutine.trace(model).get_trace(*args, **kwargs).nodes
     plates = [node for node, site in nodes.items() if site["type"] == "sample" and site_is_subsample(site)]
     raise ValueError(f"{owner}: the model has no plate {name!r} with a size. Its plates: {plates}.")

@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro.nn.module import PyroModule
 from pyro.params.param_store import param_with_module_name
 from pyro.poutine.runtime import am_i_wrapped
 from torch import Tensor, nn
 
-from pyro_flowguides.flows import Builder, get_flow
+from pyro_flowguides.flows import Builder, Layer, check_options, get_flow
 from pyro_flowguides.guides.normal_density import draw_normal, normal_log_prob
-from pyro_flowguides.guides.param_names import Owner, bind, drop_references, registered_name
+from pyro_flowguides.guides.param_names import Owner, claim_names, drop_references, registered_name
 from pyro_flowguides.guides.path_distribution import PathDistribution
-from pyro_flowguides.transforms import ConditionalFlow, on_path
+from pyro_flowguides.transforms import ConditionalFlow, with_path_gradient
 
 __all__ = ["FlowPosterior"]
 
 
 class FlowPosterior(nn.Module):
-    r"""An amortized posterior: where an encoder's diagonal Gaussian stands, a flow on top of it.
+    r"""An amortized posterior: a flow on top of an encoder's diagonal Gaussian.
 
     .. math:: z = f_\phi(z_0;\, h), \qquad z_0 \sim N(\mu, \operatorname{diag} \sigma^2), \qquad
         \log q(z \mid x) = \log N(z_0;\, \mu, \sigma) - \log|\det \partial f_\phi / \partial z_0|
@@ -33,11 +33,11 @@ class FlowPosterior(nn.Module):
     radial or Sylvester layer through a hypernetwork (linear unless ``hidden_dims`` is given), and every layer of the
     conditioner of an autoregressive or coupling layer through a projection of its own.
 
-    The distribution returned is like any other: in a plate, under vectorized particles, expanded, and scoring values
-    that it has not drawn; draws are reparametrized. Drawing and scoring the draw cost one pass of the flow, scoring
-    another value one inversion.
+    The distribution returned is like any other: it works in a plate, under vectorized particles and expanded, and it
+    scores values from other distributions. Draws are reparametrized. Drawing and scoring the draw cost one pass of the
+    flow; scoring another value costs one inversion.
 
-    Within a Pyro program the parameters reach Pyro's store in any case: through :func:`pyro.module` or a
+    Within a Pyro program the parameters always reach Pyro's store: through :func:`pyro.module` or a
     :class:`~pyro.nn.PyroModule` around this module if there is one, else by the call itself, under names of its own.
     Parameters of the encoder still need :func:`pyro.module`.
 
@@ -46,12 +46,12 @@ class FlowPosterior(nn.Module):
         context_dim: width C of the context, at least 1.
         flow: a name in :data:`~pyro_flowguides.flows.FLOWS`, or a builder ``(input_dim, context_dim, **options)``.
         path_gradient: follow the path gradient (:class:`~pyro_flowguides.guides.path_distribution.PathDistribution`).
-            In short trials with a frozen decoder it helped every family that was tried. It is off by default for two
-            reasons. Importance-weighted objectives (IWAE, Rényi) need the total gradient: under their weights, what the
-            path gradient leaves out does not average to zero. And it solves for the inverse Jacobian, which can be
-            huge where the flow is still far from the posterior: with four IAF steps, gated convolutions and a warm-up
-            of the divergence its norm passed 1e10 within 25 steps, that of the total gradient stayed near 1e3.
-        **flow_options: passed to the builder, for example ``depth`` or ``hidden_dims``.
+            In short trials with a frozen decoder it helped every family tried. It is off by default for two reasons.
+            Importance-weighted objectives (IWAE, Rényi) need the total gradient: under their weights, the terms that
+            the path gradient leaves out do not average to zero. And it solves for the inverse Jacobian, which can be
+            huge while the flow is far from the posterior: with four IAF steps, gated convolutions and a warm-up of the
+            divergence, its norm passed 1e10 within 25 steps, while that of the total gradient stayed near 1e3.
+        **flow_options: options of the builder, for example ``depth`` or ``hidden_dims``.
 
     Shapes:
         loc, scale ``(..., D)``, context ``(..., C)``, their batch shapes broadcast together; the distribution has that
@@ -59,6 +59,7 @@ class FlowPosterior(nn.Module):
 
     Raises:
         ValueError: for an unknown flow, a builder that returns another kind of flow, or arguments of other shapes.
+        TypeError: for an option that the builder does not take.
 
     References:
         D. Rezende, S. Mohamed (2015). Variational inference with normalizing flows. arXiv:1505.05770.
@@ -90,36 +91,38 @@ class FlowPosterior(nn.Module):
         if context_dim < 1:
             raise ValueError(f"FlowPosterior: context_dim must be at least 1, got {context_dim}")
         self.latent_dim, self.context_dim = latent_dim, context_dim
-        self.flow = _conditional(get_flow(flow)(latent_dim, context_dim, **flow_options), latent_dim, context_dim)
+        builder = get_flow(flow)
+        check_options(type(self).__name__, builder, flow_options, others=inspect.signature(type(self)).parameters)
+        self.flow = _check_conditional(builder(latent_dim, context_dim, **flow_options), latent_dim, context_dim)
         self._distribution = PathDistribution if path_gradient else dist.TransformedDistribution
-        self._pyro_name, self._token = type(self).__name__, Owner()
+        self._pyro_name, self._owner = type(self).__name__, Owner()
 
     def forward(self, loc: Tensor, scale: Tensor, context: Tensor) -> dist.TransformedDistribution:
-        """The posterior for these numbers of an encoder."""
+        """Return the posterior for these outputs of an encoder."""
         if am_i_wrapped():
             self._register()
         return self.distribution(loc, scale, context)
 
     def distribution(self, loc: Tensor, scale: Tensor, context: Tensor) -> dist.TransformedDistribution:
-        """The same for callers that see to the parameters themselves: nothing is handed to Pyro."""
+        """Return the same posterior without registering parameters with Pyro; the caller takes care of them."""
         self._check(loc, scale, context)
         return self._distribution(dist.Normal(loc, scale).to_event(1), [self.flow.condition(context)])
 
     def rsample_and_log_prob(
         self, loc: Tensor, scale: Tensor, context: Tensor, sample_shape: Sequence[int] = ()
     ) -> tuple[Tensor, Tensor]:
-        """What drawing from the distribution and scoring the draw give, in one pass, for loops of plain torch.
+        """Draw from the posterior and score the draw in one pass, for training loops in plain torch.
 
         Returns:
-            z ``(*sample_shape, ..., D)`` and its log density ``(*sample_shape, ...)``, which has the path gradient if
-            that was asked for.
+            z ``(*sample_shape, ..., D)`` and its log density ``(*sample_shape, ...)``, with the path gradient if
+            ``path_gradient`` is on.
         """
         self._check(loc, scale, context)
         z, noise = draw_normal(loc, scale, sample_shape)
         flow = self.flow.condition(context)
         if self._distribution is PathDistribution and torch.is_grad_enabled():
             z, ladj, score = flow.forward_and_score(z, -noise / scale)
-            return z, on_path(normal_log_prob(noise, scale) - ladj, z, score)
+            return z, with_path_gradient(normal_log_prob(noise, scale) - ladj, z, score)
         z, ladj = flow.forward_and_ladj(z)
         return z, normal_log_prob(noise, scale) - ladj
 
@@ -130,8 +133,8 @@ class FlowPosterior(nn.Module):
             if shape[-1:] != (widths[name],):
                 kind = "context_dim" if name == "context" else "latent_dim"
                 raise ValueError(
-                    f"FlowPosterior: {name} must have shape (..., {widths[name]}), got {shape}. Give the encoder that "
-                    f"many outputs, or build the posterior with another {kind}."
+                    f"FlowPosterior: {name} must have shape (..., {widths[name]}), got {shape}. Give the encoder "
+                    f"{widths[name]} outputs for it, or build the posterior with another {kind}."
                 )
         try:
             torch.broadcast_shapes(*(shape[:-1] for shape in shapes.values()))
@@ -142,20 +145,21 @@ class FlowPosterior(nn.Module):
             ) from None
 
     def _register(self) -> None:
-        """Hand the parameters to Pyro: under the names they have in its store, else under names of their own.
+        """Register the parameters with Pyro: under the names they have in its store, else under names of their own.
 
-        They may have names already from whoever holds this module; only what a program hands over itself is trained.
+        A module around this one may have named them already. They are registered all the same, because Pyro trains only
+        the parameters that the program itself registers.
         """
         if pyro.settings.get("module_local_params"):
             return
         parameters = {name: p for name, p in self.flow.named_parameters() if p.requires_grad}
         if any(registered_name(p) is None for p in parameters.values()):
-            bind(cast("PyroModule", self), "flow", self._token)
+            claim_names(self, "flow", self._owner)
         for name, parameter in parameters.items():
-            full = registered_name(parameter) or param_with_module_name(f"{self._pyro_name}.flow", name)
-            pyro.param(full, parameter)
+            full_name = registered_name(parameter) or param_with_module_name(f"{self._pyro_name}.flow", name)
+            pyro.param(full_name, parameter)
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         drop_references(self)
         return self.__dict__.copy()
 
@@ -163,7 +167,7 @@ class FlowPosterior(nn.Module):
         return f"{self.latent_dim}, context_dim={self.context_dim}"
 
 
-def _conditional(flow: Any, latent_dim: int, context_dim: int) -> ConditionalFlow:
+def _check_conditional(flow: Layer, latent_dim: int, context_dim: int) -> ConditionalFlow:
     dims = getattr(flow, "input_dim", None), getattr(flow, "context_dim", None)
     if isinstance(flow, ConditionalFlow) and dims == (latent_dim, context_dim):
         return flow

@@ -1,24 +1,23 @@
-"""Where a guide starts."""
+"""Initial values of the sites of a model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.distributions import transform_to
 
-__all__ = ["InitialValue", "check_finite"]
+from pyro_flowguides.programs.types import Site
 
-Site = Mapping[str, Any]
+__all__ = ["InitialValue", "check_finite"]
 
 
 class InitialValue:
-    """An initialization function that also serves priors one cannot draw from.
+    """An initialization function that also serves priors without a sampler.
 
     Pyro's functions sample the prior, which an :class:`~pyro.distributions.ImproperUniform` refuses. Such a site starts
-    at the image of zero under the map from unconstrained space to its support.
+    at zero in unconstrained space.
 
     Args:
         init_loc_fn: one of Pyro's initialization functions, ``site -> value``.
@@ -31,13 +30,13 @@ class InitialValue:
         try:
             return self.init_loc_fn(site)
         except NotImplementedError:
-            return _image_of_zero(site)
+            return _value_at_zero(site)
 
 
-def _image_of_zero(site: Site) -> Tensor:
+def _value_at_zero(site: Site) -> Tensor:
     transform = transform_to(site["fn"].support)
     value: Tensor = transform(torch.zeros(transform.inverse_shape(site["fn"].shape())))
-    value._pyro_custom_init = False  # type: ignore[attr-defined]  # what Pyro's own functions tell its samplers
+    value._pyro_custom_init = False  # type: ignore[attr-defined]  # Pyro's own initialization functions set this too
     return value
 
 

@@ -5,54 +5,56 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from pyro.infer.autoguide.guides import AutoGuide
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
 
-from pyro_flowguides.guides import structure
 from pyro_flowguides.guides.param_names import Owner, drop_references
+from pyro_flowguides.programs import structure
+from pyro_flowguides.programs.running import isolated
+from pyro_flowguides.programs.types import Args, Kwargs, Model
 
-__all__ = ["CHECKED_SIGNATURES", "LazyGuide"]
+__all__ = ["MAX_CHECKED_SIGNATURES", "LazyGuide"]
 
-#: Distinct call signatures for which the model's structure is compared with the guide's.
-CHECKED_SIGNATURES = 64
+#: Number of call signatures after which the structure of the model is no longer compared with that of the guide.
+MAX_CHECKED_SIGNATURES = 64
 
 
 class LazyGuide(AutoGuide):
-    """What flow guides share besides their posteriors: when parameters come into being, copies, files, conversions.
+    """Base of the flow guides: when parameters are created, and how guides are copied, saved and converted.
 
-    A subclass creates the module named :attr:`learned` in its ``_setup_prototype``. Whoever asks for parameters before
-    gets them if the model runs without arguments, and is told to call :meth:`setup` otherwise.
+    A subclass creates the module named :attr:`module_name` in its ``_setup_prototype``. Parameters requested earlier
+    are created at once if the model runs without arguments; else an error asks for :meth:`setup`.
     """
 
     #: Name of the submodule that holds the parameters.
-    learned: ClassVar[str]
-    #: What does its work before there are parameters, and may be a local function that cannot be pickled.
-    transient: ClassVar[tuple[str, ...]] = ()
-    #: What :meth:`_prepared` returned; ``None`` in a guide that was pickled without it.
-    _model: Any
+    module_name: ClassVar[str]
+    #: Attributes that only set-up needs. They may be local functions, which cannot be pickled.
+    setup_only: ClassVar[tuple[str, ...]] = ()
+    #: The result of :meth:`_wrap_model`; ``None`` in a guide that was pickled without its model.
+    _model: tuple[Model, ...] | None
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._token = Owner()
-        self._signatures: set[Any] = set()
+    def __init__(self, model: Model, *, init_loc_fn: Callable[..., Tensor] | None = None) -> None:
+        super().__init__(model, **({} if init_loc_fn is None else {"init_loc_fn": init_loc_fn}))
+        self._owner = Owner()
+        self._signatures: set[object] = set()
         self._observed: frozenset[str] = frozenset()
-        self.register_module(self.learned, None)
-        # Before there are parameters, an empty tensor remembers the moves and conversions that were asked for.
-        self._anchor, self._anchor_start = torch.empty(0), torch.empty(0)
+        self.register_module(self.module_name, None)
+        # Before there are parameters, an empty tensor records the conversions and moves of the guide.
+        self._placeholder = self._initial_placeholder = torch.empty(0)
 
-    def setup(self, *args: Any, **kwargs: Any) -> None:
-        """Run the model once and create the parameters; the first call does it otherwise.
+    def setup(self, *args: object, **kwargs: object) -> None:
+        """Run the model once and create the parameters; without this, the first call does it.
 
         Args:
             args, kwargs: the model's arguments.
         """
         if self.prototype_trace is None:
             self._setup_prototype(*args, **kwargs)
-            with structure.isolated():
+            with isolated():
                 self._create_plates(*args, **kwargs)
 
     @property
@@ -62,20 +64,21 @@ class LazyGuide(AutoGuide):
         return trace
 
     @property
-    def _built(self) -> Any:
-        """The learned module, if it exists yet; reading it as an attribute would register its parameters with Pyro."""
-        return self._modules[self.learned]
+    def _module_or_none(self) -> nn.Module | None:
+        """The module with the parameters, if it exists; reading the attribute would register them with Pyro."""
+        return self._modules[self.module_name]
 
-    def _requested(self, loc: Tensor) -> Tensor:
-        """The initial location with the dtype and device asked for before there were parameters."""
-        now, start = self._anchor, self._anchor_start
-        dtype = now.dtype if now.dtype != start.dtype else loc.dtype
-        device = now.device if now.device != start.device else loc.device
+    def _convert_as_requested(self, loc: Tensor) -> Tensor:
+        """Convert the initial location to the dtype and device that were requested before there were parameters."""
+        now, before = self._placeholder, self._initial_placeholder
+        dtype = now.dtype if now.dtype != before.dtype else loc.dtype
+        device = now.device if now.device != before.device else loc.device
         return loc.to(device=device, dtype=dtype)
 
-    def _ensure_parameters(self) -> Any:
-        if self._built is not None:
-            return self._built
+    def _ensure_parameters(self) -> nn.Module:
+        module = self._module_or_none
+        if module is not None:
+            return module
         try:
             self.setup()
         except (TypeError, AttributeError) as error:
@@ -84,27 +87,26 @@ class LazyGuide(AutoGuide):
                 f"could not be run without arguments ({error}). Call guide.setup(*args, **kwargs) with the model's "
                 f"arguments first."
             ) from error
-        assert self._built is not None
-        return self._built
+        return cast("nn.Module", self._module_or_none)
 
-    def _check_structure(self, args: Any, kwargs: Any) -> None:
-        """Compare the model's structure with the guide's the first time that arguments of other shapes arrive."""
+    def _check_structure(self, args: Args, kwargs: Kwargs) -> None:
+        """Compare the structure of the model with that of the guide if arguments of new shapes arrive."""
         signature = structure.call_signature(args, kwargs)
-        if signature in self._signatures or len(self._signatures) >= CHECKED_SIGNATURES or self._model is None:
+        if signature in self._signatures or len(self._signatures) >= MAX_CHECKED_SIGNATURES or self._model is None:
             return
         if torch.jit.is_tracing():
             return
-        self._compare(args, kwargs)
+        self._compare_structure(args, kwargs)
         self._signatures.add(signature)
 
-    def _compare(self, args: Any, kwargs: Any) -> None:
-        """Refuse arguments for which the model's latent sites are no longer those of the prototype."""
+    def _compare_structure(self, args: Args, kwargs: Kwargs) -> None:
+        """Refuse arguments for which the latent sites of the model differ from those of the prototype."""
         raise NotImplementedError
 
     # -- the model -----------------------------------------------------------------------------------------------------
 
     @property
-    def model(self) -> Callable[..., Any]:
+    def model(self) -> Model:
         if self._model is None:
             raise RuntimeError(
                 f"{type(self).__name__}: this guide was pickled without its model, which cannot be pickled. Assign "
@@ -113,11 +115,11 @@ class LazyGuide(AutoGuide):
         return self._model[0]
 
     @model.setter
-    def model(self, model: Callable[..., Any]) -> None:
-        self._model = self._prepared(model)
+    def model(self, model: Model) -> None:
+        self._model = self._wrap_model(model)
 
-    def _prepared(self, model: Callable[..., Any]) -> tuple[Callable[..., Any], ...]:
-        """The model as the guide runs it, and whatever else should be kept of it (in a tuple: it is no submodule)."""
+    def _wrap_model(self, model: Model) -> tuple[Model, ...]:
+        """Return the model as the guide runs it, then other forms of it; a tuple, so that none becomes a submodule."""
         return (model,)
 
     # -- a module like any other ---------------------------------------------------------------------------------------
@@ -127,37 +129,39 @@ class LazyGuide(AutoGuide):
         return super().named_parameters(*args, **kwargs)
 
     def _check_module_local_param_usage(self) -> None:
-        if self._built is not None:  # Pyro asks on joining an AutoGuideList too, when there may be nothing to check yet
+        if self._module_or_none is not None:  # an AutoGuideList makes this check before there are parameters
             super()._check_module_local_param_usage()
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         self._ensure_parameters()
-        return super().state_dict(*args, **kwargs)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> LazyGuide:
-        self._anchor = fn(self._anchor)
-        return super()._apply(fn, recurse)
-
-    def __getstate__(self) -> dict[str, Any]:
-        state = {**self.__dict__, "master": None, "_token": Owner()}
-        if not _picklable(state["_model"]):
-            state["_model"] = None
-        if self._built is not None:
-            state.update(dict.fromkeys(self.transient))
-            drop_references(self._built)
+        state: dict[str, Any] = super().state_dict(*args, **kwargs)
         return state
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> LazyGuide:
-        """A copy with parameters of its own, guiding the same model."""
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LazyGuide:
+        self._placeholder = fn(self._placeholder)
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, object]:
+        state = {**self.__dict__, "master": None, "_owner": Owner()}
+        if not _is_picklable(state["_model"]):
+            state["_model"] = None
+        module = self._module_or_none
+        if module is not None:
+            state.update(dict.fromkeys(self.setup_only))
+            drop_references(module)
+        return state
+
+    def __deepcopy__(self, memo: dict[int, object]) -> LazyGuide:
+        """Return a copy with parameters of its own, for the same model."""
         memo[id(self._model)] = self._model
         other = memo[id(self)] = type(self).__new__(type(self))
-        other.__setstate__(copy.deepcopy({**self.__dict__, "master": None, "_token": Owner()}, memo))
+        other.__setstate__(copy.deepcopy({**self.__dict__, "master": None, "_owner": Owner()}, memo))
         return other
 
 
-def _picklable(model: Any) -> bool:
+def _is_picklable(value: object) -> bool:
     try:
-        pickle.dumps(model)
-    except Exception:  # pickling runs the objects' own code, which may raise anything
+        pickle.dumps(value)
+    except Exception:  # pickling runs code of the object, which may raise anything
         return False
     return True

@@ -1,54 +1,55 @@
-"""Local latent variables: what a site in a plate looks like for one datum, and as rows of numbers for all."""
+"""Local latent variables: a site in the plate of the data as it is for one datum, and as rows of numbers for all."""
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from pyro.distributions.util import sum_rightmost
 from pyro.infer.autoguide.utils import helpful_support_errors
+from pyro.poutine.indep_messenger import CondIndepStackFrame
 from torch import Tensor
 from torch.distributions import Transform, biject_to
 from torch.distributions.constraints import Constraint
 
 from pyro_flowguides.guides.density_delta import DensityDelta
 from pyro_flowguides.guides.initialization import check_finite
+from pyro_flowguides.programs.types import Site
 
 __all__ = ["LocalSite"]
 
 
 @dataclass(frozen=True)
 class LocalSite:
-    """A latent site in the plate of the data, seen from one datum.
+    """A latent site in the plate of the data, as it is for one datum.
 
     Attributes:
-        name: the site's.
-        plate_dim: the data's dimension among the batch dimensions, negative.
-        batch: the other batch dimensions, from left to right: those of further plates.
-        event: the shape of an unconstrained event.
-        event_dim: dimensions of a constrained event.
-        frames: the further plates.
-        transform: from unconstrained to constrained values.
+        name: name of the site.
+        plate_dim: dimension of the data among the batch dimensions, negative.
+        batch_shape: sizes of the other batch dimensions, from left to right: those of further plates.
+        event_shape: shape of an unconstrained event.
+        event_dim: number of dimensions of a constrained event.
+        further_plates: the plates around the site other than that of the data.
+        transform: map from unconstrained to constrained values.
     """
 
     name: str
     plate_dim: int
-    batch: tuple[int, ...]
-    event: tuple[int, ...]
+    batch_shape: tuple[int, ...]
+    event_shape: tuple[int, ...]
     event_dim: int
-    frames: tuple[Any, ...]
+    further_plates: tuple[CondIndepStackFrame, ...]
     transform: Transform
 
     @classmethod
-    def of(cls, owner: str, plate: str, site: Mapping[str, Any]) -> LocalSite:
-        """The site of a trace; refused if it is discrete, in a subsampled further plate, or its support varies.
+    def of(cls, owner: str, plate: str, site: Site) -> LocalSite:
+        """Describe a site of a trace.
 
         Raises:
-            ValueError: naming the site and the remedy.
+            ValueError: for a discrete site, a site in a further plate that is subsampled, or a support that differs
+                from datum to datum; the message names the site and the remedy.
         """
         name, fn = site["name"], site["fn"]
         frames = {frame.name: frame for frame in site["cond_indep_stack"]}
@@ -60,52 +61,52 @@ class LocalSite:
                     f"too. The posterior is amortized over the data of one plate: do not subsample {frame.name!r}."
                 )
         with helpful_support_errors(site):
-            transform = biject_to(_of_one_datum(owner, name, fn.support, dim - fn.event_dim))
+            transform = biject_to(_support_of_one_datum(owner, name, fn.support, dim - fn.event_dim))
             unconstrained = transform.inv(site["value"])
         check_finite(owner, name, unconstrained, site["value"])
-        batch = list(fn.batch_shape)
-        event = tuple(unconstrained.shape[len(batch) :])
-        del batch[dim]
-        return cls(name, dim, tuple(batch), event, fn.event_dim, tuple(frames.values()), transform)
+        batch_shape = list(fn.batch_shape)
+        event_shape = tuple(unconstrained.shape[len(batch_shape) :])
+        del batch_shape[dim]
+        return cls(name, dim, tuple(batch_shape), event_shape, fn.event_dim, tuple(frames.values()), transform)
 
     @property
     def size(self) -> int:
-        """Numbers per datum."""
-        return math.prod((*self.batch, *self.event))
+        """Count the unconstrained numbers of one datum."""
+        return math.prod((*self.batch_shape, *self.event_shape))
 
     @property
-    def layout(self) -> tuple[Any, ...]:
-        """What must not change from one call to the next."""
-        return self.plate_dim, self.batch, self.event, tuple(frame.name for frame in self.frames)
+    def layout(self) -> tuple[object, ...]:
+        """Return the properties that must stay the same from call to call."""
+        return self.plate_dim, self.batch_shape, self.event_shape, tuple(frame.name for frame in self.further_plates)
 
-    def rows(self, value: Tensor) -> Tensor:
-        """Unconstrained numbers ``(B, size)`` of a value shaped like the site in the model."""
-        dims = len(self.batch) + 1
+    def to_rows(self, value: Tensor) -> Tensor:
+        """Flatten a value shaped like the site in the model to unconstrained rows ``(B, size)``."""
+        dims = len(self.batch_shape) + 1
         unconstrained = self.transform.inv(value)
         return unconstrained.movedim(dims + self.plate_dim, 0).reshape(-1, self.size)
 
-    def image(self, rows: Tensor) -> DensityDelta:
-        """The distribution of the value that rows ``(*batch shape of the rows, size)`` are mapped to.
+    def delta(self, rows: Tensor) -> DensityDelta:
+        """Return the distribution of the site's value for given rows ``(*batch shape of the rows, size)``.
 
         The batch shape of the rows has the data at ``plate_dim``, dimensions of outer plates (particles) to the left,
-        and nothing else.
+        and no others.
         """
-        dims = len(self.batch) + 1
-        lead = rows.shape[: max(rows.dim() - 1 - dims, 0)]
+        dims = len(self.batch_shape) + 1
+        outer = rows.shape[: max(rows.dim() - 1 - dims, 0)]
         data = rows.shape[self.plate_dim - 1]
-        unconstrained = rows.reshape(*lead, data, *self.batch, *self.event)
-        unconstrained = unconstrained.movedim(len(lead), len(lead) + dims + self.plate_dim)
+        unconstrained = rows.reshape(*outer, data, *self.batch_shape, *self.event_shape)
+        unconstrained = unconstrained.movedim(len(outer), len(outer) + dims + self.plate_dim)
         value = self.transform(unconstrained)
         ladj = self.transform.log_abs_det_jacobian(unconstrained, value)
         return DensityDelta(value, -sum_rightmost(ladj, ladj.dim() - value.dim() + self.event_dim), self.event_dim)
 
 
-def _of_one_datum(owner: str, name: str, support: Constraint, dim: int) -> Constraint:
-    """The support with the bounds of one datum, which must be those of all."""
+def _support_of_one_datum(owner: str, name: str, support: Constraint, dim: int) -> Constraint:
+    """Return the support with the bounds of one datum; refuse bounds that differ from datum to datum."""
     reduced = copy.copy(support)
     for attribute, bound in vars(support).items():
         if isinstance(bound, Constraint):
-            setattr(reduced, attribute, _of_one_datum(owner, name, bound, dim))
+            setattr(reduced, attribute, _support_of_one_datum(owner, name, bound, dim))
         elif isinstance(bound, Tensor) and bound.dim() >= -dim:
             first = bound.narrow(dim, 0, 1)
             if not torch.equal(first.expand_as(bound), bound):

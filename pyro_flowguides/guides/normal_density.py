@@ -12,18 +12,18 @@ __all__ = ["draw_normal", "normal_log_prob"]
 
 
 def draw_normal(loc: Tensor, scale: Tensor, sample_shape: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
-    """A draw ``(*sample_shape, ..., D)`` and the standard normal noise behind it; locations and scales broadcast."""
+    """Return a draw ``(*sample_shape, ..., D)`` and its standard normal noise; locations and scales broadcast."""
     shape = loc.shape if loc.shape == scale.shape else torch.broadcast_shapes(loc.shape, scale.shape)
     noise = torch.randn((*sample_shape, *shape), dtype=loc.dtype, device=loc.device)
     return loc + scale * noise, noise
 
 
 def normal_log_prob(noise: Tensor, scale: Tensor | None = None) -> Tensor:
-    r"""The log density :math:`-\frac{1}{2} \lVert \varepsilon \rVert^2 - \sum_i \log \sigma_i - \frac{D}{2} \log 2\pi`.
+    r"""Return the log density :math:`-\frac{1}{2} \lVert \varepsilon \rVert^2 - \sum_i \log \sigma_i - \frac{D}{2} \log 2\pi`.
 
     Args:
-        noise: :math:`\varepsilon`, what a point is in units of the scale, ``(..., D)``.
-        scale: :math:`\sigma`, 1 if there is none.
+        noise: :math:`\varepsilon = (z - \mu) / \sigma` ``(..., D)`` of the points z.
+        scale: :math:`\sigma` (default 1).
 
     Example:
         >>> import torch

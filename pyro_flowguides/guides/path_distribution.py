@@ -1,9 +1,9 @@
-"""The distribution of a flow guide."""
+"""The distribution of a flow guide that follows the path gradient."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, cast
+from collections.abc import Callable, Sequence
+from typing import cast
 
 import pyro.distributions as dist
 import torch
@@ -13,7 +13,7 @@ from pyro.ops.provenance import detach_provenance
 from torch import Tensor
 
 from pyro_flowguides.transforms import Flow
-from pyro_flowguides.transforms.solvers import tracing
+from pyro_flowguides.transforms.tracing import is_tracing
 
 __all__ = ["PathDistribution"]
 
@@ -26,12 +26,12 @@ class PathDistribution(dist.TransformedDistribution):
 
     .. math:: \frac{\partial \log q_{\bar\phi}(z)}{\partial z} \frac{\partial z}{\partial \phi},
 
-    without :math:`\partial \log q_\phi(z) / \partial \phi` at fixed z, whose expectation is zero: the gradient is
-    unbiased, and zero in every sample when q equals the target. Values are unchanged. Draws of somebody else, and
-    programs that are being traced, get the total gradient.
+    without :math:`\partial \log q_\phi(z) / \partial \phi` at fixed z, whose expectation is zero. The gradient is
+    unbiased, and zero in every sample when q equals the target. Values are unchanged. Draws from another distribution
+    and programs under tracing get the total gradient.
 
-    Where the distribution's own parameters depend on other draws, as those of local variables on global ones, the path
-    runs through these too: whoever builds it sets :attr:`on_path`.
+    Where the parameters of the distribution depend on other draws, as those of local variables depend on global ones,
+    the path runs through these draws too. :attr:`path_log_prob` then computes the term.
 
     Cost: one pass of the flow without gradient and the derivatives of one inverse pass per scored draw.
 
@@ -40,22 +40,22 @@ class PathDistribution(dist.TransformedDistribution):
         L. Vaitl, K. Nicoli, S. Nakajima, P. Kessel (2022). Gradients should stay on path. arXiv:2207.08219.
     """
 
-    #: ``(x, flow's input at x) -> log q(x)`` with derivatives along all draws and none with respect to parameters.
-    on_path: Callable[[Tensor, Tensor], Tensor] | None = None
+    #: ``(x, flow's input at x) -> log q(x)``, with derivatives by all draws that it depends on, and by no parameter.
+    path_log_prob: Callable[[Tensor, Tensor], Tensor] | None = None
 
-    def expand(self, batch_shape: Any, _instance: Any = None) -> PathDistribution:
+    def expand(self, batch_shape: Sequence[int], _instance: PathDistribution | None = None) -> PathDistribution:
         new: PathDistribution = super().expand(batch_shape, _instance)
-        new.on_path = self.on_path
+        new.path_log_prob = self.path_log_prob
         return new
 
     def score_parts(self, x: Tensor, *args: object, **kwargs: object) -> ScoreParts:
-        log_prob, zero = self.log_prob(x, *args, **kwargs), cast("Tensor", 0)  # Pyro's own convention for "none"
-        if not (torch.is_grad_enabled() and x.requires_grad) or tracing(x):
+        log_prob, zero = self.log_prob(x, *args, **kwargs), cast("Tensor", 0)  # 0 is Pyro's convention for "no term"
+        if not (torch.is_grad_enabled() and x.requires_grad) or is_tracing(x):
             return ScoreParts(log_prob, zero, log_prob)
-        x = detach_provenance(x)  # TraceGraph_ELBO wraps values, and the flow knows its own draws by identity
+        x = detach_provenance(x)  # TraceGraph_ELBO wraps values, but the flow's cache recognizes its draws by identity
         (flow,) = self.transforms
         assert isinstance(flow, Flow)
-        if self.on_path is not None:
-            return ScoreParts(log_prob, zero, self.on_path(x, flow.inv(x)))
-        base, ladj = flow.inverse_on_path(x, flow.inv(x))
+        if self.path_log_prob is not None:
+            return ScoreParts(log_prob, zero, self.path_log_prob(x, flow.inv(x)))
+        base, ladj = flow.inverse_at(x, flow.inv(x), detach_parameters=True)
         return ScoreParts(log_prob, zero, detach(self.base_dist).log_prob(base) - ladj)

@@ -13,10 +13,11 @@ from torch import Tensor
 from pyro_flowguides.inference.compiled_steps import CompiledSteps, attempts
 from pyro_flowguides.inference.flat_adam import Descent, flatten, grouped
 from pyro_flowguides.inference.replay import NotRecordedError, Replay, in_short, record
-from pyro_flowguides.inference.steps import Objective, Request, Step, Taken, find_structure
+from pyro_flowguides.inference.steps import Objective, Request, Step, Taken
 from pyro_flowguides.inference.trace_objective import TraceObjective
-from pyro_flowguides.programs.density import LogDensity, NotVectorizedError
-from pyro_flowguides.transforms import on_path
+from pyro_flowguides.programs.layout import NotVectorizedError
+from pyro_flowguides.programs.program import Program
+from pyro_flowguides.transforms import with_path_gradient
 
 __all__ = ["Compiling", "DensityObjective", "make_objective"]
 
@@ -35,7 +36,7 @@ class DensityObjective:
     :math:`\sum_k \tilde w_k \nabla \log w_k`. Particles whose weight is not finite are left out and counted.
 
     Args:
-        model, guide, args, kwargs: as for ``SVI``; the guide set up.
+        program: model and guide, the guide set up.
         compiling: whether to compile the steps of :meth:`descend`: ``True``, ``False``, or ``"auto"`` for where the
             remaining ones repay it.
 
@@ -44,17 +45,14 @@ class DensityObjective:
         G. Tucker, D. Lawson, S. Gu, C. Maddison (2019). Doubly reparameterized gradient estimators. arXiv:1810.04152.
     """
 
-    def __init__(
-        self, model: Callable[..., Any], guide: AutoContinuous, args: Any, kwargs: Any, compiling: Compiling = False
-    ) -> None:
-        self.guide: Any = guide
+    def __init__(self, program: Program, compiling: Compiling = False) -> None:
+        self.guide: Any = program.guide
         self.compiling = compiling
         self.why_not_recorded = ""
         self.why_not_compiled = ""
         self._recordings: dict[tuple[int, bool], Replay] = {}
         self._compiled: dict[tuple[int, bool], CompiledSteps] = {}
-        self.density = LogDensity(model, guide, args, kwargs)
-        self.parameters = find_structure(model, guide, args, kwargs).parameters
+        self.density, self.parameters = program.log_density, program.parameters
         like = next(self.guide.get_transform().parameters())
         self.dtype, self.device = like.dtype, like.device
         with torch.no_grad():
@@ -71,7 +69,7 @@ class DensityObjective:
         log_base = -0.5 * noise.square().sum(-1) - 0.5 * noise.shape[-1] * math.log(2 * math.pi)
         if path:
             z, ladj, score = transform.forward_and_score(noise, -noise)
-            return z, on_path(log_base - ladj, z, score)
+            return z, with_path_gradient(log_base - ladj, z, score)
         z, ladj = transform.forward_and_ladj(noise)
         return z, log_base - ladj
 
@@ -172,7 +170,7 @@ class DensityObjective:
 
         def step(noise: Tensor, power: Tensor) -> tuple[Tensor, ...]:
             z, log_q = self.draw(noise, request.path)
-            log_w = power * self.density.together(z) - log_q
+            log_w = power * self.density.at_once(z) - log_q
             found = torch.autograd.grad(-log_w.mean(), parameters, materialize_grads=True)
             gradient = dict(zip(map(id, parameters), found, strict=True))
             flat = [flatten([gradient[id(value)] for value in group]) for group in groups]
@@ -199,22 +197,16 @@ def _importance_step(z: Tensor, log_w: Tensor, finite: Tensor, request: Request,
     return Step(-terms.sum() / alive.sum(), float(bound), dropped)
 
 
-def make_objective(
-    model: Callable[..., Any], guide: Callable[..., Any], args: Any, kwargs: Any, compiling: Compiling = False
-) -> Objective:
-    """The cheapest objective that is right for this model and guide; its ``route`` says which and why.
-
-    Raises:
-        ValueError: if a latent site of the model is neither in the guide nor marked for enumeration.
-    """
-    if not _has_forward_and_ladj(guide):
-        return TraceObjective(model, guide, args, kwargs, "not a flow guide")
-    if find_structure(model, guide, args, kwargs).enumerated:
-        return TraceObjective(model, guide, args, kwargs, "sites are summed out")
+def make_objective(program: Program, compiling: Compiling = False) -> Objective:
+    """The cheapest objective that is right for this model and guide; its ``route`` says which and why."""
+    if not _has_forward_and_ladj(program.guide):
+        return TraceObjective(program, "not a flow guide")
+    if program.is_enumerating:
+        return TraceObjective(program, "sites are summed out")
     try:
-        return DensityObjective(model, guide, args, kwargs, compiling)  # type: ignore[arg-type]
+        return DensityObjective(program, compiling)
     except NotVectorizedError as error:
-        return TraceObjective(model, guide, args, kwargs, str(error), vectorize=False)
+        return TraceObjective(program, str(error), vectorize=False)
 
 
 def _has_forward_and_ladj(guide: Callable[..., Any]) -> bool:

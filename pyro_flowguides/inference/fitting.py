@@ -9,8 +9,12 @@ from typing import Any, Literal
 
 import torch
 
-from pyro_flowguides.diagnostics import Diagnosis, diagnose, to_inference_data
+from pyro_flowguides.diagnostics import Diagnosis
+from pyro_flowguides.diagnostics.export import export_program
+from pyro_flowguides.diagnostics.verdict import diagnose_program
 from pyro_flowguides.inference.run import FitDivergedError, Run
+from pyro_flowguides.programs.program import Program
+from pyro_flowguides.programs.types import Args, Guide, Kwargs, Model
 
 __all__ = ["FitDivergedError", "FitResult", "fit"]
 
@@ -20,7 +24,7 @@ class FitResult:
     """What :func:`fit` returns: the trained guide with how it got there and what it is worth.
 
     Attributes:
-        model, guide, args, kwargs: what was fitted.
+        program: what was fitted: ``model``, ``guide``, ``args`` and ``kwargs``, and what was found out about them.
         elbo_history: the bound's estimate at every step (NaN where no particle was finite).
         seconds: wall time, warm start included, diagnosis not.
         route: how the bound was evaluated, and why.
@@ -31,10 +35,7 @@ class FitResult:
         unjudged: why there is no verdict; empty if there is one.
     """
 
-    model: Callable[..., Any]
-    guide: Callable[..., Any]
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    program: Program = field(repr=False)
     elbo_history: list[float]
     seconds: float
     route: str
@@ -45,6 +46,26 @@ class FitResult:
     unjudged: str = ""
 
     @property
+    def model(self) -> Model:
+        """The model."""
+        return self.program.model
+
+    @property
+    def guide(self) -> Guide:
+        """The trained guide."""
+        return self.program.guide
+
+    @property
+    def args(self) -> Args:
+        """The positional arguments of model and guide."""
+        return self.program.args
+
+    @property
+    def kwargs(self) -> Kwargs:
+        """The keyword arguments of model and guide."""
+        return self.program.kwargs
+
+    @property
     def steps(self) -> int:
         """Number of steps taken."""
         return len(self.elbo_history)
@@ -52,7 +73,7 @@ class FitResult:
     def to_inference_data(self, **options: Any) -> Any:
         """Draws, log p, log q, predictive and observed data for ArviZ, see
         :func:`~pyro_flowguides.diagnostics.to_inference_data`."""
-        return to_inference_data(self.model, self.guide, *self.args, **self.kwargs, **options)
+        return export_program(self.program, **options)
 
     def __str__(self) -> str:
         dropped = f", {self.dropped} particles dropped" if self.dropped else ""
@@ -157,7 +178,9 @@ def fit(
             "temper": temper,
             "seed": seed,
         }
-        run = Run(model, guide, args, kwargs, settings, compile)
+        guide(*args, **kwargs)  # creates the parameters, if there are none yet
+        program = Program.inspect(model, guide, args, kwargs)
+        run = Run(program, settings, compile)
         try:
             if not run.resume(checkpoint):
                 run.begin(warm_start)
@@ -165,10 +188,7 @@ def fit(
         finally:
             run.descent.release()
         result = FitResult(
-            model=model,
-            guide=guide,
-            args=args,
-            kwargs=kwargs,
+            program=program,
             elbo_history=run.history,
             seconds=run.seconds,
             route=run.objective.route,
@@ -178,15 +198,13 @@ def fit(
             diagnosis=None,
         )
         del run  # what its steps held is not needed any more
-        result.diagnosis, result.unjudged = _judge(model, guide, args, kwargs)
+        result.diagnosis, result.unjudged = _judge(program)
     return result
 
 
-def _judge(
-    model: Callable[..., Any], guide: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[Diagnosis | None, str]:
+def _judge(program: Program) -> tuple[Diagnosis | None, str]:
     """The verdict, or why there is none: the fit stands either way."""
     try:
-        return diagnose(model, guide, *args, **kwargs), ""
+        return diagnose_program(program), ""
     except ValueError as error:
         return None, str(error)

@@ -10,7 +10,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from pyro_flowguides.transforms.families.low_rank_affine import DEFAULT_RANK, stretch
+from pyro_flowguides.transforms.algebra import stretch
+from pyro_flowguides.transforms.families.low_rank_affine import DEFAULT_RANK
 
 __all__ = ["LowRankGaussian", "low_rank_laplace"]
 

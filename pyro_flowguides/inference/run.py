@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from pyro_flowguides.inference.schedule import Schedule
 from pyro_flowguides.inference.steps import Objective, Request
 from pyro_flowguides.inference.warm_start import Gaussian, LowRankStart, low_rank_warm_start
 from pyro_flowguides.inference.warm_start import warm_start as find_start
+from pyro_flowguides.programs.program import Program
 
 __all__ = ["FitDivergedError", "Run"]
 
@@ -50,25 +50,25 @@ class Run:
 
     def __init__(
         self,
-        model: Callable[..., Any],
-        guide: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        program: Program,
         settings: dict[str, Any],
         compiling: Compiling = False,
     ) -> None:
         self.started = time.perf_counter()
-        self.model, self.guide, self.args, self.kwargs = model, guide, args, kwargs
+        self.program, self.guide = program, program.guide
         self.settings = settings
         self.path_gradient, self.importance = settings["path_gradient"], settings["importance"]
         self.temper, self.seed = settings["temper"], settings["seed"]
         self.schedule = Schedule(**{key: settings[key] for key in ("steps", "lr", "num_particles", "tolerance")})
-        guide(*args, **kwargs)  # creates the parameters, if there are none yet
-        self.objective: Objective = make_objective(model, guide, args, kwargs, compiling)
+        self.objective: Objective = make_objective(program, compiling)
         parameters = list(self.objective.parameters.values())
         if not parameters:
-            raise ValueError(f"fit: {type(guide).__name__} and its model have no parameters to train")
-        of_guide = {id(parameter) for parameter in guide.parameters()} if isinstance(guide, torch.nn.Module) else set()
+            raise ValueError(f"fit: {type(self.guide).__name__} and its model have no parameters to train")
+        of_guide = (
+            {id(parameter) for parameter in self.guide.parameters()}
+            if isinstance(self.guide, torch.nn.Module)
+            else set()
+        )
         #: Near the evidence there is nothing left to gain, unless the evidence itself can be raised.
         self.gap_tells = self.importance == 1 and all(id(parameter) in of_guide for parameter in parameters)
         self.descent = Descent(parameters)
@@ -113,7 +113,7 @@ class Run:
             else:
                 low_rank, scale = best.gaussian, best.gaussian.scale
                 guide.set_low_rank_affine(low_rank.loc, low_rank.scale, low_rank.directions, low_rank.log_stretch)
-            guide.set_tails(min(TAIL_WEIGHT, TOTAL_TAIL_WEIGHT / len(start)))
+            guide.set_tail_weight(min(TAIL_WEIGHT, TOTAL_TAIL_WEIGHT / len(start)))
             self.descent.measure(guide.location, scale)  # or a step would be far for a narrow posterior
             self.start = f"{best.origin} (ELBO {best.elbo:.2f})"
 
@@ -206,9 +206,10 @@ class Run:
         with torch.no_grad(), pyro.validation_enabled(False), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             for _ in range(self.schedule.num_particles):
-                draw = poutine.trace(self.guide).get_trace(*self.args, **self.kwargs)
+                args, kwargs = self.program.args, self.program.kwargs
+                draw = poutine.trace(self.guide).get_trace(*args, **kwargs)
                 try:
-                    trace = poutine.trace(poutine.replay(self.model, trace=draw)).get_trace(*self.args, **self.kwargs)
+                    trace = poutine.trace(poutine.replay(self.program.model, trace=draw)).get_trace(*args, **kwargs)
                     trace.compute_log_prob()
                 except (ValueError, RuntimeError) as error:
                     return f"; the model fails there: {error}"

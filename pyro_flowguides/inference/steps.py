@@ -1,20 +1,18 @@
-"""What is asked of an objective at one step, what it answers, and what it has to know of model and guide."""
+"""What is asked of an objective at one step, what it answers."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
-from pyro import poutine
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_flowguides.inference.flat_adam import Descent
 
-__all__ = ["Objective", "Request", "Step", "Structure", "Taken", "find_structure"]
+__all__ = ["Objective", "Request", "Step", "Taken"]
 
 
 class Step(NamedTuple):
@@ -86,38 +84,3 @@ class Objective(Protocol):
             descent: of all parameters.
             rates: step sizes of the coming steps.
         """
-
-
-class Structure(NamedTuple):
-    """What one run of guide and model shows: the unconstrained parameters of both, plates, the kinds of sites."""
-
-    parameters: dict[str, Tensor]
-    nesting: int
-    enumerated: bool
-    subsampled: bool
-
-
-def find_structure(model: Callable[..., Any], guide: Callable[..., Any], args: Any, kwargs: Any) -> Structure:
-    with poutine.trace(param_only=True) as capture, torch.no_grad():
-        drawn = poutine.trace(guide).get_trace(*args, **kwargs)
-        run = poutine.trace(poutine.replay(model, trace=drawn)).get_trace(*args, **kwargs)
-    nesting, enumerated, subsampled = 0, False, False
-    sites: list[tuple[str, Any]] = [*drawn.nodes.items(), *run.nodes.items()]
-    for name, site in sites:
-        if site["type"] != "sample":
-            continue
-        nesting = max([nesting, *(-frame.dim for frame in site["cond_indep_stack"] if frame.vectorized)])
-        if site["is_observed"]:
-            continue
-        if site_is_subsample(site):
-            subsampled |= len(site["value"]) < site["fn"].size
-        elif site["infer"].get("enumerate"):
-            enumerated = True
-        elif name not in drawn:
-            raise ValueError(
-                f"fit: site {name!r} is latent in the model and not in the guide; if it is discrete and to be summed "
-                f"out, mark it with infer={{'enumerate': 'parallel'}}"
-            )
-    found: list[tuple[str, Any]] = list(capture.trace.nodes.items())
-    parameters = {name: site["value"].unconstrained() for name, site in found}
-    return Structure(parameters, nesting, enumerated, subsampled)

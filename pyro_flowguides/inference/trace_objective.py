@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pyro
 import torch
 from pyro.infer import Trace_ELBO, TraceEnum_ELBO
 
-from pyro_flowguides.diagnostics import log_weights
+from pyro_flowguides.diagnostics.weights import weigh
 from pyro_flowguides.inference.flat_adam import Descent
-from pyro_flowguides.inference.steps import Request, Step, Taken, find_structure
+from pyro_flowguides.inference.steps import Request, Step, Taken
+from pyro_flowguides.programs.program import Program
 
 __all__ = ["TraceObjective"]
 
@@ -25,44 +26,40 @@ class TraceObjective:
     """The ELBO from Pyro's own traces, enumerated sites summed out: for any model and guide.
 
     Args:
-        model, guide, args, kwargs: as for ``SVI``.
+        program: model and guide.
         why: why the cheaper route was not taken.
         vectorize: run all particles at once where that gives the right numbers; one after the other otherwise.
     """
 
     def __init__(
         self,
-        model: Callable[..., Any],
-        guide: Callable[..., Any],
-        args: Any,
-        kwargs: Any,
+        program: Program,
         why: str,
         vectorize: bool = True,
     ) -> None:
-        self.model, self.guide, self.args, self.kwargs = model, guide, args, kwargs
-        self.structure = find_structure(model, guide, args, kwargs)
-        self.parameters = self.structure.parameters
+        self.program, self.parameters = program, program.parameters
         self.vectorized = vectorize and self._vectorizes()
         self.route = f"Pyro traces ({why}{'' if self.vectorized else '; one particle at a time'})"
 
     def _vectorizes(self) -> bool:
         try:
             with torch.no_grad(), torch.random.fork_rng(devices=[]):
-                self._elbo(2, True).loss(self.model, self.guide, *self.args, **self.kwargs)
+                program = self.program
+                self._elbo(2, True).loss(program.model, program.guide, *program.args, **program.kwargs)
                 # That it runs does not prove it right. Weights of minibatches cannot be compared.
-                if self.structure.subsampled:
+                if program.subsampled:
                     return True
-                weighted = log_weights(self.model, self.guide, *self.args, num_samples=3, **self.kwargs)
+                weighted = weigh(program, num_samples=3)
                 return not (weighted.guide_note or weighted.model_note)
         except Exception:  # a program may fail in any way under a plate it was not written for
             return False
 
     def _elbo(self, particles: int, vectorized: bool) -> Any:
-        if self.structure.enumerated:
+        if self.program.is_enumerating:
             return TraceEnum_ELBO(
-                particles, self.structure.nesting, vectorize_particles=vectorized, strict_enumeration_warning=False
+                particles, self.program.nesting, vectorize_particles=vectorized, strict_enumeration_warning=False
             )
-        return Trace_ELBO(particles, self.structure.nesting, vectorize_particles=vectorized)
+        return Trace_ELBO(particles, self.program.nesting, vectorize_particles=vectorized)
 
     def __call__(self, request: Request, generator: torch.Generator) -> Step:
         if request.importance > 1 or request.power != 1:
@@ -72,7 +69,8 @@ class TraceObjective:
             warnings.filterwarnings("ignore", "Encountered NaN", UserWarning)  # counted, and reported where hopeless
             elbo = self._elbo(particles, self.vectorized)
             evaluate = elbo.differentiable_loss if torch.is_grad_enabled() else elbo.loss
-            loss = torch.as_tensor(evaluate(self.model, self.guide, *self.args, **self.kwargs))
+            program = self.program
+            loss = torch.as_tensor(evaluate(program.model, program.guide, *program.args, **program.kwargs))
         value = -float(loss.detach())
         if not math.isfinite(value):
             return Step(loss.new_zeros(()), math.nan, particles)

@@ -1,10 +1,10 @@
-"""Log densities of traces, one number for each draw."""
+"""Log densities of traces, one number for each draw, in double precision on the CPU."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator
-from typing import Any
+from contextlib import ExitStack
 
 import torch
 from pyro.infer.traceenum_elbo import _compute_model_factors
@@ -14,29 +14,33 @@ from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import prune_subsample_sites, site_is_factor
 from torch import Tensor
 
-from pyro_flowguides.programs.traces import (
-    DRAWS_PLATE,
-    Layout,
-    NotVectorizedError,
-    Site,
-    is_deterministic,
-    sample_sites,
-)
+from pyro_flowguides.programs.layout import Layout, NotVectorizedError
+from pyro_flowguides.programs.running import DRAWS_PLATE, unvalidated
+from pyro_flowguides.programs.sites import is_deterministic, sample_sites
+from pyro_flowguides.programs.types import Site
+
+__all__ = ["double_total", "joint_log_prob", "marginal_log_prob", "scored_sites"]
 
 
 def joint_log_prob(trace: Trace, layout: Layout) -> Tensor:
-    """Log density of all sites of a trace for each draw, shape (S,).
+    """Return the log density of all sites of a trace for each draw, shape (S,).
 
     A value outside the support of its site has log density minus infinity, whatever formula its distribution uses.
     """
-    total = torch.zeros(layout.num_draws, dtype=torch.float64)
+    total = torch.zeros(layout.num_samples, dtype=torch.float64)
     for _, site in scored_sites(trace):
-        total = total + layout.total(site["log_prob"])
+        total = total + double_total(site["log_prob"], layout)
     return total
 
 
+def double_total(log_prob: Tensor, layout: Layout) -> Tensor:
+    """Sum a log density over everything but the draws, in double precision on the CPU, shape (S,)."""
+    log_prob = log_prob.cpu().double() if log_prob.device.type == "mps" else log_prob.double()
+    return layout.total(log_prob).cpu()
+
+
 def marginal_log_prob(trace: Trace, layout: Layout) -> Tensor:
-    """As ``joint_log_prob``, with the enumerated sites summed out by tensor variable elimination, shape (S,).
+    """Sum the enumerated sites out of the joint density by tensor variable elimination, shape (S,).
 
     Raises:
         NotVectorizedError: if a factor of the marginal density does not depend on the draw.
@@ -45,17 +49,17 @@ def marginal_log_prob(trace: Trace, layout: Layout) -> Tensor:
     for _ in scored_sites(trace):
         pass
     trace.pack_tensors()
-    is_single = layout.num_draws == 1  # packing drops a plate of size one
+    is_single = layout.num_samples == 1  # packing drops a plate of size one
     symbol = "" if is_single else trace.plate_to_symbol[DRAWS_PLATE]
-    total = torch.zeros(layout.num_draws, dtype=torch.float64)
+    total = torch.zeros(layout.num_samples, dtype=torch.float64)
     for term in _marginal_terms(trace):
-        if symbol not in term._pyro_dims:
+        if symbol not in term._pyro_dims:  # type: ignore[attr-defined]
             raise NotVectorizedError("a factor of the marginal density does not depend on the draw")
-        total = total + torch.einsum(f"{term._pyro_dims}->{symbol}", [term.cpu().double()])
+        total = total + torch.einsum(f"{term._pyro_dims}->{symbol}", [term.cpu().double()])  # type: ignore[attr-defined]
     return total
 
 
-def _marginal_terms(trace: Trace) -> list[Any]:
+def _marginal_terms(trace: Trace) -> list[Tensor]:
     costs, factors, _, sum_dims, scale = _compute_model_factors(trace, Trace())
     terms = [term for group in costs.values() for term in group]
     for group in contract_tensor_tree(OrderedDict(factors), sum_dims).values():
@@ -64,8 +68,11 @@ def _marginal_terms(trace: Trace) -> list[Any]:
 
 
 def scored_sites(trace: Trace) -> Iterator[tuple[str, Site]]:
-    """Go through the sites of a trace that carry density, with their log densities filled in."""
-    trace.compute_log_prob()
+    """Yield the sites of a trace that carry density, with their log densities filled in."""
+    with ExitStack() as stack:
+        for _, site in sample_sites(trace):
+            stack.enter_context(unvalidated(site["fn"]))
+        trace.compute_log_prob()
     for name, site in sample_sites(trace):
         if is_deterministic(site):
             continue
@@ -85,10 +92,10 @@ def _respect_support(site: Site) -> None:
 
 
 def _outside_support(site: Site) -> Tensor | None:
-    """Where a value lies outside its support, in the shape of its batch; ``None`` if the support cannot be asked."""
+    """Return where a value lies outside its support, in the shape of its batch; ``None`` if the support is unknown."""
     fn, value = site["fn"], site["value"]
     try:
-        outside = ~fn.support.check(value)
+        outside: Tensor = ~fn.support.check(value)
     except (NotImplementedError, AttributeError, ValueError):
         return None
     if value.is_floating_point():  # NaN stays NaN

@@ -341,7 +341,7 @@ def _keep(result: FitResult, state: Any) -> FitResult:
         program if isinstance(program, PyroModule) else _Kept(program, state)
         for program in (result.model, result.guide)
     )
-    return replace(result, model=model, guide=guide)
+    return replace(result, program=replace(result.program, model=model, guide=guide))
 
 
 def _resampled(result: FitResult) -> dict[str, Tensor] | None:
@@ -414,7 +414,7 @@ def _row(one: _Found) -> dict[str, Any]:
         "elbo_se": diagnosis.elbo_se,
         "khat": diagnosis.khat,
         "ess_fraction": diagnosis.ess_fraction,
-        "agreement": math.nan if diagnosis.agreement is None else diagnosis.agreement.worst,
+        "agreement": math.nan if diagnosis.agreement is None else diagnosis.agreement.worst_difference,
         "seconds": result.seconds,
         "steps": result.steps,
         "verdict": diagnosis.verdict,

@@ -25,10 +25,10 @@ from pyro_flowguides.diagnostics import WeightedDraws
 from pyro_flowguides.diagnostics import arviz_compat as _arviz
 from pyro_flowguides.diagnostics.export import _groups, _Names, _provenance
 from pyro_flowguides.inference.replay import NotRecordedError, Replay, record
-from pyro_flowguides.programs.density import LogDensity, NotVectorizedError
-from pyro_flowguides.programs.program import Program, inspect_program
-from pyro_flowguides.programs.runs import score_model
-from pyro_flowguides.programs.traces import evaluation
+from pyro_flowguides.programs.layout import NotVectorizedError
+from pyro_flowguides.programs.model_runs import score_model
+from pyro_flowguides.programs.program import Program
+from pyro_flowguides.programs.running import evaluation
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -112,12 +112,12 @@ def neutra_mcmc(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         _check_guide(guide, args, kwargs)
-        program = inspect_program(model, guide, args, kwargs)
+        program = Program.inspect(model, guide, args, kwargs)
         options = NUTS_OPTIONS | dict(nuts_options or {})
         chains: list[_Chain] = []
         with _frozen(guide):
             asked = MODEL_OPTIONS & set(nuts_options or {})
-            potential = None if asked else _recorded_potential(model, guide, args, kwargs)
+            potential = None if asked else _recorded_potential(program)
             for _ in range(num_chains):
                 kernel = NUTS(_Transport(guide).reparam(model) if potential is None else None, potential, **options)
                 start = None if potential is None else {NOISE: guide.get_base_dist().sample()}
@@ -159,24 +159,23 @@ def _frozen(module: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def _recorded_potential(
-    model: Callable[..., Any], guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Callable[[dict[str, Tensor]], Tensor] | None:
+def _recorded_potential(program: Program) -> Callable[[dict[str, Tensor]], Tensor] | None:
     """The negative log density of the noise with its gradient, recorded; ``None`` where that cannot be."""
-    density, base = LogDensity(model, guide, args, kwargs), guide.get_base_dist()
+    guide: Any = program.guide
+    log_density, base = program.log_density, guide.get_base_dist()
 
     def value_and_gradient(noise: Tensor) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
             noise = noise.detach().requires_grad_()
             transform = guide.get_transform()
             z = transform(noise)
-            value = -(density.together(z[None])[0] + transform.log_abs_det_jacobian(noise, z))
+            value = -(log_density.at_once(z[None])[0] + transform.log_abs_det_jacobian(noise, z))
             (gradient,) = torch.autograd.grad(value, noise)
         return value.detach(), gradient
 
     try:
         # A density that is right for a leading dimension of one only by chance is found out by three.
-        density.check(torch.stack([guide.get_transform()(base.sample()) for _ in range(3)]))
+        log_density.check(torch.stack([guide.get_transform()(base.sample()) for _ in range(3)]))
         replay = Replay(record(value_and_gradient, base.sample(), check=[base.sample()]))
     except (NotVectorizedError, NotRecordedError, torch.linalg.LinAlgError):
         return None
@@ -291,7 +290,7 @@ def _export(program: Program, guide: AutoContinuous, chains: Sequence[_Chain]) -
         draws = _constrain(program, guide, torch.cat([chain.noise for chain in chains]))
         scores = score_model(program, draws, program.default_chunk_size)
     log_p, none = scores.log_p, torch.zeros_like(scores.log_p)
-    weighted = WeightedDraws(draws, log_p, log_p, none, model_run=scores.how, model_note=scores.note)
+    weighted = WeightedDraws(draws, log_p, log_p, none, model_mode=scores.mode, model_note=scores.note)
     groups, notes = _groups(program, weighted)
     stats = {name: torch.cat([chain.stats[name] for chain in chains]) for name in chains[0].stats}
     groups["sample_stats"] = stats | {"lp": log_p}

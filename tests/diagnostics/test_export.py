@@ -1,4 +1,4 @@
-"""Export to ArviZ, and pictures."""
+"""Export to ArviZ, and plots."""
 
 from __future__ import annotations
 
@@ -15,9 +15,7 @@ from torch import Tensor
 
 import pyro_flowguides as fg
 from pyro_flowguides.diagnostics import (
-    arviz_compat as _arviz,
-)
-from pyro_flowguides.diagnostics import (
+    arviz_compat,
     log_weights,
     plot_khat,
     plot_pairs,
@@ -27,17 +25,13 @@ from pyro_flowguides.diagnostics import (
 from tests.diagnostics import programs
 from tests.diagnostics.programs import DATA, EFFECTS
 
-az = _arviz.load()
+az = arviz_compat.load()
 
 
 @pytest.fixture(autouse=True)
 def _fresh() -> None:
     pyro.clear_param_store()
     pyro.set_rng_seed(0)
-
-
-def _groups(data: Any) -> set[str]:
-    return set(data.children) if hasattr(data, "children") else set(data.groups())
 
 
 @pytest.fixture(name="schools")
@@ -50,7 +44,7 @@ def _schools() -> Any:
 
 
 def test_groups_dimensions_and_coordinates(schools: Any) -> None:
-    assert _groups(schools) == {
+    assert arviz_compat.group_names(schools) == {
         "posterior",
         "sample_stats",
         "posterior_predictive",
@@ -76,7 +70,7 @@ def test_sample_stats_are_consistent(schools: Any) -> None:
     np.testing.assert_allclose(stats["log_weights"], stats["log_p"] - stats["log_q"])
 
 
-def test_log_likelihood_is_right(schools: Any) -> None:
+def test_log_likelihood_of_each_datum(schools: Any) -> None:
     theta = torch.tensor(schools["posterior"]["theta"].values[0])
     expected = dist.Normal(theta, programs.ERRORS).log_prob(EFFECTS)
     np.testing.assert_allclose(schools["log_likelihood"]["y"][0], expected, rtol=1e-4, atol=1e-4)
@@ -93,7 +87,7 @@ def test_predictive_draws_have_the_right_spread() -> None:
     assert np.unique(posterior[0, 0]).size == len(DATA)
 
 
-def test_loo_runs() -> None:
+def test_loo_is_that_of_the_posterior() -> None:
     data = to_inference_data(programs.gaussian_model, programs.gaussian_guide(), DATA, num_samples=1000)
     loo = az.loo(data, pointwise=True)
     exact = 0.0
@@ -106,17 +100,17 @@ def test_loo_runs() -> None:
 def test_netcdf_round_trip(schools: Any, tmp_path: Path) -> None:
     pytest.importorskip("h5netcdf", reason="no NetCDF backend is installed")
     schools.to_netcdf(tmp_path / "fit.nc")
-    with_attrs = az.from_netcdf(tmp_path / "fit.nc")
-    for group in _groups(schools):
+    loaded = az.from_netcdf(tmp_path / "fit.nc")
+    for group in arviz_compat.group_names(schools):
         for name, values in schools[group].data_vars.items():
-            np.testing.assert_array_equal(with_attrs[group][name].values, values.values)
-            assert with_attrs[group][name].dims == values.dims
-            assert with_attrs[group][name].dtype == values.dtype
-    assert with_attrs["posterior"].attrs["guide"] == "schools_guide"
-    with_attrs.close()
+            np.testing.assert_array_equal(loaded[group][name].values, values.values)
+            assert loaded[group][name].dims == values.dims
+            assert loaded[group][name].dtype == values.dtype
+    assert loaded["posterior"].attrs["guide"] == "schools_guide"
+    loaded.close()
 
 
-def test_provenance(schools: Any) -> None:
+def test_attributes_tell_the_origin(schools: Any) -> None:
     attrs = schools["posterior"].attrs
     assert attrs["inference_library"] == "pyro_flowguides"
     assert attrs["inference_library_version"]
@@ -126,14 +120,14 @@ def test_provenance(schools: Any) -> None:
     assert attrs == {**schools.attrs, **attrs}
 
 
-def test_guide_class_is_named_and_every_guide_exports() -> None:
+def test_all_kinds_of_guides_are_exported_with_their_name() -> None:
     for make in (autoguide.AutoNormal, autoguide.AutoMultivariateNormal, autoguide.AutoIAFNormal, fg.AutoIAF):
         data = to_inference_data(programs.schools_model, make(programs.schools_model), num_samples=30)
         assert data["posterior"].attrs["guide"] == make.__name__
         assert set(data["posterior"].data_vars) == {"mu", "tau", "theta"}
 
 
-def test_resampled_draws() -> None:
+def test_resampled_draws_follow_the_posterior() -> None:
     guide = programs.gaussian_guide(0.8)
     data = to_inference_data(programs.gaussian_model, guide, DATA, num_samples=2000, resample=True)
     mean, sd = programs.gaussian_posterior(DATA)
@@ -149,10 +143,10 @@ def test_improper_priors_are_left_out_with_a_reason() -> None:
             pyro.sample("x", dist.Normal(z, 1.0), obs=data)
 
     data = to_inference_data(model, programs.gaussian_guide(), DATA, num_samples=50)
-    assert "prior" not in _groups(data)
-    assert "prior_predictive" not in _groups(data)
+    assert "prior" not in arviz_compat.group_names(data)
+    assert "prior_predictive" not in arviz_compat.group_names(data)
     assert "site 'z' is improper" in data["posterior"].attrs["prior_predictive"]
-    assert "posterior_predictive" in _groups(data)
+    assert "posterior_predictive" in arviz_compat.group_names(data)
 
 
 def test_nested_plates_events_and_deterministic_sites() -> None:
@@ -175,7 +169,7 @@ def test_nested_plates_events_and_deterministic_sites() -> None:
     assert posterior["w"].dims == ("chain", "draw", "row_again", "w_dim_1")
     assert posterior["total"].shape == (1, 30, 4)
     np.testing.assert_allclose(posterior["total"], posterior["z"].sum(("row", "column")), rtol=1e-5, atol=1e-5)
-    assert "posterior_predictive" not in _groups(data)
+    assert "posterior_predictive" not in arviz_compat.group_names(data)
 
 
 def test_sequential_plates_and_scalar_data() -> None:
@@ -189,7 +183,7 @@ def test_sequential_plates_and_scalar_data() -> None:
     assert data["log_likelihood"]["x3"].shape == data["posterior_predictive"]["x3"].shape == (1, 30)
 
 
-def test_names_that_would_clash() -> None:
+def test_a_plate_named_draw_is_renamed() -> None:
     def model(data: Tensor) -> None:
         z = pyro.sample("z", dist.Normal(0.0, 2.0))
         with pyro.plate("draw", len(data)):
@@ -199,7 +193,7 @@ def test_names_that_would_clash() -> None:
     assert data["log_likelihood"]["x"].dims == ("chain", "draw", "draw_plate")
 
 
-def test_labels_must_fit() -> None:
+def test_labels_must_fit_a_dimension() -> None:
     with pytest.raises(ValueError, match="no dimension 'person'"):
         to_inference_data(
             programs.gaussian_model, programs.gaussian_guide(), DATA, num_samples=30, coords={"person": "abcde"}
@@ -210,7 +204,7 @@ def test_labels_must_fit() -> None:
         )
 
 
-def test_enumerated_sites() -> None:
+def test_enumerated_sites_leave_out_the_log_likelihood() -> None:
     def guide(data: Tensor) -> None:
         pyro.sample("loc", dist.Normal(0.0, 1.0))
 
@@ -220,7 +214,7 @@ def test_enumerated_sites() -> None:
     assert "cluster" in data["posterior"].attrs["log_likelihood"]
 
 
-def test_slow_programs_and_discrete_data() -> None:
+def test_models_that_cannot_take_many_draws_and_discrete_data() -> None:
     def model(data: Tensor) -> None:
         rate = pyro.sample("rate", dist.Gamma(2.0, 1.0))
         scale = 1.0 if float(rate.mean()) > 2 else 2.0  # does not vectorize
@@ -252,7 +246,7 @@ def test_types_are_kept() -> None:
     assert data["count"].dtype == np.int64
 
 
-def test_pictures(schools: Any) -> None:
+def test_plots(schools: Any) -> None:
     weighted = log_weights(programs.gaussian_model, programs.gaussian_guide(0.5), DATA, num_samples=300)
     pyplot = pytest.importorskip("matplotlib.pyplot")
     before = pyplot.get_fignums()
@@ -270,9 +264,9 @@ def test_pictures(schools: Any) -> None:
     assert len(figures[0].axes) == 2
 
 
-def test_pictures_that_cannot_be_drawn() -> None:
+def test_plots_of_unsuitable_data() -> None:
     data = to_inference_data(programs.gaussian_model, programs.gaussian_guide(), DATA, num_samples=30, resample=True)
-    with pytest.raises(ValueError, match="used up"):
+    with pytest.raises(ValueError, match="resampled"):
         plot_khat(data)
     with pytest.raises(ValueError, match="at least 25"):
         plot_khat(torch.randn(10))

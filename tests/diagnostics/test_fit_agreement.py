@@ -22,26 +22,26 @@ def test_known_differences() -> None:
     assert result.mean_site == "a"
     assert result.log_sd_difference == pytest.approx(math.log(2), abs=0.05)
     assert result.log_sd_site == "b"
-    assert result.worst == result.log_sd_difference
+    assert result.worst_difference == result.log_sd_difference
     assert result.worst_site == "b"
-    assert "2 fits" in str(result)
+    assert str(result).startswith("2 fits: means within 0.")
 
 
-def test_all_pairs_count_and_sizes_may_differ() -> None:
+def test_all_pairs_are_compared_and_numbers_of_draws_may_differ() -> None:
     fits = [{"a": _normal(loc, 1, seed, size)} for seed, (loc, size) in enumerate([(0, 500), (0.3, 600), (-0.3, 700)])]
     result = agreement(*fits)
     assert result.num_fits == 3
     assert result.mean_difference == pytest.approx(0.6, abs=0.15)
 
 
-def test_constant_entries_agree() -> None:
+def test_constant_coordinates() -> None:
     value = _normal(0, 1, 0).reshape(-1, 2)
     value[:, 1] = 1.0
-    assert agreement({"L": value}, {"L": value.clone()}).worst == 0
+    assert agreement({"L": value}, {"L": value.clone()}).worst_difference == 0
     assert agreement({"L": value}, {"L": value + torch.tensor([0.0, 1.0])}).mean_difference > 1e6
 
 
-def test_refusals() -> None:
+def test_errors() -> None:
     value = torch.randn(10, 2)
     with pytest.raises(ValueError, match="no sites"):
         agreement({}, {})

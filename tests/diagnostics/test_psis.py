@@ -1,4 +1,4 @@
-"""Pareto smoothing and effective sample sizes, through whichever ArviZ is installed."""
+"""Pareto smoothing and effective sample sizes, with the installed ArviZ."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ import pytest
 import torch
 
 from pyro_flowguides.diagnostics import (
-    arviz_compat as _arviz,
-)
-from pyro_flowguides.diagnostics import (
+    arviz_compat,
     effective_sample_size,
     khat_threshold,
     log_mean_weight,
@@ -38,23 +36,23 @@ def test_smoothing_keeps_order_and_sums_to_one() -> None:
     assert smoothed.max() - smoothed.median() <= log_w.max() - log_w.median() + 1e-9
 
 
-def test_adapter_is_not_turned_around() -> None:
-    """The 1.x series smooths log likelihoods, that is minus log weights."""
+def test_sign_of_log_weights_is_kept() -> None:
+    """ArviZ 1.x smooths log likelihoods, which are minus log weights."""
     log_w = np.random.default_rng(0).normal(size=1000) * 2
-    smoothed, khat = _arviz.psislw(log_w)
+    smoothed, khat = arviz_compat.psislw(log_w)
     assert smoothed.argmax() == log_w.argmax()
     assert 0.3 < khat < 1.2
 
 
 @pytest.mark.parametrize(("version", "expected"), [("0.23.4", True), ("1.0.0", False), ("2.1", False)])
-def test_adapter_knows_the_series(version: str, expected: bool) -> None:
+def test_legacy_versions(version: str, expected: bool) -> None:
     class Module:
         __version__ = version
 
-    assert _arviz.is_legacy(Module) is expected  # type: ignore[arg-type]
+    assert arviz_compat.is_legacy(Module) is expected  # type: ignore[arg-type]
 
 
-def test_a_constant_has_no_tail() -> None:
+def test_equal_weights_have_no_tail() -> None:
     result = pareto_smooth(torch.full((100,), -7.0) + 1e-6 * torch.randn(100))
     assert result.khat == 0
     torch.testing.assert_close(result.log_weights, torch.full((100,), -math.log(100)).double(), atol=1e-5, rtol=0)
@@ -70,14 +68,14 @@ def test_zero_and_undefined_weights() -> None:
     assert float(result.log_weights.exp().sum()) == pytest.approx(1)
 
 
-def test_few_positive_weights_are_an_infinite_khat() -> None:
+def test_too_few_positive_weights_give_an_infinite_khat() -> None:
     log_w = torch.full((1000,), -torch.inf)
     log_w[:20] = torch.randn(20)
     assert pareto_smooth(log_w).khat == math.inf
 
 
 @pytest.mark.parametrize("log_w", [torch.zeros(10), torch.zeros(30, 2), torch.full((30,), -torch.inf)])
-def test_refusals(log_w: torch.Tensor) -> None:
+def test_errors(log_w: torch.Tensor) -> None:
     with pytest.raises(ValueError, match=r"at least 25|no draw"):
         pareto_smooth(log_w)
 

@@ -19,7 +19,7 @@ def _fresh() -> None:
 
 
 @pytest.mark.parametrize("guide", [programs.gaussian_guide(0.8, 1.0), programs.gaussian_guide(0.3, 1.5)])
-def test_moments_are_mended(guide: object) -> None:
+def test_resampled_moments_are_those_of_the_posterior(guide: object) -> None:
     mean, sd = programs.gaussian_posterior(DATA)
     draws = importance_resample(programs.gaussian_model, guide, DATA, num_proposals=20000, num_samples=4000)["z"]
     assert draws.shape == (4000,)
@@ -27,7 +27,7 @@ def test_moments_are_mended(guide: object) -> None:
     assert float(draws.std()) == pytest.approx(sd, rel=0.1)
 
 
-def test_every_site_keeps_its_shape_and_company() -> None:
+def test_sites_of_a_draw_stay_together() -> None:
     guide = autoguide.AutoNormal(programs.schools_model)
     weighted = log_weights(programs.schools_model, guide, num_samples=200)
     chosen = resample(weighted, 50)
@@ -43,10 +43,12 @@ def _with_weights(weights: torch.Tensor) -> WeightedDraws:
     return WeightedDraws({"i": index}, weights.log(), torch.zeros(len(weights)), weights.log())
 
 
-def test_counts_are_close_to_expectation() -> None:
+def test_counts_are_as_expected_and_order_is_random() -> None:
     weights = torch.rand(100).double() + 0.5
     counts = torch.bincount(resample(_with_weights(weights), 1000).draws["i"], minlength=100)
-    assert (counts - 1000 * weights / weights.sum()).abs().max() <= 1.5  # smoothing moves the largest a little
+    assert (
+        counts - 1000 * weights / weights.sum()
+    ).abs().max() <= 1.5  # smoothing changes the largest weights a little
     order = resample(_with_weights(weights), 1000).draws["i"]
     assert not torch.equal(order, order.sort().values)
 
@@ -67,7 +69,7 @@ def test_zero_weights_are_never_chosen() -> None:
         resample(weighted, 51, replace=False)
 
 
-def test_refusals() -> None:
+def test_errors() -> None:
     with pytest.raises(ValueError, match="must be positive"):
         resample(_with_weights(torch.ones(50)), 0)
     with pytest.raises(ValueError, match="no draw"):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import pyro_flowguides as fg
 from pyro_flowguides.diagnostics import WeightedDraws, log_weights
+from pyro_flowguides.programs.batched_run import RunMode
 from tests.diagnostics import programs
 from tests.diagnostics.programs import DATA
 
@@ -135,22 +136,22 @@ def _branches_on_a_value(data: Tensor) -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "how"),
+    ("model", "mode"),
     [
-        (_sums_over_everything, "mapped"),
-        (_indexes_from_the_left, "mapped"),
-        (_branches_on_a_value, "draw by draw"),
+        (_sums_over_everything, RunMode.MAPPED),
+        (_indexes_from_the_left, RunMode.MAPPED),
+        (_branches_on_a_value, RunMode.SINGLE),
     ],
 )
-def test_wrong_broadcast_falls_back(model: object, how: str) -> None:
+def test_wrong_broadcast_falls_back(model: object, mode: RunMode) -> None:
     def guide(data: Tensor) -> None:
         prior = dist.Normal(0.8, 0.5)
         pyro.sample("z", prior.expand([1]).to_event(1) if model is _indexes_from_the_left else prior)
 
     weighted = log_weights(model, guide, DATA, num_samples=40)
-    assert weighted.model_run == how
-    assert weighted.vectorized is (how == "mapped")
-    assert weighted.model_note.startswith("the model was mapped" if how == "mapped" else "the model was run draw by")
+    assert weighted.model_mode is mode
+    assert weighted.vectorized is (mode is RunMode.MAPPED)
+    assert mode.value in weighted.model_note
     assert not weighted.guide_note
     torch.testing.assert_close(weighted.log_p, _sequentially(model, weighted, DATA), rtol=1e-5, atol=1e-5)
 
@@ -170,7 +171,7 @@ def test_all_draws_by_all_draws_are_not_made_to_find_a_wrong_broadcast() -> None
         pyro.sample("z", dist.Normal(torch.zeros(5), 1.0).to_event(1))
 
     weighted = log_weights(model, guide, num_samples=500)
-    assert weighted.model_run == "mapped"
+    assert weighted.model_mode is RunMode.MAPPED
     assert max(shape.numel() for shape in shapes) < 500
 
 
@@ -337,9 +338,9 @@ def _observed_in_model(data: Tensor) -> None:
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (_subsampled, "plate 'data' of the model is subsampled"),
-        (_missing_in_guide, "the guide has no site 'other'"),
-        (_discrete, "the guide has no site 'k'.*enumerate"),
+        (_subsampled, "plate 'data' is subsampled"),
+        (_missing_in_guide, "site 'other' is latent in the model and not in the guide"),
+        (_discrete, "site 'k' is latent in the model and not in the guide.*enumerate"),
         (_observed_in_model, "site 'z' of the guide is not latent"),
     ],
 )

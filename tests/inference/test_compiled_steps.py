@@ -17,6 +17,7 @@ from pyro_flowguides.inference.compiled_steps import CapturedSteps
 from pyro_flowguides.inference.density_objective import DensityObjective
 from pyro_flowguides.inference.flat_adam import Descent, flatten
 from pyro_flowguides.inference.steps import Request
+from pyro_flowguides.programs.program import Program
 from tests.inference.models import DATA, correlated, schools
 
 
@@ -28,7 +29,10 @@ def descended(model, args, compiling, requests, scale=1.0):
     with torch.no_grad():
         for parameter in guide.parameters():
             parameter.add_(scale * torch.randn_like(parameter))
-    objective, generator = DensityObjective(model, guide, args, {}, compiling), torch.Generator().manual_seed(0)
+    objective, generator = (
+        DensityObjective(Program.inspect(model, guide, args), compiling),
+        torch.Generator().manual_seed(0),
+    )
     descent = Descent(objective.parameters.values())
     descent.measure(guide.location, torch.linspace(0.1, 3.0, len(guide.location)))
     steps = [taken for request in requests for taken in objective.descend(request, generator, descent, [0.01])]
@@ -80,7 +84,7 @@ def test_a_call_takes_many_compiled_steps_and_stops_where_one_cannot_be_taken():
     torch.manual_seed(3)
     guide = fg.AutoPlanar(correlated, depth=1, init_scale=0.6)
     guide(data)
-    objective = DensityObjective(correlated, guide, (data,), {}, True)
+    objective = DensityObjective(Program.inspect(correlated, guide, (data,)), True)
     descent, generator = Descent(objective.parameters.values()), torch.Generator().manual_seed(0)
     descent.measure(guide.location, torch.linspace(0.1, 3.0, len(guide.location)))
     found, calls = [], []
@@ -145,7 +149,7 @@ def test_captured_steps_work_at_fixed_places_and_stop_where_one_cannot_be_taken(
     torch.manual_seed(3)
     guide = fg.AutoPlanar(model, depth=1, init_scale=0.6)
     guide(*data)
-    objective = DensityObjective(model, guide, data, {}, True)
+    objective = DensityObjective(Program.inspect(model, guide, data), True)
     descent, generator = Descent(objective.parameters.values()), torch.Generator().manual_seed(0)
     descent.measure(guide.location, torch.linspace(0.1, 3.0, len(guide.location)))
     found, calls = [], []
@@ -171,7 +175,7 @@ def steep(zero):
 def test_a_finite_bound_without_a_finite_gradient_is_not_followed(compiling):
     guide, zero = fg.AutoPlanar(steep, depth=1), torch.zeros(())
     guide(zero)
-    objective = DensityObjective(steep, guide, (zero,), {}, compiling)
+    objective = DensityObjective(Program.inspect(steep, guide, (zero,)), compiling)
     descent, generator = Descent(objective.parameters.values()), torch.Generator().manual_seed(0)
     before = descent.values()[0]
     ((step, followed),) = objective.descend(Request(4), generator, descent, [0.1])

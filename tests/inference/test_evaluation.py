@@ -16,6 +16,7 @@ from pyro_flowguides.inference.density_objective import DensityObjective
 from pyro_flowguides.inference.evaluation import evaluate
 from pyro_flowguides.inference.steps import Request
 from pyro_flowguides.programs import chunking as _chunks
+from pyro_flowguides.programs.program import Program
 
 DIM = 7
 
@@ -39,7 +40,7 @@ def with_holes():
 def objective_of(program):
     guide = fg.AutoPlanar(program, init_scale=1.0)
     guide()
-    return DensityObjective(program, guide, (), {})
+    return DensityObjective(Program.inspect(program, guide))
 
 
 @torch.no_grad()
@@ -106,7 +107,7 @@ def test_what_the_steps_held_is_gone_when_the_fit_is_judged(monkeypatch):
 
     module_made = run.make_objective
     monkeypatch.setattr(run, "make_objective", made)
-    monkeypatch.setattr(module, "diagnose", judged)
+    monkeypatch.setattr(module, "diagnose_program", judged)
     result = fg.fit(model, fg.AutoPlanar(model), steps=5, num_particles=4, progress=False)
     assert result.unjudged == "not now"
     assert left == [None]

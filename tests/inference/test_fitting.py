@@ -223,7 +223,7 @@ def test_minibatches_are_fitted_without_a_verdict():
 
     result = fit(model, fg.AutoFlow(model, "planar", depth=1), steps=200, warm_start=False, lr=0.05)
     assert result.diagnosis is None
-    assert "No verdict: plate 'data' of the model is subsampled" in str(result)
+    assert "No verdict: plate 'data' is subsampled" in str(result)
     with torch.no_grad():
         assert float(result.guide.median()["x"]) == pytest.approx(20 / 21, abs=0.15)
 

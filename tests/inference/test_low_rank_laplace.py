@@ -12,7 +12,7 @@ import pyro_flowguides as fg
 from pyro_flowguides.diagnostics import log_weights
 from pyro_flowguides.inference import low_rank_laplace as lowrank
 from pyro_flowguides.inference.low_rank_laplace import LowRankGaussian, low_rank_laplace
-from pyro_flowguides.programs.density import LogDensity
+from pyro_flowguides.programs.program import Program
 from pyro_flowguides.transforms import HeavyTail, LowRankAffine
 
 
@@ -182,7 +182,7 @@ def test_a_guide_set_to_it_is_the_posterior_of_a_linear_model():
     guide.setup()
     precision = torch.eye(dim) + design.mT @ design / 4
     mode = torch.linalg.solve(precision, design.mT @ response / 4)
-    found = low_rank_laplace(LogDensity(model, guide, (), {}), mode, rank=12)
+    found = low_rank_laplace(Program.inspect(model, guide).log_density, mode, rank=12)
     guide.set_low_rank_affine(*vars(found).values())
     with torch.no_grad():
         for part in guide.get_transform().parts:

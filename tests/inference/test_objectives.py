@@ -13,6 +13,7 @@ import pyro_flowguides as fg
 from pyro_flowguides.inference.density_objective import DensityObjective, make_objective
 from pyro_flowguides.inference.steps import Request
 from pyro_flowguides.inference.trace_objective import TraceObjective
+from pyro_flowguides.programs.program import Program
 
 Y = torch.tensor([0.7, -1.2], dtype=torch.float64)
 
@@ -43,7 +44,7 @@ def objective(model=gaussian):
     with torch.no_grad():
         for parameter in guide.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
-    return DensityObjective(model, guide, (), {})
+    return DensityObjective(Program.inspect(model, guide))
 
 
 def test_bounds_lie_in_order_below_the_evidence():
@@ -104,7 +105,7 @@ def test_doubly_reparametrized_gradient_vanishes_at_the_solution():
             parameter.zero_()
         guide.transform.parts[1].logit.fill_(-1e4)  # normal tails
     guide.set_affine(Y / 2, math.sqrt(0.5) * torch.eye(2))
-    bound = DensityObjective(gaussian, guide, (), {})
+    bound = DensityObjective(Program.inspect(gaussian, guide))
     assert gradients(bound, Request(64, True, 1.0, 8), 1, 0).abs().max() < 1e-10
     assert gradients(bound, Request(64, False, 1.0, 8), 1, 0).abs().max() > 1e-3
 
@@ -133,7 +134,7 @@ def test_particles_without_a_finite_weight_are_left_out_and_counted(path, import
     torch.manual_seed(0)
     guide = fg.AutoFlow(cliff, "planar", depth=1, init_scale=0.6, init_loc_fn=lambda site: torch.tensor(0.0))
     guide()
-    bound = DensityObjective(cliff, guide, (), {})
+    bound = DensityObjective(Program.inspect(cliff, guide))
     noise = bound.noise(64, torch.Generator().manual_seed(0))
     z, log_q = bound.draw(noise)
     log_w = (bound.density(z) - log_q).detach()
@@ -156,7 +157,7 @@ def test_a_step_without_any_finite_particle_says_so():
 
     guide = fg.AutoFlow(lambda: pyro.sample("x", dist.Normal(0.0, 1.0)), "planar", depth=1)
     guide()
-    step = DensityObjective(model, guide, (), {})(Request(8), torch.Generator())
+    step = DensityObjective(Program.inspect(model, guide))(Request(8), torch.Generator())
     assert math.isnan(step.elbo)
     assert step.dropped == 8
 
@@ -177,7 +178,7 @@ def hand_elbo(loc, scale):
 
 
 def test_hand_written_guide():
-    bound = make_objective(gaussian, handwritten, (), {})
+    bound = make_objective(Program.inspect(gaussian, handwritten))
     assert isinstance(bound, TraceObjective)
     assert bound.vectorized
     assert bound.parameters.keys() == {"loc", "scale"}
@@ -191,7 +192,7 @@ def test_hand_written_guide():
 def test_pyros_guides(make):
     guide = make(gaussian, init_scale=0.3, init_loc_fn=lambda site: torch.zeros(2))
     guide()
-    bound = make_objective(gaussian, guide, (), {})
+    bound = make_objective(Program.inspect(gaussian, guide))
     assert "not a flow guide" in bound.route
     assert bound.vectorized
     torch.manual_seed(0)
@@ -206,7 +207,7 @@ def test_a_guide_that_does_not_broadcast_runs_one_particle_at_a_time():
         z = pyro.sample("u", dist.Normal(loc, 1.0).to_event(1), infer={"is_auxiliary": True})
         pyro.sample("z", dist.Delta(z - z.mean(), event_dim=1))  # the mean over all particles
 
-    bound = make_objective(gaussian, guide, (), {})
+    bound = make_objective(Program.inspect(gaussian, guide))
     assert not bound.vectorized
     assert "one particle at a time" in bound.route
 
@@ -220,7 +221,7 @@ def test_lists_of_guides_take_the_route_of_traces():
     guide.append(fg.AutoPlanar(pyro.poutine.block(model, expose=["a"])))
     guide.append(AutoNormal(pyro.poutine.block(model, expose=["b"])))
     guide()
-    bound = make_objective(model, guide, (), {})
+    bound = make_objective(Program.inspect(model, guide))
     assert bound.vectorized
     assert len(bound.parameters) == len(list(guide.parameters()))
 
@@ -228,4 +229,4 @@ def test_lists_of_guides_take_the_route_of_traces():
 @pytest.mark.parametrize("request_", [Request(8, importance=4), Request(8, power=0.5)], ids=["importance", "power"])
 def test_what_traces_cannot_do_is_refused(request_):
     with pytest.raises(ValueError, match="need a flow guide"):
-        make_objective(gaussian, handwritten, (), {})(request_, torch.Generator())
+        make_objective(Program.inspect(gaussian, handwritten))(request_, torch.Generator())

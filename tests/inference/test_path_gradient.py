@@ -14,7 +14,8 @@ import pyro_flowguides as fg
 from pyro_flowguides.guides.path_distribution import PathDistribution
 from pyro_flowguides.inference.density_objective import DensityObjective
 from pyro_flowguides.inference.steps import Request
-from pyro_flowguides.transforms import on_path
+from pyro_flowguides.programs.program import Program
+from pyro_flowguides.transforms import with_path_gradient
 
 DIM, CONTEXT = 3, 2
 SMALL = {"depth": 2, "hidden_dims": [8]}
@@ -75,7 +76,7 @@ def test_values_and_derivatives_are_those_of_the_inverse(family):
         point = y.clone().requires_grad_()
         x, ladj = flow().inverse_and_ladj(point)
         if known:
-            x, ladj = flow().inverse_on_path(point, x.detach())
+            x, ladj = flow().inverse_at(point, x.detach(), detach_parameters=True)
         gradients.append(torch.autograd.grad((log_normal(x) - ladj).sum(), point)[0])
     assert_close(gradients[1], gradients[0], rtol=1e-6, atol=1e-6 * float(gradients[0].abs().max()))
 
@@ -85,8 +86,8 @@ def test_no_gradient_in_any_sample_where_q_is_the_target(family):
     frozen = copy.deepcopy(module).requires_grad_(False)
     noise = torch.randn(16, DIM)
     y, ladj, score = flow().forward_and_score(noise, -noise)
-    log_q = on_path(log_normal(noise) - ladj, y, score)
-    target_x, target_ladj = flow(frozen).inverse_on_path(y, noise)
+    log_q = with_path_gradient(log_normal(noise) - ladj, y, score)
+    target_x, target_ladj = flow(frozen).inverse_at(y, noise, detach_parameters=True)
     log_w = (log_normal(target_x) - target_ladj) - log_q
     # Either half alone has a gradient, and rounding leaves a share of it.
     log_q.sum().backward(retain_graph=True)
@@ -186,7 +187,7 @@ def assert_same_mean(one, other):
 @pytest.mark.parametrize("flow", ["planar", "radial", "sylvester", "iaf", "realnvp", "nice", "maf"])
 def test_unbiased_through_the_density_objective(flow):
     guide = shaken_guide(flow)
-    objective = DensityObjective(gaussian, guide, (), {})
+    objective = DensityObjective(Program.inspect(gaussian, guide))
     generator = torch.Generator().manual_seed(1)
 
     def estimates(path):

@@ -15,6 +15,7 @@ from pyro_flowguides.inference.density_objective import DensityObjective
 from pyro_flowguides.inference.flat_adam import Descent, flatten
 from pyro_flowguides.inference.replay import NotRecordedError, Replay, record
 from pyro_flowguides.inference.steps import Request
+from pyro_flowguides.programs.program import Program
 from tests.inference.models import DATA, correlated, schools
 
 
@@ -122,7 +123,7 @@ def test_with_the_same_noise_the_step_is_the_same_to_rounding(flow, path):
     with torch.no_grad():
         for parameter in guide.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
-    objective = DensityObjective(schools, guide, DATA, {})
+    objective = DensityObjective(Program.inspect(schools, guide, DATA))
     request = Request(16, path, power=0.7)
     step, found = gradients(objective, request)
     assert objective.route == "batched densities, recorded"
@@ -156,7 +157,7 @@ def test_what_a_recording_would_miss_is_noticed(watched):
 
     guide = fg.AutoPlanar(model, depth=1)
     guide()
-    objective = DensityObjective(model, guide, (), {})
+    objective = DensityObjective(Program.inspect(model, guide))
     step = objective(Request(4), torch.Generator().manual_seed(0))
     assert "run anew at every step" in objective.route
     assert math.isfinite(step.elbo)
@@ -218,7 +219,10 @@ def test_particles_without_a_factorization_are_left_out_of_recorded_steps():
     guide = fg.AutoPlanar(correlated, depth=1, init_scale=0.6)
     data = torch.tensor([[1.0, 0.5], [-0.5, 0.3]])
     guide(data)
-    objective, generator = DensityObjective(correlated, guide, (data,), {}), torch.Generator().manual_seed(0)
+    objective, generator = (
+        DensityObjective(Program.inspect(correlated, guide, (data,))),
+        torch.Generator().manual_seed(0),
+    )
     descent = Descent(objective.parameters.values())
     dropped = []
     for _ in range(20):

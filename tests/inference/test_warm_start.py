@@ -11,6 +11,7 @@ from torch.testing import assert_close
 import pyro_flowguides as fg
 from pyro_flowguides.inference.run import Run
 from pyro_flowguides.inference.warm_start import warm_start
+from pyro_flowguides.programs.program import Program
 
 LOG_2PI = math.log(2 * math.pi)
 
@@ -152,7 +153,7 @@ def scaled():
 
 def test_the_guide_is_put_at_the_posterior_before_the_first_step():
     guide = fg.AutoFlow(scaled, "planar", depth=1)
-    run = Run(scaled, guide, (), {}, SETTINGS)
+    run = Run(Program.inspect(scaled, guide), SETTINGS)
     assert run._bound() < -10
     run.warm_start()
     assert run._bound() == pytest.approx(0.0, abs=0.05)
@@ -162,7 +163,7 @@ def test_the_guide_is_put_at_the_posterior_before_the_first_step():
 def test_a_guide_that_is_better_already_is_left_alone():
     """No Gaussian has a higher bound than the posterior itself."""
     guide = fg.AutoFlow(skewed, bent)
-    run = Run(skewed, guide, (), {}, SETTINGS)
+    run = Run(Program.inspect(skewed, guide), SETTINGS)
     guide.set_affine(torch.zeros(2), torch.eye(2))
     with torch.no_grad():
         guide.get_transform().parts[1].logit.fill_(-1e4)  # normal tails

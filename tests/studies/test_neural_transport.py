@@ -18,6 +18,7 @@ from pyro.infer.mcmc.util import initialize_model
 from torch.testing import assert_close
 
 import pyro_flowguides as fg
+from pyro_flowguides.programs.program import Program
 from pyro_flowguides.studies.neural_transport import NOISE, _recorded_potential, _Transport, neutra_mcmc
 
 Y = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0], dtype=torch.float64)
@@ -160,7 +161,7 @@ def test_a_model_that_counts_dimensions_from_the_left_is_recorded_as_it_is(dim):
 
     guide = AutoMultivariateNormal(model)
     guide()
-    potential = _recorded_potential(model, guide, (), {})
+    potential = _recorded_potential(Program.inspect(model, guide))
     transform = guide.get_transform()
     for noise in torch.randn(5, 2):
         z = transform(noise)
@@ -176,7 +177,7 @@ def test_a_model_with_a_branch_is_not_recorded():
 
     guide = AutoMultivariateNormal(model)
     guide()
-    assert _recorded_potential(model, guide, (), {}) is None
+    assert _recorded_potential(Program.inspect(model, guide)) is None
 
 
 @pytest.mark.slow

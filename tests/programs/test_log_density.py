@@ -16,7 +16,9 @@ import pyro_flowguides as fg
 from pyro_flowguides.inference.density_objective import DensityObjective, make_objective
 from pyro_flowguides.inference.steps import Request
 from pyro_flowguides.inference.trace_objective import TraceObjective
-from pyro_flowguides.programs.density import LogDensity, NotVectorizedError
+from pyro_flowguides.programs.batched_run import RunMode
+from pyro_flowguides.programs.layout import NotVectorizedError
+from pyro_flowguides.programs.program import Program
 
 
 @pytest.fixture(autouse=True)
@@ -107,7 +109,7 @@ def test_is_the_traces_log_density_with_jacobians(model):
     model = seeded(model)
     guide = fg.AutoFlow(model, "planar", depth=1)
     guide()
-    density = LogDensity(model, guide, (), {})
+    density = Program.inspect(model, guide).log_density
     z = points(guide)
     density.check(z)
     expected = torch.stack([by_trace(model, guide, row) for row in z])
@@ -120,7 +122,7 @@ def test_the_cheap_route_is_taken(model):
     """Subsampling too: the check compares runs over the same rows."""
     guide = fg.AutoFlow(model, "planar", depth=1)
     guide()
-    objective = make_objective(model, guide, (), {})
+    objective = make_objective(Program.inspect(model, guide))
     assert isinstance(objective, DensityObjective)
     assert objective.route == "batched densities"
 
@@ -129,7 +131,7 @@ def test_minibatches_are_scaled_to_the_whole():
     """The mean over minibatches is the density of all the data."""
     guide = fg.AutoFlow(minibatch, "planar", depth=1)
     guide()
-    density, z = LogDensity(minibatch, guide, (), {}), torch.tensor([[0.4]])
+    density, z = Program.inspect(minibatch, guide).log_density, torch.tensor([[0.4]])
     draws = torch.cat([density(z) for _ in range(600)])
     whole = dist.Normal(0.0, 1.0).log_prob(z).sum() + dist.Normal(0.4, 1.0).log_prob(DATA).sum()
     assert abs(draws.mean() - whole) < 4 * draws.std() / 600**0.5
@@ -140,7 +142,7 @@ def test_gradients_are_those_of_the_trace():
     guide = fg.AutoFlow(nested, "planar", depth=1)
     guide()
     z = points(guide).requires_grad_()
-    found = torch.autograd.grad(LogDensity(nested, guide, (), {})(z).sum(), z)[0]
+    found = torch.autograd.grad(Program.inspect(nested, guide).log_density(z).sum(), z)[0]
     expected = torch.autograd.grad(sum(by_trace(nested, guide, row) for row in z), z)[0]
     assert_close(found, expected)
 
@@ -165,11 +167,11 @@ def test_a_latent_site_that_nobody_draws_is_refused():
     guide = fg.AutoFlow(poutine.block(mixture, hide=["k"]), "planar", depth=1)
     guide()
     with pytest.raises(ValueError, match=r"'k' is latent in the model and not in the guide.*'enumerate': 'parallel'"):
-        make_objective(mixture, guide, (), {})
+        make_objective(Program.inspect(mixture, guide))
     with pytest.raises(ValueError, match="'k' is latent in the model and not in the guide"):
-        LogDensity(mixture, guide, (), {})(torch.zeros(2, 1))
+        Program.inspect(mixture, guide).log_density(torch.zeros(2, 1))
     with pytest.raises(ValueError, match="'k' is latent"):
-        make_objective(mixture, AutoNormal(poutine.block(mixture, hide=["k"])), (), {})
+        make_objective(Program.inspect(mixture, AutoNormal(poutine.block(mixture, hide=["k"]))))
 
 
 @pytest.mark.parametrize("make", [fg.AutoPlanar, AutoNormal])
@@ -177,7 +179,7 @@ def test_enumerated_sites_are_summed_out(make):
     model = config_enumerate(mixture)
     guide = make(poutine.block(model, hide=["k"]))
     guide()
-    objective = make_objective(model, guide, (), {})
+    objective = make_objective(Program.inspect(model, guide))
     assert isinstance(objective, TraceObjective)
     assert objective.vectorized
     with torch.no_grad():
@@ -248,7 +250,7 @@ def test_models_for_one_particle_are_mapped_over_particles(make):
     model = make()
     guide = fg.AutoFlow(model, "planar", depth=1)
     guide()
-    density, z = LogDensity(model, guide, (), {}), points(guide).requires_grad_()
+    density, z = Program.inspect(model, guide).log_density, points(guide).requires_grad_()
     density.check(z)
     expected = torch.stack([by_trace(model, guide, row) for row in z])
     assert_close(density(z), expected, rtol=1e-10, atol=1e-10)
@@ -265,7 +267,7 @@ def test_a_distribution_validates_again_after_its_density_was_taken():
 
     guide = fg.AutoFlow(model, "planar", depth=1)
     guide()
-    LogDensity(model, guide, (), {})(points(guide))
+    Program.inspect(model, guide).log_density(points(guide))
     with pytest.raises(ValueError, match="value"):
         prior.log_prob(torch.full((3, 2), torch.nan))
 
@@ -284,12 +286,13 @@ def in_numpy():
 def test_models_that_cannot_take_a_batch_are_run_one_particle_at_a_time(model):
     guide = fg.AutoFlow(model, "planar", depth=1)
     guide()
-    with pytest.raises(NotVectorizedError):
-        LogDensity(model, guide, (), {}).check(points(guide, 3))
-    objective = make_objective(model, guide, (), {})
+    program = Program.inspect(model, guide)
+    with pytest.raises(NotVectorizedError, match=r"under a plate of draws, .*; mapped over the draws, "):
+        program.log_density.check(points(guide, 3))
+    assert program.mode is RunMode.SINGLE
+    objective = make_objective(program)
     assert isinstance(objective, TraceObjective)
     assert not objective.vectorized
-    assert "num_particles" in objective.route
     assert "one particle at a time" in objective.route
 
 
@@ -300,7 +303,7 @@ def test_their_bound_is_right(make):
     """A sum over all particles runs without an error under a plate of them, and is wrong."""
     guide = make(whole_sum)
     guide()
-    objective = make_objective(whole_sum, guide, (), {})
+    objective = make_objective(Program.inspect(whole_sum, guide))
     assert isinstance(objective, DensityObjective) or not objective.vectorized
     with torch.no_grad():
         torch.manual_seed(0)
@@ -323,7 +326,7 @@ def test_a_matrix_that_cannot_be_factorized_costs_one_particle_only():
 
     guide = fg.AutoFlow(model, "planar", depth=1, init_loc_fn=lambda site: torch.ones(2))
     guide()
-    density = LogDensity(model, guide, (), {})
+    density = Program.inspect(model, guide).log_density
     z = torch.tensor([[1.0, 0.3], [-1.0, 0.3], [2.0, 0.1], [0.5, 0.0]])
     found = density(z)
     assert found.isnan().tolist() == [False, True, False, False]

@@ -1,19 +1,32 @@
-"""Guides with wider noise."""
+"""Widen the noise of a guide, and compare its density with that of the guide itself."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from typing import Any
 
 import pyro.distributions as dist
+import torch
 from pyro.distributions.util import scale_and_mask, sum_rightmost
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
+from pyro_flowguides.programs.layout import Layout
+from pyro_flowguides.programs.program import Program
+from pyro_flowguides.programs.running import evaluation, trace_guide
+from pyro_flowguides.programs.trace_density import double_total
+from pyro_flowguides.programs.types import Values
+
+__all__ = ["LOG_RATIO", "Widen", "Widening", "widening_factor"]
+
 _TARGET_ESS_FRACTION = 0.1
 _MAX_FACTOR = 4.0
+#: Name under which the log density of the widened guide, less that of the guide itself, is collected.
+LOG_RATIO = " log ratio"  # a name that no site has
+
 _LOC_SCALE = (dist.Normal, dist.LogNormal, dist.Laplace, dist.Cauchy, dist.StudentT, dist.Logistic)
 
 
@@ -28,6 +41,36 @@ def widening_factor(dim: int) -> float:
     """
     ratio = _TARGET_ESS_FRACTION ** (2 / dim)
     return min(math.sqrt((1 + math.sqrt(1 - ratio)) / ratio), _MAX_FACTOR)
+
+
+@dataclass(frozen=True)
+class Widening:
+    """How a guide can be widened.
+
+    Attributes:
+        sites: the sites whose distribution has a scale that can be multiplied; empty if there is none.
+        factor: the factor that multiplies the scales.
+    """
+
+    sites: tuple[str, ...]
+    factor: float
+
+    @classmethod
+    def of(cls, program: Program) -> Widening:
+        """Run the guide once and find out."""
+        widen = Widen(2.0, active=True)
+        try:
+            with evaluation(), torch.random.fork_rng(devices=[]):
+                trace_guide(program.guide, program.args, program.kwargs, Layout(None, 0), handlers=[widen])
+        except Exception:  # a guide may do anything with a value it did not expect, and flows need not have an inverse
+            return cls((), 1.0)
+        sites = tuple(widen.log_ratios)
+        dim = sum(program.guide_sites[name].value.numel() for name in sites)
+        return cls(sites, widening_factor(dim) if dim else 1.0)
+
+    def handler(self, *, active: bool) -> Widen:
+        """Return the handler that compares with the widened distributions, or draws from them if it is active."""
+        return Widen(self.factor, active=active, only=self.sites)
 
 
 class Widen(Messenger):
@@ -49,6 +92,13 @@ class Widen(Messenger):
     def __enter__(self) -> Any:
         self.log_ratios, self._pairs = {}, {}
         return super().__enter__()
+
+    def collect(self, layout: Layout) -> Values:
+        """Return the log ratio of the last run, summed over all sites, under the name :data:`LOG_RATIO`, (S,)."""
+        total = torch.zeros(layout.num_samples, dtype=torch.float64)
+        for log_ratio in self.log_ratios.values():
+            total = total + double_total(log_ratio, layout)
+        return {LOG_RATIO: total}
 
     def _pyro_sample(self, msg: Any) -> None:
         name = msg["name"]

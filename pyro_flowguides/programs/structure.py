@@ -1,75 +1,57 @@
-"""What a flow guide asks of a model's structure, and how it says what it cannot serve."""
+"""Check that a model has the fixed structure that a flow guide serves, and say what it cannot serve."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from torch.distributions import biject_to
+
+from pyro_flowguides.programs.running import isolated
+from pyro_flowguides.programs.sites import SiteInfo, latent_sites
+from pyro_flowguides.programs.types import Args, Kwargs, Model, Site
 
 __all__ = [
     "call_signature",
     "check_plates",
     "check_same_structure",
     "check_static",
-    "isolated",
-    "latent_sites",
     "latent_trace",
     "observed_sites",
 ]
 
-#: Points around the initial one at which the structure is compared, and how far they lie.
+#: Points around the initial one at which the structure is compared, and their distance in unconstrained space.
 PROBES, PROBE_SCALE = 3, 0.5
 
 
-@contextmanager
-def isolated() -> Iterator[None]:
-    """Run a model as if nothing were around it: no outer plates or traces, no gradients, no random numbers used up."""
-    outer = list(_PYRO_STACK)
-    _PYRO_STACK.clear()
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            yield
-    finally:
-        _PYRO_STACK[:] = outer
-
-
 class _AtPoint(Messenger):
-    """Runs a model at given unconstrained values, each mapped to the support that its site has there."""
+    """Run a model at given unconstrained values, each mapped to the support that its site has there."""
 
     def __init__(self, unconstrained: Mapping[str, Tensor]) -> None:
         super().__init__()
         self.unconstrained = unconstrained
 
-    def _pyro_sample(self, msg: dict[str, Any]) -> None:
-        # Over the value that the guide's initialization, being nearer to the model, has set already.
+    def _pyro_sample(self, msg: Site) -> None:
+        # The guide's initialization is nearer to the model and has set a value already: replace it.
         if msg["name"] in self.unconstrained and not msg["is_observed"]:
             msg["value"] = biject_to(msg["fn"].support)(self.unconstrained[msg["name"]])
 
 
-def latent_trace(model: Callable[..., Any], hide: Callable[..., bool], args: Any, kwargs: Any) -> Trace:
-    """The trace of the latent sites of a model run on its own."""
+def latent_trace(model: Model, hide: Callable[..., bool], args: Args, kwargs: Kwargs) -> Trace:
+    """Return the trace of the latent sites of a model run on its own."""
     with isolated():
         return poutine.trace(poutine.block(model, hide)).get_trace(*args, **kwargs)
 
 
-def observed_sites(model: Callable[..., Any], args: Any, kwargs: Any) -> frozenset[str]:
-    """The names of the sites that hold data; a model run to predict them samples them instead."""
+def observed_sites(model: Model, args: Args, kwargs: Kwargs) -> frozenset[str]:
+    """Return the names of the sites that hold data; a model run to predict them samples them instead."""
     with isolated():
         return frozenset(poutine.trace(model).get_trace(*args, **kwargs).observation_nodes)
-
-
-def latent_sites(trace: Trace) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The latent sites of a trace, those that choose a subsample left out."""
-    nodes: Any = trace.iter_stochastic_nodes()
-    yield from nodes
 
 
 def check_plates(owner: str, trace: Trace) -> None:
@@ -89,7 +71,7 @@ def check_plates(owner: str, trace: Trace) -> None:
 
 
 def check_static(
-    owner: str, model: Callable[..., Any], hide: Callable[..., bool], prototype: Trace, args: Any, kwargs: Any
+    owner: str, model: Model, hide: Callable[..., bool], prototype: Trace, args: Args, kwargs: Kwargs
 ) -> None:
     """Compare the model's structure and supports at a few other points with those at the initial one.
 
@@ -104,7 +86,7 @@ def check_static(
         point = {name: value + PROBE_SCALE * _noise(value, generator) for name, value in center.items()}
         try:
             trace = latent_trace(_AtPoint(point)(model), hide, args, kwargs)
-        except Exception:  # whatever the model does where it is not defined
+        except Exception:  # a model may fail in any way where it is not defined
             continue
         check_same_structure(owner, prototype, trace, "at other values of its latent variables")
         _check_supports(owner, prototype, trace, point)
@@ -115,11 +97,11 @@ def _noise(like: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _check_supports(owner: str, prototype: Trace, trace: Trace, point: Mapping[str, Tensor]) -> None:
-    fixed = dict(latent_sites(prototype))
+    initial = dict(latent_sites(prototype))
     for name, site in latent_sites(trace):
-        here = biject_to(site["fn"].support)(point[name])
-        there = biject_to(fixed[name]["fn"].support)(point[name])
-        if not torch.allclose(here, there, equal_nan=True):
+        value = biject_to(site["fn"].support)(point[name])
+        value_under_initial_support = biject_to(initial[name]["fn"].support)(point[name])
+        if not torch.allclose(value, value_under_initial_support, equal_nan=True):
             raise ValueError(
                 f"{owner}: the support of site {name!r} depends on other latent variables, so that a guide over one "
                 f"unconstrained space would draw values outside it. Reparametrize the site over a fixed support: for "
@@ -135,39 +117,34 @@ def check_same_structure(owner: str, prototype: Trace, trace: Trace, when: str, 
     Raises:
         ValueError: naming the sites, the shapes and the remedy.
     """
-    before = {name: _shape(site) for name, site in latent_sites(prototype)}
-    after = {name: _shape(site) for name, site in latent_sites(trace)}
+    before = {name: SiteInfo.of(site) for name, site in latent_sites(prototype)}
+    after = {name: SiteInfo.of(site) for name, site in latent_sites(trace)}
     remedy = "A flow guide serves one fixed structure: create one guide per structure."
-    gone, new = sorted(before.keys() - after.keys()), sorted(after.keys() - before.keys() - set(observed))
-    if gone or new:
+    missing, new = sorted(before.keys() - after.keys()), sorted(after.keys() - before.keys() - set(observed))
+    if missing or new:
         raise ValueError(
-            f"{owner}: the model has other latent sites {when} (missing: {gone}, new: {new}) than when the guide was "
-            f"set up. {remedy}"
+            f"{owner}: the model has other latent sites {when} (missing: {missing}, new: {new}) than when the guide "
+            f"was set up. {remedy}"
         )
-    for name, shape in before.items():
-        if shape != after[name]:
+    for name, site in before.items():
+        if (site.shape, site.plates) != (after[name].shape, after[name].plates):
             raise ValueError(
-                f"{owner}: site {name!r} has {_describe(after[name])} {when}, and had {_describe(shape)} when the "
+                f"{owner}: site {name!r} has {_describe(after[name])} {when}, and had {_describe(site)} when the "
                 f"guide was set up. {remedy} For a plate over data of changing size use AutoAmortizedFlow."
             )
 
 
-def _shape(site: Mapping[str, Any]) -> tuple[Any, ...]:
-    frames = tuple((frame.name, frame.size) for frame in site["cond_indep_stack"])
-    return tuple(site["value"].shape), frames
+def _describe(site: SiteInfo) -> str:
+    plates = ", ".join(f"{plate.name!r} of size {plate.size}" for plate in site.plates)
+    return f"shape {tuple(site.shape)}" + (f" in plate {plates}" if plates else "")
 
 
-def _describe(shape: tuple[Any, ...]) -> str:
-    plates = ", ".join(f"{name!r} of size {size}" for name, size in shape[1])
-    return f"shape {shape[0]}" + (f" in plate {plates}" if plates else "")
-
-
-def call_signature(args: Any, kwargs: Any) -> Any:
-    """What of a model's arguments can change its structure: shapes, types, and the values of plain switches."""
+def call_signature(args: Args, kwargs: Kwargs) -> tuple[object, ...]:
+    """Return what in a model's arguments can change its structure: shapes, types, and the values of plain switches."""
     return tuple(_leaf(arg) for arg in args), tuple((key, _leaf(value)) for key, value in sorted(kwargs.items()))
 
 
-def _leaf(value: Any) -> Any:
+def _leaf(value: Any) -> object:
     if hasattr(value, "shape"):
         return type(value), tuple(value.shape)
     if isinstance(value, (bool, int, str, type(None))):
