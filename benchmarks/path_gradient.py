@@ -1,9 +1,10 @@
-"""What the path gradient costs: one gradient step of every flow with it, against one with the total gradient.
+"""The cost of the path gradient: a gradient step of every flow with it, and with the total gradient.
 
-    python benchmarks/path_gradient.py --output benchmarks/results/path_gradient.md
+    python benchmarks/path_gradient.py
 
-Draws, log q, the log density of a normal target and the backward pass, at the size of a typical fit and with weights
-moved off the identity start. Both take turns; what is measured is the time of the processor.
+A step draws points, evaluates log q and the log density of a normal target, and runs the backward pass, at the size of
+a typical fit and with weights moved off the identity start. Both kinds of gradient take turns; the processor time is
+measured. Rows go to ``path_gradient.csv``, and the table ``path_gradient.md`` is made from them.
 """
 
 from __future__ import annotations
@@ -13,22 +14,29 @@ import datetime
 import statistics
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from machine import processor
+from row_files import append_row, read_rows
+from tables import markdown_table
 from torch import Tensor
 
 from pyro_flowguides.flows import FLOWS
-from pyro_flowguides.transforms import Flow, on_path
+from pyro_flowguides.transforms import Flow, with_path_gradient
+
+RESULTS = Path(__file__).parent / "results" / "path_gradient.csv"
+#: Untimed rounds at the start.
+WARM_UP = 5
 
 
 def step(flow: Flow, noise: Tensor, path: bool) -> None:
-    """The gradient of a draw's log q − log p; the entropy of the base has none."""
+    """Compute the gradient of log q − log p at draws. The entropy of the base has none."""
     flow.zero_grad()
     log_base = -0.5 * noise.square().sum(-1)
     if path:
         z, ladj, score = flow.forward_and_score(noise, -noise)
-        log_q = on_path(log_base - ladj, z, score)
+        log_q = with_path_gradient(log_base - ladj, z, score)
     else:
         z, ladj = flow.forward_and_ladj(noise)
         log_q = log_base - ladj
@@ -36,32 +44,59 @@ def step(flow: Flow, noise: Tensor, path: bool) -> None:
     (log_q - log_p).mean().backward()
 
 
-def measure(flow: Flow, noise: Tensor, rounds: int) -> dict[bool, list[float]]:
-    """Milliseconds of every round, by whether the path gradient was followed; the first rounds warm up."""
+def time_steps(flow: Flow, noise: Tensor, rounds: int) -> dict[bool, list[float]]:
+    """Return the milliseconds of every round, with the path gradient (True) and with the total gradient (False)."""
     times: dict[bool, list[float]] = {True: [], False: []}
-    for round_ in range(rounds + 5):
-        for path in (round_ % 2 == 0, round_ % 2 == 1):
+    for place in range(rounds + WARM_UP):
+        for path in (place % 2 == 0, place % 2 == 1):
             begin = time.process_time()
             step(flow, noise, path)
-            if round_ >= 5:
+            if place >= WARM_UP:
                 times[path].append(1e3 * (time.process_time() - begin))
     return times
 
 
-def table(dim: int, particles: int, rounds: int, scale: float) -> str:
-    lines = ["| flow | total gradient, ms | path gradient, ms | ratio |", "|---|---|---|---|"]
-    for name, builder in FLOWS.items():
-        torch.manual_seed(0)
-        flow = builder(dim)
-        assert isinstance(flow, Flow)
-        for parameter in flow.parameters():
-            parameter.data.add_(scale * torch.randn_like(parameter) / max(1, parameter.shape[-1:].numel()) ** 0.5)
-        times = measure(flow, torch.randn(particles, dim), rounds)
-        total, path = (statistics.median(times[key]) for key in (False, True))
-        ratio = statistics.median(a / b for a, b in zip(times[True], times[False], strict=True))
-        lines.append(f"| {name} | {total:.2f} | {path:.2f} | {ratio:.2f} |")
-        print(lines[-1], flush=True)
-    return "\n".join(lines)
+def measure(name: str, dim: int, particles: int, rounds: int, scale: float) -> dict[str, Any]:
+    """Return the row of a flow. The ratio is the median of the ratios within a round."""
+    torch.manual_seed(0)
+    flow = FLOWS[name](dim)
+    for parameter in flow.parameters():
+        parameter.data.add_(scale * torch.randn_like(parameter) / max(1, parameter.shape[-1:].numel()) ** 0.5)
+    times = time_steps(flow, torch.randn(particles, dim), rounds)
+    ratio = statistics.median(path / total for path, total in zip(times[True], times[False], strict=True))
+    return {
+        "flow": name,
+        "total_ms": f"{statistics.median(times[False]):.2f}",
+        "path_ms": f"{statistics.median(times[True]):.2f}",
+        "ratio": f"{ratio:.2f}",
+        "dim": dim,
+        "particles": particles,
+        "rounds": rounds,
+        "scale": scale,
+        "date": datetime.date.today(),
+        "machine": f"torch {torch.__version__}, one thread on {processor()}",
+    }
+
+
+def write_table(path: Path) -> str:
+    """Write the table beside the CSV file, and return its text."""
+    rows = read_rows(path)
+    first = rows[0]
+    options = " ".join(f"--{name} {first[name]}" for name in ("dim", "particles", "rounds", "scale"))
+    header = ["flow", "total gradient, ms", "path gradient, ms", "ratio"]
+    cells = [[row["flow"], row["total_ms"], row["path_ms"], row["ratio"]] for row in rows]
+    text = f"""# Cost of the path gradient
+
+`python benchmarks/path_gradient.py {options}`, {first["date"]}, {first["machine"]}, float64, processor time.
+
+A gradient step of every flow at its default size: {first["particles"]} draws in {first["dim"]} dimensions, log q, a log
+density of a normal target, and the backward pass. The ratio is the median of the ratios within a round. It is closer to
+one for models that cost more.
+
+{markdown_table(header, cells)}
+"""
+    path.with_suffix(".md").write_text(text, encoding="utf-8")
+    return text
 
 
 def main() -> None:
@@ -69,31 +104,15 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=10)
     parser.add_argument("--particles", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=100)
-    parser.add_argument("--scale", type=float, default=0.3, help="size of the random weights added to the start")
-    parser.add_argument("--output", type=Path, help="file to write the table to")
-    arguments = parser.parse_args()
+    parser.add_argument("--scale", type=float, default=0.3, help="scale of the random weights added to the start")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="CSV file, written anew")
+    options = parser.parse_args()
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
-    text = table(arguments.dim, arguments.particles, arguments.rounds, arguments.scale)
-    if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(report(arguments, text), encoding="utf-8")
-
-
-def report(arguments: argparse.Namespace, text: str) -> str:
-    options = ("dim", "particles", "rounds", "scale")
-    command = " ".join(["python benchmarks/path_gradient.py", *(f"--{o} {getattr(arguments, o)}" for o in options)])
-    return f"""# The path gradient's cost
-
-`{command}`, {datetime.date.today()},
-torch {torch.__version__}, one thread on {processor()}, float64, processor time.
-
-One gradient step of every flow in its default size: {arguments.particles} draws in {arguments.dim} dimensions, log q, a
-normal log density, backward pass. The ratio is the median of the ratios within a round. A fit with a costlier model has
-ratios closer to one.
-
-{text}
-"""
+    options.output.unlink(missing_ok=True)
+    for name in FLOWS:
+        append_row(options.output, measure(name, options.dim, options.particles, options.rounds, options.scale))
+    print(write_table(options.output))
 
 
 if __name__ == "__main__":
