@@ -1,4 +1,4 @@
-"""Hypernetworks: from a context to the parameters of something else."""
+"""Hypernetworks: networks that compute the parameters of something else from a context."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ class HyperNetwork(nn.Module):
 
     A step of Adam moves every weight by about the learning rate, hence an output by the learning rate times the sum of
     the n features it reads. A ``scale`` :math:`s = 1/\sqrt n` (as in Jacot et al. 2018) makes that step grow with
-    :math:`\sqrt n` instead of n, so that parameters amortized from a wide context bear the learning rate of an encoder.
+    :math:`\sqrt n` instead of n, so that parameters amortized from a wide context tolerate the learning rate of an
+    encoder.
 
     Args:
         context_dim: width of the context.
@@ -34,6 +35,9 @@ class HyperNetwork(nn.Module):
 
     Shapes:
         context ``(..., context_dim)``; each output ``(..., *shape)``.
+
+    Raises:
+        ValueError: if a width is not positive.
 
     References:
         R. van den Berg, L. Hasenclever, J. Tomczak, M. Welling (2018). Sylvester normalizing flows for variational
@@ -63,11 +67,11 @@ class HyperNetwork(nn.Module):
         self.shapes = {name: tuple(shape) for name, shape in shapes.items()}
         self.sizes = [math.prod(shape) for shape in self.shapes.values()]
         self.network = MLP(context_dim, hidden_dims, sum(self.sizes))
-        self._spread(set(self.shapes) if zero is None else set(zero))
+        self._randomize_except(self.shapes if zero is None else zero)
 
     @torch.no_grad()
-    def _spread(self, zero: set[str]) -> None:
-        """Give the rows of the last layer that need not start at zero the usual random start."""
+    def _randomize_except(self, zero: Collection[str]) -> None:
+        """Draw the last layer's weights of all outputs but those that start at zero."""
         weight = self.network.weights[-1]
         for name, rows in zip(self.shapes, weight.split(self.sizes), strict=True):
             if name not in zero:

@@ -8,29 +8,32 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-__all__ = ["MLP", "linear", "slope"]
+__all__ = ["MLP", "elementwise_derivative", "linear"]
 
 
 class MLP(nn.Module):
-    r"""A fully connected network that separates its *layers* from *running* them.
+    r"""A fully connected network that keeps its *layers* apart from *running* them.
 
     .. math:: h_0 = x, \qquad h_{l+1} = a(W_l h_l + b_l), \qquad f(x) = W_L h_L + b_L
 
-    :meth:`fold` returns the tensors :math:`W_l, b_l` once, ready for use, the masks (if any) multiplied in;
-    :meth:`run` evaluates the network for them, as often as needed. A context enters by shifting the folded biases,
-    with any batch shape, which is the same as giving every layer a projection of the context of its own.
+    :meth:`fold` returns the tensors :math:`W_l, b_l`, with any masks multiplied in; :meth:`run` evaluates the network
+    for such tensors, as often as needed. A context enters by shifting the folded biases, with any batch shape. This is
+    the same as giving every layer its own projection of the context.
 
     The last layer starts at zero, so that whatever the network parametrizes starts at its default.
 
     Args:
-        in_features: width of ``x``; zero is allowed (the output is then a constant).
-        hidden_dims: widths of the hidden layers; empty means a linear map.
+        in_features: width of ``x``; with width zero the output is a constant.
+        hidden_dims: widths of the hidden layers; empty for a linear map.
         out_features: width of the output.
         activation: elementwise nonlinearity between the layers.
-        masks: one 0/1 tensor per layer, shaped like its weight; none for a full network.
+        masks: one 0/1 tensor per layer, shaped like its weight; empty for a full network.
 
     Shapes:
         ``x``: ``(..., in_features)``; output ``(..., out_features)``.
+
+    Raises:
+        ValueError: if a width is not positive.
 
     Example:
         >>> import torch
@@ -62,7 +65,7 @@ class MLP(nn.Module):
         self.biases = nn.ParameterList(torch.empty(m) for m in widths[1:])
         self.masked = bool(masks)
         for layer, mask in enumerate(masks):
-            # In the dtype of the weights, so that no product converts it.
+            # In the dtype of the weights, so that no product has to convert it.
             self.register_buffer(f"mask{layer}", mask.to(self.weights[layer].dtype))
         self.reset_parameters()
 
@@ -73,7 +76,7 @@ class MLP(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        r"""Draw hidden weights and biases uniformly in :math:`\pm 1/\sqrt{\text{fan in}}`; the last layer is zero."""
+        r"""Draw hidden weights and biases uniformly in :math:`\pm 1/\sqrt{\text{fan in}}`; zero the last layer."""
         for layer in range(self.depth):
             weight, bias = self.weights[layer], self.biases[layer]
             if layer == self.depth - 1:
@@ -85,7 +88,7 @@ class MLP(nn.Module):
             bias.uniform_(-1, 1).mul_(bound)
 
     def fold(self) -> dict[str, Tensor]:
-        """The layers as tensors: ``weight0, bias0, weight1, ...``."""
+        """Return the layers as tensors: ``weight0, bias0, weight1, ...``."""
         folded: dict[str, Tensor] = {}
         for layer in range(self.depth):
             weight = self.weights[layer]
@@ -95,10 +98,10 @@ class MLP(nn.Module):
 
     def run(self, x: Tensor, folded: Mapping[str, Tensor]) -> Tensor:
         """Evaluate the network for the given layers; biases may carry batch dimensions."""
-        return self.run_and_keep(x, folded)[0]
+        return self.run_with_hidden(x, folded)[0]
 
-    def run_and_keep(self, x: Tensor, folded: Mapping[str, Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """:meth:`run`, and what enters the activations of the hidden layers."""
+    def run_with_hidden(self, x: Tensor, folded: Mapping[str, Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """Evaluate the network, and also return the pre-activations of every hidden layer."""
         hidden = []
         for layer in range(self.depth):
             x = linear(x, folded[f"weight{layer}"], folded[f"bias{layer}"])
@@ -109,14 +112,14 @@ class MLP(nn.Module):
 
     @torch.no_grad()
     def pull_back(self, rows: Tensor, hidden: Sequence[Tensor], folded: Mapping[str, Tensor]) -> Tensor:
-        """Derivatives of K numbers by what enters the last layer, ``(..., K, H)``, carried on to the network's input.
+        """Pull derivatives with respect to the input of the last layer back to the network's input.
 
-        All go through a layer in one product, without a recorded graph: for a few dozen numbers that is cheaper than a
-        backward pass for each.
+        All K rows go through a layer in one product, and no graph is recorded: for a few dozen rows this is cheaper
+        than one backward pass for each.
 
         Args:
-            rows: the derivatives to carry on.
-            hidden: what :meth:`run_and_keep` kept at the point in question.
+            rows: derivatives ``(..., K, H)`` of K numbers with respect to the input of the last layer.
+            hidden: pre-activations from :meth:`run_with_hidden` at the point in question.
             folded: the layers.
 
         Returns:
@@ -124,7 +127,8 @@ class MLP(nn.Module):
         """
         rows = rows.detach()
         for layer in reversed(range(self.depth - 1)):
-            rows = (rows * slope(self.activation, hidden[layer])[..., None, :]) @ folded[f"weight{layer}"]
+            derivative = elementwise_derivative(self.activation, hidden[layer])
+            rows = (rows * derivative[..., None, :]) @ folded[f"weight{layer}"]
         return rows
 
     def forward(self, x: Tensor) -> Tensor:
@@ -135,14 +139,14 @@ class MLP(nn.Module):
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """x W^T + b; the bias may carry batch dimensions."""
+    """Compute ``x W^T + b``; the bias may carry batch dimensions."""
     return nn.functional.linear(x, weight, bias) if bias.dim() == 1 else x @ weight.mT + bias
 
 
-def slope(elementwise: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """The derivative of an elementwise function."""
+def elementwise_derivative(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Differentiate an elementwise function at every element of x."""
     with torch.enable_grad():
         leaf = x.detach().requires_grad_()
-        value = elementwise(leaf)
-        (slope,) = torch.autograd.grad(value, leaf, torch.ones_like(value))
-    return slope
+        value = function(leaf)
+        (derivative,) = torch.autograd.grad(value, leaf, torch.ones_like(value))
+    return derivative

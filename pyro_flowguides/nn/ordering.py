@@ -11,10 +11,10 @@ __all__ = ["as_permutation"]
 
 
 def as_permutation(owner: str, size: int, order: Sequence[int] | Tensor | None) -> Tensor:
-    """The order as a tensor of indices, the natural one for ``None``.
+    """Return the order as a new tensor of indices; ``None`` stands for the natural order.
 
     Raises:
-        ValueError: if it is not a permutation of ``range(size)``; the message names the owner.
+        ValueError: if the order is not a permutation of ``range(size)``. The message names the owner.
     """
     natural = torch.arange(size)
     indices = natural if order is None else torch.as_tensor(order, dtype=torch.long).clone()

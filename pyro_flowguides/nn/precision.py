@@ -1,23 +1,23 @@
-"""Automatic mixed precision is for networks: what has to be exact is kept out of it."""
+"""Keep exact computations out of automatic mixed precision, which is meant for networks."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
 
-__all__ = ["at_least_float32", "at_least_float32_outside_autocast", "in_own_precision"]
+__all__ = ["at_least_float32", "in_own_precision"]
 
-Method = TypeVar("Method", bound=Callable[..., Any])
+Method = TypeVar("Method", bound=Callable[..., object])
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """The tensor itself, or in single precision if it has less.
+    """Convert a half-precision tensor to float32; return any other as it is.
 
-    A sum of a thousand log probabilities in bfloat16 is right to whole nats only.
+    In bfloat16 a sum of a thousand log probabilities is accurate to whole nats only.
 
     Example:
         >>> import torch
@@ -28,15 +28,11 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-def at_least_float32_outside_autocast(x: Tensor) -> Tensor:
-    """The tensor, in at least single precision where autocast is on, which may have shortened it."""
-    return at_least_float32(x) if _autocast_is_on(x.device.type) else x
-
-
 def in_own_precision(method: Method) -> Method:
-    """A method of tensors that computes in the precision of its parameters, also where autocast is on.
+    """Make a method of tensors compute in the precision of its parameters, also under autocast.
 
-    In bfloat16 a log-determinant of ten terms is right to a tenth, and matrices cannot be solved for.
+    Autocast is switched off inside, and tensors that it has shortened to half precision come in as float32. In bfloat16
+    a log-determinant of ten terms is accurate to a tenth, and linear systems cannot be solved.
 
     Example:
         >>> import torch
@@ -51,15 +47,11 @@ def in_own_precision(method: Method) -> Method:
     """
 
     @functools.wraps(method)
-    def exact(self: Any, *tensors: Tensor) -> Any:
+    def exact(self: object, *tensors: Tensor, **options: object) -> object:
         device = tensors[0].device.type
-        if not _autocast_is_on(device):
-            return method(self, *tensors)
+        if device == "meta" or not torch.is_autocast_enabled(device):
+            return method(self, *tensors, **options)
         with torch.autocast(device, enabled=False):
-            return method(self, *(at_least_float32(tensor) for tensor in tensors))
+            return method(self, *map(at_least_float32, tensors), **options)
 
-    return exact  # type: ignore[return-value]
-
-
-def _autocast_is_on(device: str) -> bool:
-    return device != "meta" and torch.is_autocast_enabled(device)
+    return cast("Method", exact)

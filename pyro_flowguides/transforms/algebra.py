@@ -5,27 +5,50 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["dot", "lower_triangle", "matvec", "orthonormal", "per_coordinate", "solve_triangle", "triangle_size"]
+__all__ = [
+    "dot",
+    "lower_triangle",
+    "matvec",
+    "orthonormal",
+    "per_coordinate",
+    "solve_triangle",
+    "stretch",
+    "triangle_size",
+]
 
 
 def per_coordinate(value: float | Tensor, dim: int) -> Tensor:
-    """A number or a vector as a new vector ``(dim,)``, floating-point, on the device of the value."""
+    """Expand a number or a vector to a new floating-point vector ``(dim,)`` on the value's device."""
     value = torch.as_tensor(value).detach()
     return torch.zeros(dim, device=value.device) + value
 
 
 def dot(x: Tensor, v: Tensor) -> Tensor:
-    """``x (..., D), v (..., D) -> (...)``, as one product when v has no batch dimension."""
+    """Multiply ``x (..., D), v (..., D) -> (...)``, as one product if v has no batch dimension."""
     return x @ v if v.dim() == 1 else (x * v).sum(-1)
 
 
 def matvec(matrix: Tensor, x: Tensor) -> Tensor:
-    """``matrix (..., M, D), x (..., D) -> (..., M)``, as one product when the matrix has no batch dimension."""
+    """Multiply ``matrix (..., M, D), x (..., D) -> (..., M)``, as one product if the matrix has no batch dimension."""
     return x @ matrix.mT if matrix.dim() == 2 else (matrix @ x[..., None])[..., 0]
 
 
+def stretch(x: Tensor, directions: Tensor, log_stretch: Tensor) -> Tensor:
+    r"""Stretch x along orthonormal directions: :math:`x + Q\,(e^\kappa - 1) \odot (Q^\top x)`.
+
+    Args:
+        x: ``(..., D)``.
+        directions: Q, orthonormal columns ``(..., D, R)``.
+        log_stretch: κ ``(..., R)``.
+    """
+    along = matvec(directions.mT, x)
+    if directions.shape[-1] == directions.shape[-2]:  # Q spans the space: x is all along, and rounding adds nothing
+        return matvec(directions, log_stretch.exp() * along)
+    return x + matvec(directions, log_stretch.expm1() * along)
+
+
 def orthonormal(columns: Tensor) -> Tensor:
-    """``(..., D, M) -> (..., D, M)``: orthonormal columns by QR, the signs fixed, smooth in the matrix."""
+    """Orthonormalize the columns ``(..., D, M)`` by QR with fixed signs, smoothly in the matrix."""
     q, r = torch.linalg.qr(columns)
     sign = torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(q.dtype)
     return q * sign[..., None, :]
@@ -42,12 +65,12 @@ def solve_triangle(matrix: Tensor, x: Tensor, *, upper: bool, unitriangular: boo
 
 
 def triangle_size(dim: int) -> int:
-    """Number of entries strictly below the diagonal."""
+    """Count the entries strictly below the diagonal."""
     return dim * (dim - 1) // 2
 
 
 def lower_triangle(packed: Tensor, dim: int) -> Tensor:
-    """``(..., D(D-1)/2) -> (..., D, D)``, strictly lower triangular, filled row by row."""
+    """Unpack ``(..., D(D-1)/2)`` to strictly lower triangular ``(..., D, D)``, row by row."""
     rows = torch.arange(dim, device=packed.device)
     start = rows * (rows - 1) // 2
     index = torch.where(rows[:, None] > rows, start[:, None] + rows, packed.shape[-1])

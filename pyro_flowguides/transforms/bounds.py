@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["MARGIN", "above_minus_one", "shrink", "soft_bound"]
+__all__ = ["MARGIN", "above_minus_one", "shrink_factor", "soft_bound"]
 
-#: How far the slope of a planar, radial or Sylvester flow stays from zero: it contracts by at most a factor of 100.
+#: Distance of the slope of a planar, radial or Sylvester flow from zero: it contracts by at most a factor of 100.
 MARGIN = 0.01
 
 
-def shrink(s: Tensor) -> Tensor:
-    r"""A factor :math:`r(s) > 0` with :math:`s\, r(s) > -1 + \text{margin}` for every real s.
+def shrink_factor(s: Tensor) -> Tensor:
+    r"""Return a factor :math:`r(s) > 0` with :math:`s\, r(s) > -1 + \text{margin}` for every real s.
 
     .. math:: r(s) = \frac{1 - \text{margin}}{2} \left( 1 + \frac{s}{2 + \sqrt{s^2 + 4}} \right)
 
@@ -25,10 +25,10 @@ def shrink(s: Tensor) -> Tensor:
 
 
 def above_minus_one(s: Tensor) -> Tensor:
-    r"""A smooth increasing map of the line onto :math:`(-1 + \text{margin}, \infty)` with 0 at 0: :math:`s\, r(s)`."""
-    return s * shrink(s)
+    r"""Map the line smoothly and increasingly onto :math:`(-1 + \text{margin}, \infty)`, 0 to 0: :math:`s\, r(s)`."""
+    return s * shrink_factor(s)
 
 
 def soft_bound(value: Tensor, bound: float | Tensor) -> Tensor:
-    r"""Bounded smoothly to :math:`\pm` ``bound``, the identity near zero: :math:`b \tanh(v / b)`."""
+    r"""Bound a value smoothly to :math:`\pm` ``bound``, with slope 1 at zero: :math:`b \tanh(v / b)`."""
     return bound * (value / bound).tanh()

@@ -1,91 +1,66 @@
-"""What every flow shares: value and log-determinant in one pass, Pyro's interface on top, how context enters."""
+"""The contract of a flow: value and log-determinant in one pass, in both directions, with Pyro's interface on top."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
+import functools
+import operator
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias, cast
 
 import torch
 from pyro.distributions import TransformModule
-from pyro.distributions.conditional import ConditionalTransformModule
 from torch import Tensor, nn
 from torch.distributions import constraints
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from pyro_flowguides.nn import MLP, HyperNetwork
-from pyro_flowguides.nn.precision import at_least_float32_outside_autocast, in_own_precision
-from pyro_flowguides.transforms.solvers import tracing
+from pyro_flowguides.nn import MLP
+from pyro_flowguides.nn.precision import in_own_precision
+from pyro_flowguides.transforms.cache import Memo, recall, remember
 
-__all__ = ["AmortizedFlow", "Compose", "ConditionalCompose", "ConditionalFlow", "ContextFlow", "Flow", "on_path"]
+if TYPE_CHECKING:
+    from torch.distributions.transforms import Transform
 
-#: What a formula reads besides its input: tensors by name, or a list of such for a composition.
-Theta: TypeAlias = Any
-#: The input of a flow where it is known: a tensor, or a list of such for a composition.
-Known: TypeAlias = Any
+    class InverseFlow(Transform):
+        """The inverse of a flow, as Pyro and torch see it."""
 
-_optimizer_steps = 0
-
-
-def _count_optimizer_step(*_: Any) -> None:
-    global _optimizer_steps
-    _optimizer_steps += 1
+        @property
+        def inv(self) -> Flow: ...
+        def __call__(self, x: Tensor) -> Tensor: ...
+        def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor: ...
 
 
-# Some optimizers (torch's fused ones, Pyro's ClippedAdam) change parameters without raising their version.
-register_optimizer_step_post_hook(_count_optimizer_step)
+__all__ = ["BoundFormula", "ConditionerFlow", "Direction", "Flow", "Theta", "with_path_gradient"]
+
+#: The tensors that a formula reads besides its input, by name.
+Theta: TypeAlias = Mapping[str, Tensor]
+#: The directions of a flow that take one pass.
+Direction: TypeAlias = Literal["both", "forward", "inverse"]
 
 
-class _Memo(NamedTuple):
-    """The last pair of a flow, and the state of everything it was computed from."""
+class BoundFormula(NamedTuple):
+    """A formula, that of a flow, and the tensors that it reads."""
 
-    x: Tensor
-    y: Tensor
-    ladj: Tensor
-    state: tuple[Any, ...]
-    graph: bool
+    flow: Flow
+    theta: Theta
 
-
-def _detached(theta: Theta) -> Theta:
-    if isinstance(theta, Tensor):
-        return theta.detach()
-    if isinstance(theta, Mapping):
-        return {name: value.detach() for name, value in theta.items()}
-    return [_detached(part) for part in theta]
-
-
-def _version(tensor: Tensor) -> tuple[int, int, int]:
-    return id(tensor), tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
-
-
-def push_score(flow: Any, x: Tensor, score: Tensor, theta: Theta) -> tuple[Tensor, Tensor, Tensor]:
-    """:meth:`Flow.forward_and_score` of any formula, from the derivatives of its inverse."""
-    y, ladj, known = flow._push_known(x, theta)
-    with torch.enable_grad():
-        image = y.detach().requires_grad_()
-        origin, pulled = flow._pull(image, _detached(theta), known)
-        (score,) = torch.autograd.grad((origin * score).sum() - pulled.sum(), image)
-    return y, ladj.detach(), score
-
-
-def on_path(log_prob: Tensor, y: Tensor, score: Tensor) -> Tensor:
-    """A known log density ``(...)`` at draws y ``(..., D)``, with the path gradient: that of ``score`` along y."""
-    return log_prob.detach() + (score * (y - y.detach())).sum(-1)
+    def detached(self) -> BoundFormula:
+        """Return the formula with its tensors as constants."""
+        return BoundFormula(self.flow, {name: value.detach() for name, value in self.theta.items()})
 
 
 class Flow(TransformModule):
     r"""A bijection of :math:`\mathbb{R}^D` that gives its value and log-determinant in one pass, in both directions.
 
-    A family implements two formulas, :meth:`_push` and :meth:`_pull`, as functions of the input and of ``theta``,
-    the tensors returned by :meth:`theta`. That is all: shape checks, Pyro's ``__call__``, ``inv`` and
-    ``log_abs_det_jacobian``, the identity cache and conditioning are written here once.
+    A family implements two formulas, ``_forward_formula`` and ``_inverse_formula``, as functions of the input and of
+    the tensors returned by :meth:`theta`. Everything else is written here: shape checks, Pyro's ``__call__``, ``inv``
+    and ``log_abs_det_jacobian``, the identity cache, and conditioning, which gives the formulas other tensors to read.
 
-    The cache holds the last (x, y, ladj) so that scoring a draw costs nothing; it answers only for the very same tensor
-    objects, unchanged, under unchanged parameters, and is dropped by copying, pickling and device moves.
-    ``flow.inv(y)`` of a draw ``y = flow(x)`` is then ``x`` itself, as elsewhere in Pyro; :meth:`inverse_and_ladj`
-    always computes.
+    The cache holds the last (x, y, ladj), so that scoring a draw costs nothing. It answers only for the same tensor
+    objects, unchanged, under unchanged parameters; copying, pickling and device moves drop it. For a draw
+    ``y = flow(x)``, ``flow.inv(y)`` is then ``x`` itself, as elsewhere in Pyro; :meth:`inverse_and_ladj` always
+    computes.
 
-    Under autocast a flow computes in the precision of its parameters all the same.
+    Under autocast, too, a flow computes in the precision of its parameters.
 
     Args:
         input_dim: D, at least 1.
@@ -101,61 +76,98 @@ class Flow(TransformModule):
     domain = constraints.real_vector
     codomain = constraints.real_vector
     bijective = True
-    #: The direction that takes one pass: "both", or the only one that does.
-    fast: Literal["both", "forward", "inverse"] = "both"
+    #: The direction that takes one pass, or "both".
+    cheap_direction: Direction = "both"
 
     def __init__(self, input_dim: int, *, cache_size: int = 1) -> None:
         super().__init__(cache_size=cache_size)
         if input_dim < 1:
             raise ValueError(f"{type(self).__name__}: input_dim must be at least 1, got {input_dim}")
         self.input_dim = input_dim
-        self._memo: _Memo | None = None
+        self._memo: Memo | None = None
 
     # -- what a family implements --------------------------------------------------------------------------------------
 
     def theta(self) -> Theta:
-        """The tensors the formulas read: the flow's own parameters, unless a family derives them."""
-        return dict(self._parameters)
+        """Return the tensors that the formulas read: the flow's own parameters, unless a family derives them."""
+        return cast("Theta", dict(self._parameters))
 
-    def _push(self, x: Tensor, theta: Theta) -> tuple[Tensor, Tensor]:
+    def _forward_formula(self, x: Tensor, theta: Theta) -> tuple[Tensor, Tensor]:
+        """Compute y and ladj."""
         raise NotImplementedError
 
-    def _pull(self, y: Tensor, theta: Theta, known: Known = None) -> tuple[Tensor, Tensor]:
-        """The inverse; where the x to return is ``known``, nothing is solved and only derivatives are attached."""
+    def _inverse_formula(self, y: Tensor, theta: Theta, root: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Compute x and ladj; if x is known (``root``), solve nothing and only give it its derivatives."""
         raise NotImplementedError
 
-    def _push_known(self, x: Tensor, theta: Theta) -> tuple[Tensor, Tensor, Known]:
-        """:meth:`_push`, and what :meth:`_pull` needs to know."""
-        return *self._push(x, theta), x.detach()
+    def _score_formula(self, x: Tensor, score: Tensor, theta: Theta) -> tuple[Tensor, Tensor, Tensor]:
+        """Compute y, ladj without derivatives, and the score at y, by default from the inverse at a known root."""
+        y, ladj = self._forward_formula(x, theta)
+        constants = BoundFormula(self, theta).detached().theta
+        with torch.enable_grad():
+            leaf = y.detach().requires_grad_()
+            origin, inverse_ladj = self._inverse_formula(leaf, constants, x.detach())
+            (score,) = torch.autograd.grad((origin * score).sum() - inverse_ladj.sum(), leaf)
+        return y, ladj.detach(), score
 
-    def _push_score(self, x: Tensor, score: Tensor, theta: Theta) -> tuple[Tensor, Tensor, Tensor]:
-        """y, ladj without derivatives, and the score at y."""
-        return push_score(self, x, score, theta)
+    def formulas(self) -> list[BoundFormula]:
+        """Return the formulas that the flow applies in order: its own, or those of its parts."""
+        return [BoundFormula(self, self.theta())]
+
+    def context_shifts(self) -> tuple[Mapping[str, torch.Size], Collection[str]]:
+        """Describe how a context enters.
+
+        Returns:
+            the shapes of the tensors of ``theta`` that a context shifts, by name; and the names of the shifts that
+            start at zero.
+        """
+        shapes = {name: value.shape for name, value in self.theta().items()}
+        return shapes, shapes.keys()
 
     # -- value and log-determinant -------------------------------------------------------------------------------------
 
     @in_own_precision
     def forward_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """``x (..., D) -> y (..., D), log|det dy/dx| (...)``."""
+        """Map ``x (..., D)`` to ``y (..., D), log|det dy/dx| (...)``."""
         self._check(x)
-        y, ladj = self._push(x, self.theta())
-        return y, ladj.expand(y.shape[:-1])
+        ladjs: list[Tensor] = []
+        for flow, theta in self.formulas():
+            x, ladj = flow._forward_formula(x, theta)
+            ladjs.append(ladj)
+        return x, _total(ladjs, x)
 
     @in_own_precision
     def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        r"""``y (..., D) -> x (..., D), log|det dy/dx| at x (...)``, for any y.
+        r"""Map ``y (..., D)`` to ``x (..., D), log|det dy/dx| at x (...)``, for any y.
 
-        Both round trips hold to a small multiple of what rounding leaves of any map with Jacobian J at the pair (x, y):
-        :math:`\varepsilon (\lVert y \rVert + \lVert J \rVert \lVert x \rVert)` in y, and :math:`\lVert J^{-1} \rVert`
-        times that in x.
+        Round trips are accurate to a small multiple of what rounding leaves of any map with Jacobian J at the pair
+        (x, y): :math:`\varepsilon (\lVert y \rVert + \lVert J \rVert \lVert x \rVert)` in y, and
+        :math:`\lVert J^{-1} \rVert` times that in x.
         """
         self._check(y)
-        x, ladj = self._pull(y, self.theta())
-        return x, ladj.expand(x.shape[:-1])
+        return _invert(self.formulas(), y)
+
+    @in_own_precision
+    def inverse_at(self, y: Tensor, x: Tensor, *, detach_parameters: bool = False) -> tuple[Tensor, Tensor]:
+        """Return the x and ladj of a known pair with the derivatives of the inverse, without solving for x.
+
+        Args:
+            y: image ``(..., D)``.
+            x: its origin ``(..., D)``.
+            detach_parameters: treat x and ladj as functions of y only. A density made from them has the path gradient.
+
+        Returns:
+            x ``(..., D)`` and ladj ``(...)``, as :meth:`inverse_and_ladj`.
+        """
+        self._check(y)
+        formulas = self.formulas()
+        if detach_parameters:
+            formulas = [formula.detached() for formula in formulas]
+        return _invert(formulas, y, _inputs(formulas, x))
 
     @in_own_precision
     def forward_and_score(self, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        r"""What the path gradient of a density needs: y, ladj, and the score of the density that x becomes.
+        r"""Return what the path gradient of a density needs: y, ladj, and the score of the density that x becomes.
 
         .. math::
             \log q(y) = \log p(f^{-1}(y)) - \log|\det J|, \qquad
@@ -164,7 +176,7 @@ class Flow(TransformModule):
         A draw :math:`y = f_\phi(x)` depends on the parameters twice in :math:`\log q_\phi(y)`, through the draw and
         through the density. The score gives the first part alone, the path gradient
         :math:`\nabla_y \log q \cdot \partial y / \partial \phi`, which is unbiased and vanishes where q is the target
-        (:func:`on_path` makes it the derivative of a number).
+        (:func:`with_path_gradient` makes it the derivative of a number).
 
         Cost: one forward pass and the derivatives of one inverse pass; nothing is solved, since x is known.
 
@@ -180,25 +192,12 @@ class Flow(TransformModule):
             L. Vaitl, K. Nicoli, S. Nakajima, P. Kessel (2022). Gradients should stay on path. arXiv:2207.08219.
         """
         self._check(x)
-        y, ladj, score = self._push_score(x, score.detach(), self.theta())
-        return y, ladj.expand(y.shape[:-1]), score
-
-    @in_own_precision
-    def inverse_on_path(self, y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x and ladj of a known pair as functions of y only: the density made from them has the path gradient."""
-        return self._inverse_known(y, x, _detached(self.theta()))
-
-    @in_own_precision
-    def inverse_at(self, y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """:meth:`inverse_and_ladj` of a known pair: the same derivatives, nothing being solved."""
-        return self._inverse_known(y, x, self.theta())
-
-    def _inverse_known(self, y: Tensor, x: Tensor, theta: Theta) -> tuple[Tensor, Tensor]:
-        self._check(y)
-        with torch.no_grad():
-            known = self._push_known(x, theta)[2]
-        x, ladj = self._pull(y, theta, known)
-        return x, ladj.expand(y.shape[:-1])
+        score = score.detach()
+        ladjs: list[Tensor] = []
+        for flow, theta in self.formulas():
+            x, ladj, score = flow._score_formula(x, score, theta)
+            ladjs.append(ladj)
+        return x, _total(ladjs, x), score
 
     def _check(self, value: Tensor) -> None:
         if value.dim() == 0 or value.shape[-1] != self.input_dim:
@@ -207,6 +206,11 @@ class Flow(TransformModule):
             )
 
     # -- Pyro's interface ----------------------------------------------------------------------------------------------
+
+    if TYPE_CHECKING:
+
+        @property
+        def inv(self) -> InverseFlow: ...
 
     def __call__(self, x: Tensor) -> Tensor:
         return self._call(x)
@@ -217,7 +221,7 @@ class Flow(TransformModule):
         return y
 
     def _inv_call(self, y: Tensor) -> Tensor:
-        memo = self._recall()
+        memo = recall(self, self._memo)
         if memo is not None and memo.y is y:
             return memo.x
         return self._inverse(y)
@@ -228,14 +232,14 @@ class Flow(TransformModule):
         return x
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
-        """log|det dy/dx| at a pair, from the cache or by the direction that is fast."""
-        memo = self._recall()
+        """Return log|det dy/dx| at a pair, from the cache or by the cheap direction."""
+        memo = recall(self, self._memo)
         if memo is not None and memo.x is x and memo.y is y:
             return memo.ladj
-        return self.inverse_and_ladj(y)[1] if self.fast == "inverse" else self.forward_and_ladj(x)[1]
+        return self.inverse_and_ladj(y)[1] if self.cheap_direction == "inverse" else self.forward_and_ladj(x)[1]
 
     def with_cache(self, cache_size: int = 1) -> Flow:
-        """This flow with the same parameters and the given cache size."""
+        """Return this flow, with the same parameters and the given cache size."""
         if cache_size == self._cache_size:
             return self
         if cache_size not in (0, 1):
@@ -249,35 +253,15 @@ class Flow(TransformModule):
         """Not defined for a map of several coordinates."""
         raise AttributeError(f"{type(self).__name__} has no sign: it maps several coordinates together")
 
-    # -- the cache -----------------------------------------------------------------------------------------------------
-
     def _remember(self, x: Tensor, y: Tensor, ladj: Tensor) -> None:
         self._memo = None
-        if self._cache_size and not tracing(x):
-            self._memo = _Memo(x, y, ladj, self._state(x, y), torch.is_grad_enabled())
+        if self._cache_size:
+            self._memo = remember(self, x, y, ladj)
 
-    def _recall(self) -> _Memo | None:
-        memo = self._memo
-        if memo is None or tracing(memo.x) or memo.state != self._state(memo.x, memo.y):
-            return None
-        # A pair computed under no_grad would cut the graph of whoever scores it with gradients.
-        if not memo.graph and torch.is_grad_enabled() and any(tensor.requires_grad for tensor in self._read()):
-            return None
-        return memo
-
-    def _read(self) -> Iterable[Tensor]:
-        """Everything besides its input that a call reads."""
-        for module in self.modules():
-            yield from (tensor for tensor in module._parameters.values() if tensor is not None)
-            yield from (tensor for tensor in module._buffers.values() if tensor is not None)
-
-    def _state(self, *tensors: Tensor) -> tuple[Any, ...]:
-        return _optimizer_steps, *(_version(tensor) for tensor in (*tensors, *self._read()))
-
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {**super().__getstate__(), "_memo": None}
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Flow:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Flow:
         self._memo = None
         return super()._apply(fn, recurse)
 
@@ -286,279 +270,58 @@ class Flow(TransformModule):
     def extra_repr(self) -> str:
         return f"{self.input_dim}"
 
-    # -- how a context may change the formula --------------------------------------------------------------------------
-
-    def amortized(self) -> tuple[Mapping[str, torch.Size], Collection[str]]:
-        """Which tensors of ``theta`` a context shifts, by name with their shapes; and which shifts start at zero."""
-        shapes = {name: value.shape for name, value in self.theta().items()}
-        return shapes, shapes.keys()
-
-
-class ConditionalFlow(ConditionalTransformModule):
-    """A family of flows indexed by a context: ``condition(context)`` is a :class:`Flow` with the context's batch shape.
-
-    ``theta(context)`` gives the formula of the unconditional family other tensors to read; no formula is written twice.
-    """
-
-    input_dim: int
-    context_dim: int
-
-    def theta(self, context: Tensor) -> Theta:
-        raise NotImplementedError
-
-    def _push(self, x: Tensor, theta: Theta) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError
-
-    def _pull(self, y: Tensor, theta: Theta, known: Known = None) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError
-
-    def _push_known(self, x: Tensor, theta: Theta) -> tuple[Tensor, Tensor, Known]:
-        return *self._push(x, theta), x.detach()
-
-    def _push_score(self, x: Tensor, score: Tensor, theta: Theta) -> tuple[Tensor, Tensor, Tensor]:
-        return push_score(self, x, score, theta)
-
-    @property
-    def fast(self) -> str:
-        raise NotImplementedError
-
-    def condition(self, context: Tensor) -> Flow:
-        """The flow for this context, ``(..., context_dim)``.
-
-        Raises:
-            ValueError: if the context's last dimension is not ``context_dim``.
-        """
-        if context.dim() == 0 or context.shape[-1] != self.context_dim:
-            raise ValueError(
-                f"{type(self).__name__}: expected a context of shape (..., {self.context_dim}), "
-                f"got {tuple(context.shape)}"
-            )
-        return _Conditioned(self, at_least_float32_outside_autocast(context))
-
-    def extra_repr(self) -> str:
-        return f"{self.input_dim}, context_dim={self.context_dim}"
-
-
-class _Conditioned(Flow):
-    """A conditional flow at one (batched) context; its parameters are those of the conditional flow."""
-
-    context: Tensor
-
-    def __init__(self, source: ConditionalFlow, context: Tensor) -> None:
-        super().__init__(source.input_dim)
-        self.source = source
-        self.register_buffer("context", context, persistent=False)
-        self.fast = source.fast  # type: ignore[assignment]
-
-    def theta(self) -> Theta:
-        return self.source.theta(self.context)
-
-    def _push(self, x: Tensor, theta: Theta) -> tuple[Tensor, Tensor]:
-        return self.source._push(x, theta)
-
-    def _pull(self, y: Tensor, theta: Theta, known: Known = None) -> tuple[Tensor, Tensor]:
-        return self.source._pull(y, theta, known)
-
-    def _push_known(self, x: Tensor, theta: Theta) -> tuple[Tensor, Tensor, Known]:
-        return self.source._push_known(x, theta)
-
-    def _push_score(self, x: Tensor, score: Tensor, theta: Theta) -> tuple[Tensor, Tensor, Tensor]:
-        return self.source._push_score(x, score, theta)
-
-    def forward_shape(self, shape: torch.Size) -> torch.Size:
-        return torch.broadcast_shapes(shape, (*self.context.shape[:-1], self.input_dim))
-
-    inverse_shape = forward_shape
-
-
-class _FamilyFlow(ConditionalFlow):
-    """A conditional flow made from an unconditional one and a hypernetwork that shifts what its formula reads."""
-
-    family: ClassVar[type[Flow]]
-    flow: Flow
-    hyper: HyperNetwork
-
-    def _assemble(self, flow: Flow, context_dim: int, hidden_dims: Sequence[int], scale: float = 1.0) -> None:
-        self.input_dim, self.context_dim = flow.input_dim, context_dim
-        self.flow = flow
-        shapes, zero = flow.amortized()
-        self.hyper = HyperNetwork(context_dim, hidden_dims, shapes, zero, scale)
-
-    def theta(self, context: Tensor) -> Theta:
-        theta = dict(self.flow.theta())
-        for name, shift in self.hyper(context).items():
-            theta[name] = theta[name] + shift
-        return theta
-
-    def _push(self, x: Tensor, theta: Theta) -> tuple[Tensor, Tensor]:
-        return self.flow._push(x, theta)
-
-    def _pull(self, y: Tensor, theta: Theta, known: Known = None) -> tuple[Tensor, Tensor]:
-        return self.flow._pull(y, theta, known)
-
-    def _push_score(self, x: Tensor, score: Tensor, theta: Theta) -> tuple[Tensor, Tensor, Tensor]:
-        return self.flow._push_score(x, score, theta)
-
-    @property
-    def fast(self) -> str:
-        return self.flow.fast
-
-
-class AmortizedFlow(_FamilyFlow):
-    """The first way in which context enters: all parameters of a family are a function of it.
-
-    The hypernetwork's outputs are divided by the root of the number of features behind them, see
-    :class:`~pyro_flowguides.nn.HyperNetwork`.
-
-    Args:
-        input_dim: D.
-        context_dim: width of the context.
-        hidden_dims: hidden layers of the hypernetwork; ``()`` for the linear amortization of the papers.
-        **options: passed to the family.
-    """
-
-    def __init__(self, input_dim: int, context_dim: int, hidden_dims: Sequence[int] = (), **options: Any) -> None:
-        super().__init__()
-        features = hidden_dims[-1] if hidden_dims else context_dim
-        # The hypernetwork refuses a width below 1, with its message.
-        self._assemble(self.family(input_dim, **options), context_dim, hidden_dims, max(features, 1) ** -0.5)
-
-
-class ContextFlow(_FamilyFlow):
-    """The second way in which context enters: every layer of a family's conditioner gets a projection of it.
-
-    Args:
-        input_dim: D.
-        context_dim: width of the context.
-        **options: passed to the family, ``hidden_dims`` of its conditioner among them.
-    """
-
-    #: Options of the family that only a context makes useful.
-    context_options: ClassVar[Mapping[str, Any]] = {}
-
-    def __init__(self, input_dim: int, context_dim: int, **options: Any) -> None:
-        super().__init__()
-        self._assemble(self.family(input_dim, **{**self.context_options, **options}), context_dim, ())
-
 
 class ConditionerFlow(Flow):
-    """A flow whose parameters are computed from part of its input by a network, ``self.conditioner``."""
+    """A flow whose parameters are computed from part of its input by a network, ``self.conditioner``.
+
+    A context shifts the biases of that network.
+    """
 
     conditioner: MLP
 
     def theta(self) -> Theta:
         return self.conditioner.fold()
 
-    def amortized(self) -> tuple[Mapping[str, torch.Size], Collection[str]]:
+    def context_shifts(self) -> tuple[Mapping[str, torch.Size], Collection[str]]:
         depth = self.conditioner.depth
         shapes = {f"bias{layer}": self.conditioner.biases[layer].shape for layer in range(depth)}
         return shapes, [f"bias{depth - 1}"]
 
 
-class _Chain:
-    """The formulas of several flows run one after the other, their log-determinants added."""
-
-    parts: nn.ModuleList
-
-    def _flows(self) -> list[Any]:
-        return list(self.parts)
-
-    def _push_known(self, x: Tensor, theta: Theta) -> tuple[Tensor, Tensor, Known]:
-        total, known = x.new_zeros(()), []
-        for part, part_theta in zip(self._flows(), theta, strict=True):
-            x, ladj, part_known = part._push_known(x, part_theta)
-            total = total + ladj
-            known.append(part_known)
-        return x, total, known
-
-    def _push(self, x: Tensor, theta: Theta) -> tuple[Tensor, Tensor]:
-        y, ladj, _ = self._push_known(x, theta)
-        return y, ladj
-
-    def _push_score(self, x: Tensor, score: Tensor, theta: Theta) -> tuple[Tensor, Tensor, Tensor]:
-        total = x.new_zeros(())
-        for part, part_theta in zip(self._flows(), theta, strict=True):
-            x, ladj, score = part._push_score(x, score, part_theta)
-            total = total + ladj
-        return x, total, score
-
-    def _pull(self, y: Tensor, theta: Theta, known: Known = None) -> tuple[Tensor, Tensor]:
-        flows = self._flows()
-        total = y.new_zeros(())
-        for part, part_theta, part_known in zip(
-            reversed(flows), reversed(theta), reversed(known or [None] * len(flows)), strict=True
-        ):
-            y, ladj = part._pull(y, part_theta, part_known)
-            total = total + ladj
-        return y, total
-
-
-def _common_dim(name: str, parts: Sequence[Any]) -> int:
-    dims = [part.input_dim for part in parts]
-    if len(set(dims)) != 1:
-        raise ValueError(f"{name}: the parts must share one input_dim, got {dims or 'no parts'}")
-    return dims[0]
-
-
-def _common_direction(parts: Iterable[Any]) -> Any:
-    directions = {part.fast for part in parts} - {"both"}
-    return directions.pop() if len(directions) == 1 else "both" if not directions else "forward"
-
-
-class Compose(_Chain, Flow):
-    r"""Flows applied in order, as one flow: :math:`f = f_n \circ \dots \circ f_1`, ladj the sum of theirs.
-
-    The same instance may stand at several places. A part's own cache is not used.
+def with_path_gradient(log_prob: Tensor, y: Tensor, score: Tensor) -> Tensor:
+    """Give a log density the path gradient: the derivatives of its draws alone.
 
     Args:
-        parts: flows of one ``input_dim``.
+        log_prob: values of the log density ``(...)``; their own derivatives are dropped.
+        y: the draws ``(..., D)``.
+        score: the gradient of the log density at the draws ``(..., D)``.
 
-    Example:
-        >>> import torch
-        >>> from pyro_flowguides.transforms import Compose, Planar, Reverse
-        >>> flow = Compose([Planar(3), Reverse(3), Planar(3)])
-        >>> y, ladj = flow.forward_and_ladj(torch.randn(5, 3))
-        >>> y.shape, ladj.shape
-        (torch.Size([5, 3]), torch.Size([5]))
+    Returns:
+        the same values ``(...)``, whose derivative with respect to y is the score.
     """
-
-    def __init__(self, parts: Iterable[Flow], *, cache_size: int = 1) -> None:
-        parts = list(parts)
-        super().__init__(_common_dim("Compose", parts), cache_size=cache_size)
-        self.parts = nn.ModuleList(parts)
-        self.fast = _common_direction(parts)
-
-    def theta(self) -> Theta:
-        return [part.theta() for part in self._flows()]
-
-    def forward_shape(self, shape: torch.Size) -> torch.Size:
-        for part in self._flows():
-            shape = part.forward_shape(shape)
-        return shape
-
-    inverse_shape = forward_shape
+    return log_prob.detach() + (score * (y - y.detach())).sum(-1)
 
 
-class ConditionalCompose(_Chain, ConditionalFlow):
-    """Flows applied in order, at least one of them conditional: the conditional counterpart of :class:`Compose`.
+def _inputs(formulas: Sequence[BoundFormula], x: Tensor) -> list[Tensor]:
+    """Return the input of every formula, if x is that of the first."""
+    inputs = [x.detach()]
+    with torch.no_grad():
+        for flow, theta in formulas[:-1]:
+            inputs.append(flow._forward_formula(inputs[-1], theta)[0])
+    return inputs
 
-    Args:
-        parts: flows and conditional flows of one ``input_dim`` and one ``context_dim``.
-    """
 
-    def __init__(self, parts: Iterable[Flow | ConditionalFlow]) -> None:
-        super().__init__()
-        parts = list(parts)
-        self.input_dim = _common_dim("ConditionalCompose", parts)
-        widths = {part.context_dim for part in parts if isinstance(part, ConditionalFlow)}
-        if len(widths) != 1:
-            raise ValueError(f"ConditionalCompose: the parts must share one context_dim, got {sorted(widths)}")
-        self.context_dim = widths.pop()
-        self.parts = nn.ModuleList(parts)
+def _invert(
+    formulas: Sequence[BoundFormula], y: Tensor, roots: Sequence[Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Apply the inverse formulas from the last to the first, at their roots if these are known."""
+    ladjs: list[Tensor] = []
+    for place, (flow, theta) in reversed(list(enumerate(formulas))):
+        y, ladj = flow._inverse_formula(y, theta, None if roots is None else roots[place])
+        ladjs.append(ladj)
+    return y, _total(ladjs, y)
 
-    @property
-    def fast(self) -> str:
-        return _common_direction(self.parts)
 
-    def theta(self, context: Tensor) -> Theta:
-        return [part.theta(context) if isinstance(part, ConditionalFlow) else part.theta() for part in self._flows()]
+def _total(ladjs: Sequence[Tensor], value: Tensor) -> Tensor:
+    """Add log-determinants; give the sum the batch shape of the value."""
+    return functools.reduce(operator.add, ladjs).expand(value.shape[:-1])

@@ -1,89 +1,77 @@
-"""The equations that inverses come down to, and how gradients get through their solutions.
+r"""The equations that inverses reduce to, and how gradients get through their solutions.
 
-Two are enough for the package: one scalar equation, :math:`t + k \tanh t = q`, behind planar and Sylvester flows, and
-the triangular system of an autoregressive map, here with any network; with a MADE there is a faster way,
-:meth:`~pyro_flowguides.nn.MADE.substitute`. Both are solved without recording a graph; the solution is then given the
-derivatives of the implicit function theorem.
+The package needs two: one scalar equation, :math:`t + k \tanh t = q`, for planar and Sylvester flows, and the
+triangular system of an autoregressive map. The solver here takes any network; for a MADE
+:meth:`~pyro_flowguides.nn.MADE.substitute` is faster. Both are solved without recording a graph; the solution then gets
+the derivatives of the implicit function theorem.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from pyro_flowguides.transforms.tracing import is_tracing
+
 __all__ = [
-    "attach",
     "autoregressive_root",
+    "count_newton_steps",
     "implicit_root",
-    "newton_steps",
-    "tanh_newton",
+    "solve_tanh",
     "tanh_root",
-    "tracing",
-    "watched",
+    "with_implicit_gradient",
 ]
 
-Elementwise = Callable[[Tensor], tuple[Tensor, Tensor]]
-Transposed = Callable[[Tensor, Tensor], Tensor]
+#: Compute log-scale and shift of every coordinate from all coordinates.
+AffineMap: TypeAlias = Callable[[Tensor], tuple[Tensor, Tensor]]
+#: Solve ``J^T u = v`` for u, given the root at which the Jacobian J is taken, and v.
+SolveTransposed: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
-#: Most Newton steps on one scalar equation (:func:`newton_steps`), enough for k = 1e10.
-NEWTON_STEPS = 24
-
-
-def tracing(*tensors: Tensor) -> bool:
-    """Whether control flow must not depend on values: under compile, jit.trace, functorch transforms, or on meta."""
-    return (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or any(tensor.is_meta for tensor in tensors)
-    )
+#: Most Newton steps on one scalar equation (:func:`count_newton_steps`), enough for k = 1e10.
+MAX_NEWTON_STEPS = 24
 
 
-def watched() -> bool:
-    """Whether operations are intercepted one by one, to be written down: as values are known, ``tracing`` is not."""
-    return torch._C._len_torch_dispatch_stack() > 0
-
-
-def tanh_root(k: Tensor, q: Tensor, known: Tensor | None = None) -> Tensor:
-    r"""The root :math:`t` of :math:`t + k \tanh t = q` for :math:`k > -1`, elementwise and differentiable.
+def tanh_root(k: Tensor, q: Tensor, root: Tensor | None = None) -> Tensor:
+    r"""Solve :math:`t + k \tanh t = q` for :math:`t`, where :math:`k > -1`, elementwise and differentiable.
 
     The left side is odd and increasing, so take :math:`q \ge 0`. There :math:`\tanh t` lies between :math:`0` and
-    :math:`\min(t, 1)`, so that the root lies between :math:`q` and whichever of :math:`q - k`, :math:`q/(1+k)` is
-    nearer to it; and the left side is concave (:math:`k \ge 0`) or convex (:math:`k < 0`), so that Newton's method
+    :math:`\min(t, 1)`. The root therefore lies between :math:`q` and that one of :math:`q - k` and :math:`q/(1+k)`
+    which is nearer to it. The left side is concave for :math:`k \ge 0` and convex for :math:`k < 0`, so Newton's method
     approaches the root monotonically from that nearer bound. Steps are kept inside the bracket all the same.
 
-    Cost: ``newton_steps(k)`` evaluations of ``tanh`` per element, and one more for the derivatives; only that one if
-    the root is ``known``.
+    Cost: ``count_newton_steps(k)`` evaluations of ``tanh`` per element, and one more for the derivatives; only that one
+    if the ``root`` is known.
     """
-    if known is None:
+    if root is None:
         with torch.no_grad():
-            known = tanh_newton(k.detach(), q.detach(), newton_steps(k))
-    t = known.detach()
+            root = solve_tanh(k.detach(), q.detach(), count_newton_steps(k))
+    t = root.detach()
     tanh = t.tanh()
     slope = 1 + k * (1 - tanh * tanh)
     return t - (t + k * tanh - q) / slope.detach()
 
 
 @torch.no_grad()
-def newton_steps(k: Tensor) -> int:
-    r"""How many Newton steps :math:`t + k \tanh t = q` takes in float64, whatever q: :math:`3 + 2 |\log_{10}(1 + k)|`.
+def count_newton_steps(k: Tensor) -> int:
+    r"""Count the Newton steps that :math:`t + k \tanh t = q` takes in float64, for any q.
 
-    They are counted from the extreme slopes before the first step, so that no step waits for the outcome of the one
-    before. Under tracing, where the slopes are not known, the most there can be.
+    There are :math:`3 + 2 |\log_{10}(1 + k)|` steps, for the k with the most extreme slope. Because the count is known
+    before the first step, no step waits for the outcome of the one before. Under tracing, where the slopes are not
+    known, it is the largest possible count.
     """
-    if tracing(k) or k.numel() == 0:
-        return NEWTON_STEPS
+    if is_tracing(k) or k.numel() == 0:
+        return MAX_NEWTON_STEPS
     needed = 3 + 2 * (1 + k).log10().abs().amax().item()
-    return math.ceil(needed) if needed <= NEWTON_STEPS else NEWTON_STEPS  # also where it is not a number
+    return math.ceil(needed) if needed <= MAX_NEWTON_STEPS else MAX_NEWTON_STEPS  # also where it is not a number
 
 
-def tanh_newton(k: Tensor, q: Tensor, steps: int) -> Tensor:
-    """The root of :func:`tanh_root` without derivatives."""
+def solve_tanh(k: Tensor, q: Tensor, steps: int) -> Tensor:
+    """Solve the equation of :func:`tanh_root` by Newton's method, without derivatives."""
     magnitude = q.abs()
     saturated, linear = magnitude - k, magnitude / (1 + k)
     near = torch.where(k >= 0, torch.maximum(saturated, linear), torch.minimum(saturated, linear))
@@ -97,119 +85,122 @@ def tanh_newton(k: Tensor, q: Tensor, steps: int) -> Tensor:
     return torch.copysign(t, q)
 
 
-def autoregressive_root(elementwise: Elementwise, w: Tensor, rank: Tensor, known: Tensor | None = None) -> Tensor:
-    r"""The root :math:`z` of :math:`e^{a(z)} \odot z + m(z) = w`, where :math:`a_i, m_i` read only earlier coordinates.
+def autoregressive_root(affine_map: AffineMap, w: Tensor, rank: Tensor) -> Tensor:
+    r"""Solve :math:`e^{a(z)} \odot z + m(z) = w` for :math:`z`, where :math:`a_i, m_i` read only earlier coordinates.
 
     Jacobi iteration :math:`z \leftarrow (w - m(z)) / e^{a(z)}`: after :math:`k` passes the first :math:`k` coordinates
-    are final whatever the others hold, so that D passes give what solving for one coordinate after the other gives.
-    It stops before, at the first iterate that satisfies the equations to rounding: what is returned early has been put
-    to the test itself. Coordinates that are not final may grow without bound on the way. They are kept within the
-    square root of the largest number, from where no network reaches an infinity that would spoil earlier coordinates
-    through weights of zero. Gradients solve the transposed triangular system in the same way.
+    are final, whatever the others hold. D passes thus give the same as solving one coordinate after the other. The
+    iteration stops earlier, at the first iterate that itself satisfies the equations to rounding. Coordinates that are
+    not final may grow without bound on the way. They are kept within the square root of the largest number; from there
+    no network reaches an infinity that would spoil earlier coordinates through weights of zero. Gradients solve the
+    transposed triangular system in the same way.
 
-    Under tracing (compile, vmap, jit, meta) all passes run, recorded: the same values and gradients, more memory.
+    Under tracing (compile, vmap, jit, meta) all passes run and are recorded: the same values and gradients, more
+    memory.
 
     Args:
-        elementwise: ``z -> (log-scale a, shift m)``.
+        affine_map: ``z -> (log-scale a, shift m)``.
         w: right-hand side ``(..., D)``.
-        rank: place of each coordinate in the order, ``(D,)``.
-        known: the root, if it is known and only its derivatives are wanted.
+        rank: position of each coordinate in the order, ``(D,)``.
+
+    Returns:
+        z ``(..., D)``.
     """
-    if known is None and tracing(w):
+    if is_tracing(w):
         z = w
-        for done in range(len(rank)):
-            z = _bounded(_jacobi(elementwise, z, w)[0], rank <= done)
+        for passes in range(len(rank)):
+            z = _bounded(_jacobi(affine_map, z, w)[0], rank <= passes)
         return z
-    if known is None:
-        with torch.no_grad():
-            known = _iterate(elementwise, w, rank)
-    return implicit_root(elementwise, w, known, lambda z, v: _iterate_transposed(elementwise, z, v, len(rank)))
+    with torch.no_grad():
+        root = _iterate(affine_map, w, rank)
+    return implicit_root(affine_map, w, root, lambda z, v: _iterate_transposed(affine_map, z, v, len(rank)))
 
 
-def implicit_root(elementwise: Elementwise, w: Tensor, root: Tensor, solve_transposed: Transposed) -> Tensor:
-    r"""The known root of :func:`autoregressive_root` with its derivatives by w and by what ``elementwise`` reads.
+def implicit_root(affine_map: AffineMap, w: Tensor, root: Tensor, solve_transposed: SolveTransposed) -> Tensor:
+    r"""Give a root of :func:`autoregressive_root` its derivatives with respect to w and the tensors of ``affine_map``.
 
     Args:
-        elementwise: ``z -> (log-scale a, shift m)``.
+        affine_map: ``z -> (log-scale a, shift m)``.
         w: right-hand side ``(..., D)``.
         root: the root.
         solve_transposed: from the root and v to the solution of :math:`J^\top u = v`, J the Jacobian of the map there.
     """
     if not torch.is_grad_enabled():
         return root
-    log_scale, shift = elementwise(root)
+    log_scale, shift = affine_map(root)
     residual = w - (root * log_scale.exp() + shift)
     if not residual.requires_grad:
         return root
-    (moved,) = attach(lambda values, v: solve_transposed(values[0], v), residual, root)
-    return moved
+    (solution,) = with_implicit_gradient(lambda values, v: solve_transposed(values[0], v), residual, root)
+    return solution
 
 
-def attach(pull: Callable[..., Tensor], w: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
-    """Known values as functions of w, to first order.
+def with_implicit_gradient(pull_back: Callable[..., Tensor], w: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
+    """Make known values functions of w, to first order.
 
     Args:
-        pull: from the values and the derivatives by each of them to the derivative by w.
-        w: what the values depend on.
+        pull_back: from the tuple of values and the derivatives with respect to each of them to the derivative with
+            respect to w.
+        w: the tensor that the values depend on.
         values: the values.
 
     Returns:
         copies of the values.
     """
-    attached: tuple[Tensor, ...] = _Attached.apply(pull, w, *values)
+    attached: tuple[Tensor, ...] = _ImplicitGradient.apply(pull_back, w, *values)
     return attached
 
 
-def _jacobi(elementwise: Elementwise, z: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-    """One pass, and the size of the rounding error it carries."""
-    log_scale, shift = elementwise(z)
+def _jacobi(affine_map: AffineMap, z: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    """Make one pass; also return the size of its rounding errors in units of machine precision."""
+    log_scale, shift = affine_map(z)
     scale = log_scale.exp()
     return (w - shift) / scale, (w.abs() + shift.abs()) / scale
 
 
 def _bounded(z: Tensor, final: Tensor) -> Tensor:
-    """What is not final kept finite, and small enough for the products inside a network."""
+    """Keep coordinates that are not final finite, and small enough for the products inside a network."""
     huge = torch.finfo(z.dtype).max ** 0.5
     return torch.where(final, z, z.nan_to_num(nan=0.0).clamp(-huge, huge))
 
 
-def _iterate(elementwise: Elementwise, w: Tensor, rank: Tensor) -> Tensor:
+def _iterate(affine_map: AffineMap, w: Tensor, rank: Tensor) -> Tensor:
     tolerance = 4 * torch.finfo(w.dtype).eps
     z = w
-    for done in range(len(rank)):
-        update, size = _jacobi(elementwise, z, w)
-        if done + 1 < len(rank) and bool(((update - z).abs() <= tolerance * size).all()):
+    for passes in range(len(rank)):
+        update, size = _jacobi(affine_map, z, w)
+        if passes + 1 < len(rank) and bool(((update - z).abs() <= tolerance * size).all()):
             return z.expand_as(update)  # a batched context may have more dimensions than w
-        z = _bounded(update, rank <= done)
+        z = _bounded(update, rank <= passes)
     return z
 
 
-def _iterate_transposed(elementwise: Elementwise, z: Tensor, v: Tensor, passes: int) -> Tensor:
+def _iterate_transposed(affine_map: AffineMap, z: Tensor, v: Tensor, passes: int) -> Tensor:
     with torch.enable_grad():
         leaf = z.detach().requires_grad_()
-        log_scale, shift = elementwise(leaf)
+        log_scale, shift = affine_map(leaf)
         image = leaf * log_scale.exp() + shift
     inverse_scale = torch.exp(-log_scale.detach())
     tolerance = 4 * torch.finfo(v.dtype).eps
-    static = tracing(v)
+    static = is_tracing(v)
     u = v * inverse_scale
     for _ in range(passes - 1):
-        (pulled,) = torch.autograd.grad(image, leaf, u, retain_graph=True)
-        step = (v - pulled) * inverse_scale
+        (pulled_back,) = torch.autograd.grad(image, leaf, u, retain_graph=True)
+        step = (v - pulled_back) * inverse_scale
         u = u + step
         if not static and bool((step.abs() <= tolerance * u.abs().amax(-1, keepdim=True)).all()):
             break
     return u
 
 
-class _Attached(torch.autograd.Function):
+class _ImplicitGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, pull: Callable[..., Tensor], w: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, pull_back: Callable[..., Tensor], w: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
         ctx.save_for_backward(*values)
-        ctx.pull = pull
+        ctx.pull_back = pull_back
         return tuple(value.clone() for value in values)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *derivatives: Tensor) -> tuple[Tensor | None, ...]:
-        return None, ctx.pull(ctx.saved_tensors, *derivatives), *(None for _ in derivatives)
+        return None, ctx.pull_back(ctx.saved_tensors, *derivatives), *(None for _ in derivatives)

@@ -11,14 +11,14 @@ from torch.nn.functional import logsigmoid
 
 from pyro_flowguides.transforms.bounds import soft_bound
 
-__all__ = ["UPDATES", "Update", "place"]
+__all__ = ["UPDATES", "Update", "invert_affine"]
 
 #: Largest absolute log-scale of one affine step.
 LOG_SCALE_BOUND = 2.0
-#: Bias of the gate: it opens to at most 1 / sigmoid(2) = 1.135 times the input.
+#: Bias of the gate's logit: the gate opens to at most 1 / sigmoid(2) = 1.135 times the input.
 GATE_BIAS = LOG_SCALE_BOUND
 #: Logarithm of the gate at its bias.
-LOG_OPEN = -math.log1p(math.exp(-GATE_BIAS))
+LOG_GATE_AT_BIAS = -math.log1p(math.exp(-GATE_BIAS))
 
 
 def _affine(raw: Tensor, shift: Tensor, bound: float | Tensor) -> tuple[Tensor, Tensor]:
@@ -26,22 +26,22 @@ def _affine(raw: Tensor, shift: Tensor, bound: float | Tensor) -> tuple[Tensor, 
 
 
 def _gated(raw: Tensor, shift: Tensor, bound: float | Tensor) -> tuple[Tensor, Tensor]:
-    """The gate, divided by its value at the bias, so that a step starts at the identity and not as a contraction.
+    """Divide the gate by its value at the bias, so that a step starts at the identity and not as a contraction.
 
-    Its logit stays within twice the bias of it, so that its logarithm stays above minus the bias: the gate never shuts.
-    What it leaves open to the shift is not divided, and so not zero at the start: the shift is learned from there.
+    The logit stays within twice the bias of the bias, so the gate's logarithm stays above minus the bias: the gate
+    never shuts. The factor of the shift is not divided and not zero at the start, so the shift learns from there.
     """
     logit = soft_bound(raw, bound) + GATE_BIAS
-    return logsigmoid(logit) - LOG_OPEN, (-logit).sigmoid() * shift
+    return logsigmoid(logit) - LOG_GATE_AT_BIAS, (-logit).sigmoid() * shift
 
 
 def _shift(raw: Tensor, shift: Tensor, _: float | Tensor) -> tuple[Tensor, Tensor]:
-    """A shift alone ("mean only"): the log-scale is zero whatever the network says."""
+    """Only shift ("mean only"): the log-scale is zero for any output of the network."""
     return 0 * raw, shift
 
 
-def place(log_scale: Tensor, shift: Tensor, w: Tensor) -> Tensor:
-    """z from its image, divided by the very scale that it was multiplied with."""
+def invert_affine(log_scale: Tensor, shift: Tensor, w: Tensor) -> Tensor:
+    """Solve ``exp(log_scale) z + shift = w``; divide by the very scale that the forward direction multiplies by."""
     return (w - shift) / log_scale.exp()
 
 

@@ -153,7 +153,7 @@ def test_substitutions_solve_their_equations(dim, hidden_dims, lowest_degree):
         x = net.substitute(lambda a, b, w: w - a - b.sin(), [given], folded, together)
         a, b = net.run(x, folded).chunk(2, -1)
         torch.testing.assert_close(x + a + b.sin(), given, rtol=1e-12, atol=1e-12)
-    _, hidden = net.run_and_keep(x, folded)
+    _, hidden = net.run_with_hidden(x, folded)
     u = net.solve_transposed(v, coefficients, hidden, folded)
     jacobians = torch.func.vmap(torch.func.vmap(torch.func.jacrev(net)))(x).unflatten(-2, (2, dim))
     matrix = torch.eye(dim) + torch.einsum("k...i,...kij->...ij", torch.stack(coefficients), jacobians)

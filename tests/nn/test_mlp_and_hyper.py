@@ -169,7 +169,7 @@ def test_pull_back(hidden_dims, batch):
     folded = net.fold()
     folded["bias0"] = folded["bias0"] + torch.randn(*batch, 1, dtype=torch.float64)  # a context with batch dimensions
     x = torch.randn(*batch, 3, dtype=torch.float64)
-    output, hidden = net.run_and_keep(x, folded)
+    output, hidden = net.run_with_hidden(x, folded)
     torch.testing.assert_close(output, net.run(x, folded))
     weight = folded[f"weight{net.depth - 1}"]
     rows = net.pull_back(weight.expand(*batch, *weight.shape), hidden, folded)

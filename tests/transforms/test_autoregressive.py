@@ -159,7 +159,7 @@ def test_levels_taken_together_change_nothing(case, scale):
 def test_a_solve_can_be_recorded(case):
     """No step depends on values while operations are written down, in many dimensions and with gradients."""
     flow = case.flow(40, 0.3, (4,))
-    slow = flow.forward_and_ladj if flow.fast == "inverse" else flow.inverse_and_ladj
+    slow = flow.forward_and_ladj if flow.cheap_direction == "inverse" else flow.inverse_and_ladj
     parameters = [p for p in flow.parameters() if p.numel()]
 
     def gradients(w):
@@ -223,7 +223,7 @@ def test_a_whole_inversion_adds_few_passes_to_refine_the_root_and_two_for_the_gr
     case, grad, scale, most, monkeypatch
 ):
     flow = case.flow(8, scale, (4,))
-    slow = flow.forward_and_ladj if flow.fast == "inverse" else flow.inverse_and_ladj
+    slow = flow.forward_and_ladj if flow.cheap_direction == "inverse" else flow.inverse_and_ladj
     counter = count_passes(flow, monkeypatch)
     with torch.set_grad_enabled(grad):
         slow(torch.randn(4, 8))
@@ -251,7 +251,7 @@ def test_implicit_gradient_is_that_of_the_unrolled_solve(case, dim, scale, monke
     parameters = list(flow.parameters())
 
     def gradients():
-        slow = flow.forward_and_ladj if flow.fast == "inverse" else flow.inverse_and_ladj
+        slow = flow.forward_and_ladj if flow.cheap_direction == "inverse" else flow.inverse_and_ladj
         z, ladj = slow(w)
         loss = (z * v).sum() + (ladj * u).sum()
         return torch.autograd.grad(loss, [w, *parameters], allow_unused=True)
@@ -346,7 +346,7 @@ def test_finite_at_large_weights_and_far_points(case):
 def test_backward_twice_and_only_where_needed(case):
     """The graph of an inversion can be used again; without anything to differentiate there is none."""
     flow = case.flow(3, 0.5, (4,))
-    slow = flow.forward_and_ladj if flow.fast == "inverse" else flow.inverse_and_ladj
+    slow = flow.forward_and_ladj if flow.cheap_direction == "inverse" else flow.inverse_and_ladj
     w = torch.randn(4, 3, requires_grad=True)
     z, _ = slow(w)
     (first,) = torch.autograd.grad(z.sum(), w, retain_graph=True)

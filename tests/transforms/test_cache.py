@@ -119,7 +119,7 @@ def assert_fair_log_det(flow, x, y):
     with torch.no_grad():
         at_x, at_y = truth(flow, x)[1], copy.deepcopy(flow).inverse_and_ladj(y.clone())[1]
         ladj = flow.log_abs_det_jacobian(x, y)
-    torch.testing.assert_close(ladj, at_y if flow.fast == "inverse" else at_x, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(ladj, at_y if flow.cheap_direction == "inverse" else at_x, rtol=1e-8, atol=1e-8)
 
 
 @torch.no_grad()

@@ -107,7 +107,7 @@ def test_random_permutations_differ():
 @pytest.mark.parametrize("case", DEFAULT, ids=name)
 def test_direction_that_takes_one_pass(case):
     flow = case.flow(3)
-    assert flow.fast == {"InverseAutoregressive": "forward", "MaskedAutoregressive": "inverse"}.get(
+    assert flow.cheap_direction == {"InverseAutoregressive": "forward", "MaskedAutoregressive": "inverse"}.get(
         case.formula.__name__, "both"
     )
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pyro_flowguides.nn import MADE, made
-from pyro_flowguides.transforms import Compose, InverseAutoregressive, Planar, on_path
+from pyro_flowguides.transforms import Compose, InverseAutoregressive, Planar, with_path_gradient
 from pyro_flowguides.transforms import solvers as solve
 from pyro_flowguides.transforms.families import sylvester
 from tests.transforms.families import CASES, CONDITIONAL, jacobian, name, randomize
@@ -17,7 +17,7 @@ def no_solving(monkeypatch):
         raise AssertionError("the root is known: nothing is to be solved")
 
     monkeypatch.setattr(MADE, "substitute", solver)
-    monkeypatch.setattr(solve, "tanh_newton", solver)
+    monkeypatch.setattr(solve, "solve_tanh", solver)
     monkeypatch.setattr(sylvester, "_back_substitute", solver)
 
 
@@ -47,7 +47,7 @@ def test_forward_and_score(case, monkeypatch):
         origin, pulled = flow.inverse_and_ladj(leaf)
         (expected,) = torch.autograd.grad((base(origin)[0] - pulled).sum(), leaf)
         with monkeypatch.context() as patch:
-            if flow.fast != "inverse":  # MAF draws by solving; its path is then free
+            if flow.cheap_direction != "inverse":  # MAF draws by solving; its path is then free
                 no_solving(patch)
             y, ladj, score = flow.forward_and_score(x, base(x)[1])
         for one, other in ((y, expected_y), (ladj, expected_ladj)):
@@ -61,7 +61,7 @@ def test_forward_and_score(case, monkeypatch):
 def test_on_path_has_the_derivative_of_the_score_alone():
     y = torch.randn(4, DIM, requires_grad=True)
     value, score = y.square().sum(-1), torch.randn(4, DIM)
-    found = on_path(value, y, score)
+    found = with_path_gradient(value, y, score)
     torch.testing.assert_close(found, value)
     torch.testing.assert_close(torch.autograd.grad(found.sum(), y)[0], score)
 
@@ -74,9 +74,9 @@ def test_inverse_on_path(case, monkeypatch):
         expected_x, expected_ladj = flow.inverse_and_ladj(y)
         (by_y,) = torch.autograd.grad(density(expected_x, expected_ladj), y)
         with monkeypatch.context() as patch:
-            if flow.fast != "inverse":
+            if flow.cheap_direction != "inverse":
                 no_solving(patch)
-            path_x, ladj = flow.inverse_on_path(y, x)
+            path_x, ladj = flow.inverse_at(y, x, detach_parameters=True)
         torch.testing.assert_close(path_x, x, rtol=1e-8, atol=1e-8)
         torch.testing.assert_close(ladj, expected_ladj, rtol=1e-8, atol=1e-8)
         gradient, *others = torch.autograd.grad(
@@ -94,7 +94,7 @@ def test_inverse_at_has_all_derivatives_of_the_inverse(case, monkeypatch):
         leaves = [y, *(p for p in flow.parameters() if p.numel())]
         expected = torch.autograd.grad(density(*flow.inverse_and_ladj(y)), leaves, allow_unused=True)
         with monkeypatch.context() as patch:
-            if flow.fast != "inverse":
+            if flow.cheap_direction != "inverse":
                 no_solving(patch)
             known_x, ladj = flow.inverse_at(y, x)
         torch.testing.assert_close(known_x, x, rtol=1e-8, atol=1e-8)
@@ -116,7 +116,7 @@ def test_context_is_held_too(case):
     origin, pulled = module.condition(context.detach()).inverse_and_ladj(leaf)
     (expected,) = torch.autograd.grad((base(origin)[0] - pulled).sum(), leaf)
     torch.testing.assert_close(score, expected, rtol=1e-7, atol=1e-8)
-    (total,) = torch.autograd.grad(on_path(base(x)[0] - ladj, y, score).sum(), context, retain_graph=True)
+    (total,) = torch.autograd.grad(with_path_gradient(base(x)[0] - ladj, y, score).sum(), context, retain_graph=True)
     (through_y,) = torch.autograd.grad(y, context, expected)
     torch.testing.assert_close(total, through_y)
 
@@ -137,6 +137,6 @@ def test_score_of_autoregressive_layers_is_that_of_the_dense_jacobian(case, dim,
     assert expected.abs().max() > 0.1
     torch.testing.assert_close(flow.forward_and_score(x, score)[2], expected, rtol=1e-9, atol=1e-9)
     y = flow.forward_and_ladj(x)[0].detach().requires_grad_()
-    origin, ladj = flow.inverse_on_path(y, x)
+    origin, ladj = flow.inverse_at(y, x, detach_parameters=True)
     (gradient,) = torch.autograd.grad(((origin * score).sum(-1) - ladj).sum(), y)
     torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-9)

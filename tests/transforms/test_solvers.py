@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pyro_flowguides.transforms.bounds import MARGIN, above_minus_one, shrink, soft_bound
-from pyro_flowguides.transforms.solvers import NEWTON_STEPS, newton_steps, tanh_root
+from pyro_flowguides.transforms.bounds import MARGIN, above_minus_one, shrink_factor, soft_bound
+from pyro_flowguides.transforms.solvers import MAX_NEWTON_STEPS, count_newton_steps, tanh_root
 
 EPS = torch.finfo(torch.float64).eps
 TINY = torch.finfo(torch.float64).tiny
@@ -90,8 +90,8 @@ def test_dense_grid_including_the_kink(k, dtype):
 def test_steps_are_counted_beforehand(k, most):
     """By the steepest slope of all; the dense grid above shows that they suffice."""
     k = torch.tensor([0.1, k, -0.1])
-    assert newton_steps(k) <= most
-    assert newton_steps(k[:0]) == torch.func.vmap(lambda k: k * newton_steps(k))(torch.ones(1)) == NEWTON_STEPS
+    assert count_newton_steps(k) <= most
+    assert count_newton_steps(k[:0]) == torch.func.vmap(lambda k: k * count_newton_steps(k))(torch.ones(1)) == MAX_NEWTON_STEPS
 
 
 def test_not_a_number_stays_one():
@@ -103,17 +103,17 @@ def test_not_a_number_stays_one():
 @given(reals)
 def test_shrunk_products_stay_above_minus_one_by_the_margin(s):
     s = number(s)
-    product = s * shrink(s)
+    product = s * shrink_factor(s)
     assert product >= -0.99 - 4 * EPS
     assert product * s >= 0
-    assert shrink(s) >= 0
+    assert shrink_factor(s) >= 0
     assert above_minus_one(s) == product
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_shrink_keeps_its_margin_at_any_magnitude(dtype):
     s = -torch.logspace(-20, 18, 400, dtype=dtype)
-    product = (s * shrink(s)).double()
+    product = (s * shrink_factor(s)).double()
     assert (product >= -0.99 - 1e-6).all()
     assert (product[1:] <= product[:-1] + 1e-6).all()
 
@@ -125,5 +125,5 @@ def test_bounds_are_smooth_and_monotone():
         assert (slope > 0).all()
         assert torch.autograd.gradcheck(bound, s.detach()[::60].requires_grad_())
     assert soft_bound(torch.tensor([-1e9, 0.0, 1e9]), 2.0).tolist() == [-2.0, 0.0, 2.0]
-    (at_zero,) = torch.autograd.grad(shrink(zero := torch.zeros((), requires_grad=True)), zero)
+    (at_zero,) = torch.autograd.grad(shrink_factor(zero := torch.zeros((), requires_grad=True)), zero)
     assert at_zero == pytest.approx((1 - MARGIN) / 8)

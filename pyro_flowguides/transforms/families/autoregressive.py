@@ -3,55 +3,50 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, ClassVar, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from pyro_flowguides.nn import MADE
-from pyro_flowguides.transforms.flow import ConditionerFlow, ContextFlow, Known, Theta
-from pyro_flowguides.transforms.solvers import attach, implicit_root, tracing, watched
-from pyro_flowguides.transforms.updates import UPDATES, place
+from pyro_flowguides.transforms.conditional import ContextFlow
+from pyro_flowguides.transforms.flow import ConditionerFlow, Theta
+from pyro_flowguides.transforms.solvers import implicit_root, with_implicit_gradient
+from pyro_flowguides.transforms.tracing import in_dispatch_mode, is_tracing
+from pyro_flowguides.transforms.updates import UPDATES, invert_affine
 
 __all__ = [
     "ConditionalInverseAutoregressive",
     "ConditionalMaskedAutoregressive",
     "InverseAutoregressive",
     "MaskedAutoregressive",
-    "conditional_inverse_autoregressive",
-    "conditional_masked_autoregressive",
-    "inverse_autoregressive",
-    "masked_autoregressive",
 ]
 
-#: Up to that many numbers in a block it is quicker to iterate than to solve for one level after the other, on one core.
-TOGETHER = 4096
-#: Passes at most after a substitution: two where weights are ordinary, all of them where the round trip is lost by far.
-PASSES = 12
+#: Most numbers in a block for which iterating is faster than solving level by level, on one core.
+MAX_ITERATED = 4096
+#: Most passes that refine a substitution. Ordinary weights take two; all are taken only where the round trip is lost by
+#: far.
+MAX_REFINEMENTS = 12
 
 
-def _together(w: Tensor) -> int:
-    """How many numbers to iterate: on a GPU steps count and not their size; recorded steps do not depend on values."""
-    if watched():
-        return 0
-    return sys.maxsize if w.is_cuda else TOGETHER
+class _Linearization(NamedTuple):
+    """Constants at a pair: scale, log-determinant, and the derivatives of image and log-determinant.
 
-
-class _Slopes(NamedTuple):
-    """Constants of a pair: scale, derivatives of image and log-determinant by the conditioner's output, the latter."""
+    Both derivatives are with respect to the output of the conditioner.
+    """
 
     scale: Tensor
+    ladj: Tensor
     image_by_output: Tensor
     ladj_by_output: Tensor
-    ladj: Tensor
 
 
 class _Autoregressive(ConditionerFlow):
-    r"""The map :math:`w_i = e^{a_i} z_i + m_i` with :math:`(a_i, m_i)` a function of earlier coordinates of z.
+    r"""The map :math:`w_i = e^{a_i} z_i + m_i`, where :math:`(a_i, m_i)` is a function of earlier coordinates of z.
 
-    :meth:`_parallel` evaluates it in one pass, :meth:`_sequential` solves it for z. IAF draws in the parallel
+    :meth:`_parallel` evaluates it in one pass; :meth:`_sequential` solves it for z. IAF draws in the parallel
     direction, MAF scores in it.
     """
 
@@ -74,102 +69,106 @@ class _Autoregressive(ConditionerFlow):
             input_dim, hidden_dims, 2, order=order, lowest_degree=lowest_degree, activation=activation
         )
 
-    def _elementwise(self, z: Tensor, theta: Theta) -> tuple[Tensor, Tensor]:
-        """Log-scale and shift of each coordinate."""
+    def _affine_map(self, z: Tensor, theta: Theta) -> tuple[Tensor, Tensor]:
+        """Compute log-scale and shift of each coordinate."""
         raw, shift = self.conditioner.run(z, theta).chunk(2, -1)
         return UPDATES[self.update](raw, shift)
 
     def _parallel(self, z: Tensor, theta: Theta) -> tuple[Tensor, Tensor]:
-        log_scale, shift = self._elementwise(z, theta)
+        log_scale, shift = self._affine_map(z, theta)
         return z * log_scale.exp() + shift, log_scale.sum(-1)
 
-    def _sequential(self, w: Tensor, theta: Theta, known: Known = None) -> tuple[Tensor, Tensor]:
-        if known is not None and not tracing(w) and not any(tensor.requires_grad for tensor in theta.values()):
-            return self._attach(w, known, theta)
-        if known is None and not tracing(w) and not watched():
-            known, ladj = self._refine(self._substitute(w, theta, _together(w)), w, theta)
+    def _sequential(self, w: Tensor, theta: Theta, root: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if root is None and is_tracing(w):  # the derivatives are those of every step
+            z = self._substitute(w, theta)
+            return z, self._affine_map(z, theta)[0].sum(-1)
+        if root is None and in_dispatch_mode():  # recorded steps must not depend on values
+            with torch.no_grad():
+                root = self._substitute(w, theta)
+        elif root is None:
+            root, ladj = self._solve(w, theta)
             if not torch.is_grad_enabled():
-                return known, ladj
-        z = self._root(w, theta, known)
-        return z, self._elementwise(z, theta)[0].sum(-1)
+                return root, ladj
+        elif not is_tracing(w) and not any(tensor.requires_grad for tensor in theta.values()):
+            return self._at_root(w, root, theta)
+        z = implicit_root(partial(self._affine_map, theta=theta), w, root, partial(self._solve_at, theta=theta))
+        return z, self._affine_map(z, theta)[0].sum(-1)
 
-    def _substitute(self, w: Tensor, theta: Theta, together: int = 0) -> Tensor:
-        formula, number = UPDATES[self.update]
-        bound = w.new_full((), number)  # once: every operation with a number makes it a tensor
-
-        def placed(raw: Tensor, shift: Tensor, w: Tensor) -> Tensor:
-            return place(*formula(raw, shift, bound), w)
-
-        return self.conditioner.substitute(placed, [w], theta, together)
+    def _substitute(self, w: Tensor, theta: Theta) -> Tensor:
+        return self.conditioner.substitute(self._inverse_update(w), [w], theta)
 
     @torch.no_grad()
-    def _refine(self, z: Tensor, w: Tensor, theta: Theta) -> tuple[Tensor, Tensor]:
-        """The root after some passes of the fixed point, and its log-determinant.
+    def _solve(self, w: Tensor, theta: Theta) -> tuple[Tensor, Tensor]:
+        """Return the root and its log-determinant, by substitution and some passes that refine it.
 
-        A substitution sums up in an order of its own. A pass rounds as :meth:`_parallel` does, and so undoes what that
-        has rounded. There are two, and more as long as they move all points together by more than rounding. Points
-        whose last pass does not move less than the first stay as they are: weights are so large there that passes move
-        away from the root.
+        A substitution sums in an order of its own. A pass rounds as :meth:`_parallel` does, and so undoes the rounding
+        of that direction. There are two passes, and more as long as they move the points, taken together, by more than
+        rounding. A point whose last pass moves it no less than the first stays as the substitution left it: at such
+        large weights passes move away from the root.
         """
+        # On a GPU the number of operations counts, not their size.
+        max_iterated = sys.maxsize if w.is_cuda else MAX_ITERATED
+        z = self.conditioner.substitute_in_blocks(self._inverse_update(w), [w], theta, max_iterated=max_iterated)
         moves, log_scales, points = [], [], [z]
         rounding = 2 * torch.finfo(z.dtype).eps * z.norm()
-        for _ in range(PASSES):
-            log_scale, shift = self._elementwise(points[-1], theta)
+        for _ in range(MAX_REFINEMENTS):
+            log_scale, shift = self._affine_map(points[-1], theta)
             log_scales.append(log_scale)
-            points.append(place(log_scale, shift, w))
+            points.append(invert_affine(log_scale, shift, w))
             moves.append((points[-1] - points[-2]).norm(dim=-1))
             if len(moves) > 1 and not moves[-1].norm() > rounding:
                 break
-        nearer = moves[-1] < moves[0]  # not so where there is an infinity on the way
+        nearer = moves[-1] < moves[0]  # false if there is an infinity on the way
         if bool(nearer.all()):
             return points[-1], log_scales[-1].sum(-1)
         nearer = nearer[..., None]
         return torch.where(nearer, points[-1], z), torch.where(nearer, log_scales[-1], log_scales[0]).sum(-1)
 
-    def _root(self, w: Tensor, theta: Theta, known: Known = None) -> Tensor:
-        """z, with the derivatives of the implicit function; under tracing with those of every step to it."""
-        if known is None:
-            if tracing(w):
-                return self._substitute(w, theta)
-            with torch.no_grad():
-                known = self._substitute(w, theta)
-        return implicit_root(lambda z: self._elementwise(z, theta), w, known, partial(self._solve_at, theta=theta))
+    def _inverse_update(self, w: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        """Return the function from the two outputs of some coordinates and their w to their z."""
+        formula, number = UPDATES[self.update]
+        bound = w.new_full((), number)  # made once: every operation with a number turns it into a tensor
+
+        def solve(raw: Tensor, shift: Tensor, w: Tensor) -> Tensor:
+            return invert_affine(*formula(raw, shift, bound), w)
+
+        return solve
 
     def _solve_at(self, z: Tensor, v: Tensor, theta: Theta) -> Tensor:
-        output, hidden = self.conditioner.run_and_keep(z, theta)
-        return self._solve_transposed(v, self._slopes(z, output), hidden, theta)
+        output, hidden = self.conditioner.run_with_hidden(z, theta)
+        return self._solve_transposed(v, self._linearize(z, output), hidden, theta)
 
-    def _attach(self, w: Tensor, z: Tensor, theta: Theta) -> tuple[Tensor, Tensor]:
-        """The known root and its log-determinant as functions of w only."""
-        output, hidden = self.conditioner.run_and_keep(z, theta)
-        slopes = self._slopes(z, output)
+    def _at_root(self, w: Tensor, z: Tensor, theta: Theta) -> tuple[Tensor, Tensor]:
+        """Return the root and its log-determinant as functions of w only."""
+        output, hidden = self.conditioner.run_with_hidden(z, theta)
+        linear = self._linearize(z, output)
 
-        def pull(_: Sequence[Tensor], by_z: Tensor, by_ladj: Tensor) -> Tensor:
-            v = by_z + by_ladj[..., None] * self._ladj_by_z(slopes, hidden, theta)
-            return self._solve_transposed(v, slopes, hidden, theta)
+        def pull_back(_: Sequence[Tensor], by_z: Tensor, by_ladj: Tensor) -> Tensor:
+            v = by_z + by_ladj[..., None] * self._ladj_by_z(linear, hidden, theta)
+            return self._solve_transposed(v, linear, hidden, theta)
 
-        z, ladj = attach(pull, w, z, slopes.ladj)
+        z, ladj = with_implicit_gradient(pull_back, w, z, linear.ladj)
         return z, ladj
 
-    def _slopes(self, z: Tensor, output: Tensor) -> _Slopes:
+    def _linearize(self, z: Tensor, output: Tensor) -> _Linearization:
         with torch.enable_grad():
             output = output.detach().requires_grad_()
             log_scale, shift = UPDATES[self.update](*output.chunk(2, -1))
             ladj = log_scale.sum(-1)
             (image,) = torch.autograd.grad((z.detach() * log_scale.exp() + shift).sum(), output, retain_graph=True)
             (by_ladj,) = torch.autograd.grad(ladj.sum(), output)
-        return _Slopes(log_scale.detach().exp(), image, by_ladj, ladj.detach())
+        return _Linearization(log_scale.detach().exp(), ladj.detach(), image, by_ladj)
 
     @torch.no_grad()
-    def _ladj_by_z(self, slopes: _Slopes, hidden: list[Tensor], theta: Theta) -> Tensor:
-        rows = slopes.ladj_by_output @ theta[f"weight{self.conditioner.depth - 1}"]
+    def _ladj_by_z(self, linear: _Linearization, hidden: list[Tensor], theta: Theta) -> Tensor:
+        rows = linear.ladj_by_output @ theta[f"weight{self.conditioner.depth - 1}"]
         return self.conditioner.pull_back(rows[..., None, :], hidden, theta)[..., 0, :]
 
     @torch.no_grad()
-    def _solve_transposed(self, v: Tensor, slopes: _Slopes, hidden: list[Tensor], theta: Theta) -> Tensor:
-        r"""Solve :math:`J^\top u = v` for the derivative J of the map."""
-        coefficients = [part / slopes.scale for part in slopes.image_by_output.chunk(2, -1)]
-        return self.conditioner.solve_transposed(v, coefficients, hidden, theta) / slopes.scale
+    def _solve_transposed(self, v: Tensor, linear: _Linearization, hidden: list[Tensor], theta: Theta) -> Tensor:
+        r"""Solve :math:`J^\top u = v` for the Jacobian J of the map."""
+        coefficients = [part / linear.scale for part in linear.image_by_output.chunk(2, -1)]
+        return self.conditioner.solve_transposed(v, coefficients, hidden, theta) / linear.scale
 
     def extra_repr(self) -> str:
         return f"{self.input_dim}, update={self.update!r}"
@@ -186,20 +185,20 @@ class InverseAutoregressive(_Autoregressive):
         \sigma_i = \operatorname{sigmoid}(4 \tanh(s_i / 4) + 2); \qquad
         \log|\det J| = \sum_i a_i \ \text{or}\ \sum_i \log \frac{\sigma_i}{\operatorname{sigmoid}(2)}
 
-    The gate is the paper's with bias 2, normalized so that the flow starts at the identity (the plain gate shrinks its
-    input by sigmoid(2) = 0.88 per step), and bounded like the affine scale: both stay above :math:`e^{-2}`, so that the
-    flow is invertible whatever the weights. With D = 1 the network sees nothing and the flow is one affine map.
+    The gate is the paper's with bias 2. It is normalized so that the flow starts at the identity (the plain gate
+    shrinks its input by sigmoid(2) = 0.88 per step), and bounded like the affine scale: both stay above :math:`e^{-2}`,
+    so that the flow is invertible at any weights. With D = 1 the network reads no input and the flow is one affine map.
 
-    Cost: one network pass forward; inverse the arithmetic of half a pass in many small steps
+    Cost: forward, one network pass; inverse, the arithmetic of half a pass in many small steps
     (:meth:`~pyro_flowguides.nn.MADE.substitute`) and two passes, more at large weights. Starts at the identity.
 
     Args:
         input_dim: D.
-        hidden_dims: widths of the MADE, any (also below D).
-        order: a permutation of ``range(D)``, the first coordinate to come first (default: natural order).
+        hidden_dims: hidden widths of the MADE; they may be below D.
+        order: a permutation of ``range(D)``, listing the coordinates from first to last (default: natural order).
         update: "affine", "gated", or "shift" (:math:`y_i = x_i + m_i`, volume preserving).
         activation: elementwise nonlinearity of the MADE.
-        lowest_degree: see :class:`~pyro_flowguides.nn.MADE`.
+        lowest_degree: lowest degree of a hidden unit, see :class:`~pyro_flowguides.nn.MADE`.
 
     Shapes:
         input, output ``(..., D)``; ladj ``(...)``.
@@ -220,20 +219,20 @@ class InverseAutoregressive(_Autoregressive):
         (torch.Size([5, 3]), torch.Size([5]))
     """
 
-    fast = "forward"
+    cheap_direction = "forward"
 
-    def _push(self, x: Tensor, theta: Theta) -> tuple[Tensor, Tensor]:
+    def _forward_formula(self, x: Tensor, theta: Theta) -> tuple[Tensor, Tensor]:
         return self._parallel(x, theta)
 
-    def _pull(self, y: Tensor, theta: Theta, known: Known = None) -> tuple[Tensor, Tensor]:
-        return self._sequential(y, theta, known)
+    def _inverse_formula(self, y: Tensor, theta: Theta, root: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self._sequential(y, theta, root)
 
-    def _push_score(self, x: Tensor, score: Tensor, theta: Theta) -> tuple[Tensor, Tensor, Tensor]:
-        output, hidden = self.conditioner.run_and_keep(x, theta)
+    def _score_formula(self, x: Tensor, score: Tensor, theta: Theta) -> tuple[Tensor, Tensor, Tensor]:
+        output, hidden = self.conditioner.run_with_hidden(x, theta)
         log_scale, shift = UPDATES[self.update](*output.chunk(2, -1))
-        slopes = self._slopes(x, output)
-        score = self._solve_transposed(score - self._ladj_by_z(slopes, hidden, theta), slopes, hidden, theta)
-        return x * log_scale.exp() + shift, slopes.ladj, score
+        linear = self._linearize(x, output)
+        score = self._solve_transposed(score - self._ladj_by_z(linear, hidden, theta), linear, hidden, theta)
+        return x * log_scale.exp() + shift, linear.ladj, score
 
 
 class MaskedAutoregressive(_Autoregressive):
@@ -246,16 +245,16 @@ class MaskedAutoregressive(_Autoregressive):
     which is the paper's :math:`y_i = x_i e^{\alpha_i} + \mu_i` with :math:`\alpha_i = -a_i`,
     :math:`\mu_i = -m_i e^{-a_i}`. With D = 1 the flow is one affine map.
 
-    Cost: one network pass inverse; forward the arithmetic of half a pass in many small steps
+    Cost: inverse, one network pass; forward, the arithmetic of half a pass in many small steps
     (:meth:`~pyro_flowguides.nn.MADE.substitute`) and two passes, more at large weights. Starts at the identity.
 
     Args:
         input_dim: D.
-        hidden_dims: widths of the MADE, any (also below D).
-        order: a permutation of ``range(D)``, the first coordinate to come first (default: natural order).
+        hidden_dims: hidden widths of the MADE; they may be below D.
+        order: a permutation of ``range(D)``, listing the coordinates from first to last (default: natural order).
         update: "affine", "gated" or "shift", see :class:`InverseAutoregressive`.
         activation: elementwise nonlinearity of the MADE.
-        lowest_degree: see :class:`~pyro_flowguides.nn.MADE`.
+        lowest_degree: lowest degree of a hidden unit, see :class:`~pyro_flowguides.nn.MADE`.
 
     Shapes:
         input, output ``(..., D)``; ladj ``(...)``.
@@ -275,68 +274,18 @@ class MaskedAutoregressive(_Autoregressive):
         (torch.Size([5, 3]), torch.Size([5]))
     """
 
-    fast = "inverse"
+    cheap_direction = "inverse"
 
-    def _push(self, x: Tensor, theta: Theta) -> tuple[Tensor, Tensor]:
+    def _forward_formula(self, x: Tensor, theta: Theta) -> tuple[Tensor, Tensor]:
         y, inverse_ladj = self._sequential(x, theta)
         return y, -inverse_ladj
 
-    def _pull(self, y: Tensor, theta: Theta, known: Known = None) -> tuple[Tensor, Tensor]:
+    def _inverse_formula(self, y: Tensor, theta: Theta, root: Tensor | None = None) -> tuple[Tensor, Tensor]:
         x, inverse_ladj = self._parallel(y, theta)
         return x, -inverse_ladj
 
 
-class ConditionalInverseAutoregressive(ContextFlow):
-    """Inverse autoregressive flow with a context: every layer of its MADE gets a projection of the context.
-
-    Args:
-        input_dim: D.
-        context_dim: width of the context.
-        **options: those of :class:`InverseAutoregressive`.
-
-    Shapes:
-        context ``(..., context_dim)``, broadcast against the batch dimensions of the input.
-
-    References:
-        D. Kingma et al. (2016). arXiv:1606.04934.
-
-    Example:
-        >>> import torch
-        >>> from pyro_flowguides.transforms import ConditionalInverseAutoregressive
-        >>> flow = ConditionalInverseAutoregressive(3, context_dim=4, hidden_dims=[16])
-        >>> flow.condition(torch.randn(7, 4))(torch.randn(7, 3)).shape
-        torch.Size([7, 3])
-    """
-
-    family = InverseAutoregressive
-    context_options: ClassVar[Mapping[str, Any]] = {"lowest_degree": 0}
+class ConditionalInverseAutoregressive(ContextFlow, family=InverseAutoregressive, lowest_degree=0): ...
 
 
-class ConditionalMaskedAutoregressive(ContextFlow):
-    """Masked autoregressive flow with a context: every layer of its MADE gets a projection of the context.
-
-    Args:
-        input_dim: D.
-        context_dim: width of the context.
-        **options: those of :class:`MaskedAutoregressive`.
-
-    Shapes:
-        context ``(..., context_dim)``, broadcast against the batch dimensions of the input.
-
-    References:
-        G. Papamakarios, T. Pavlakou, I. Murray (2017). arXiv:1705.07057.
-
-    Example:
-        >>> import torch
-        >>> from pyro_flowguides.transforms import ConditionalMaskedAutoregressive
-        >>> flow = ConditionalMaskedAutoregressive(3, context_dim=4, hidden_dims=[16])
-        >>> flow.condition(torch.randn(7, 4)).inv(torch.randn(7, 3)).shape
-        torch.Size([7, 3])
-    """
-
-    family = MaskedAutoregressive
-    context_options: ClassVar[Mapping[str, Any]] = {"lowest_degree": 0}
-
-
-inverse_autoregressive, conditional_inverse_autoregressive = InverseAutoregressive, ConditionalInverseAutoregressive
-masked_autoregressive, conditional_masked_autoregressive = MaskedAutoregressive, ConditionalMaskedAutoregressive
+class ConditionalMaskedAutoregressive(ContextFlow, family=MaskedAutoregressive, lowest_degree=0): ...

@@ -11,27 +11,19 @@ from torch import Tensor, nn
 from pyro_flowguides.nn import MLP
 from pyro_flowguides.nn.ordering import as_permutation
 from pyro_flowguides.transforms.bounds import soft_bound
-from pyro_flowguides.transforms.flow import ConditionerFlow, ContextFlow, Known, Theta
+from pyro_flowguides.transforms.conditional import ContextFlow
+from pyro_flowguides.transforms.flow import ConditionerFlow, Theta
 
-__all__ = [
-    "AdditiveCoupling",
-    "AffineCoupling",
-    "ConditionalAdditiveCoupling",
-    "ConditionalAffineCoupling",
-    "additive_coupling",
-    "affine_coupling",
-    "conditional_additive_coupling",
-    "conditional_affine_coupling",
-]
+__all__ = ["AdditiveCoupling", "AffineCoupling", "ConditionalAdditiveCoupling", "ConditionalAffineCoupling"]
 
 #: Largest absolute log-scale of one affine coupling.
 LOG_SCALE_BOUND = 2.0
 
 
 class _Coupling(ConditionerFlow):
-    """The first ⌊D/2⌋ coordinates of an order pass unchanged and parametrize an elementwise map of the others."""
+    """The first ⌊D/2⌋ coordinates of an order are kept, and parametrize an elementwise map of the others."""
 
-    #: Numbers that the map of one coordinate needs.
+    #: Number of parameters of the map of one coordinate.
     outputs: ClassVar[int]
 
     kept: Tensor
@@ -55,7 +47,7 @@ class _Coupling(ConditionerFlow):
         self.conditioner = MLP(split, hidden_dims, self.outputs * (input_dim - split), activation)
 
     def _split(self, value: Tensor, theta: Theta) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        """The kept and the changed coordinates, and the parameters of the map."""
+        """Return the kept coordinates, the changed coordinates, and the parameters of their map."""
         kept = value[..., self.kept]
         return kept, value[..., self.changed], self.conditioner.run(kept, theta).chunk(self.outputs, -1)
 
@@ -65,11 +57,12 @@ class _Coupling(ConditionerFlow):
 
 
 class AdditiveCoupling(_Coupling):
-    r"""Additive coupling (NICE): half of the coordinates is shifted by a network of the other half.
+    r"""Additive coupling (NICE): a network of one half of the coordinates shifts the other half.
 
     .. math:: y_A = x_A, \quad y_B = x_B + m(x_A), \qquad \log|\det J| = 0
 
-    Layers must alternate their order, as the recipe does. With D = 1 nothing is kept and the flow is a constant shift.
+    Successive layers must alternate the order, as the recipe does. With D = 1 nothing is kept and the flow is a
+    constant shift.
 
     Cost: one network pass in both directions. Starts at the identity.
 
@@ -97,22 +90,23 @@ class AdditiveCoupling(_Coupling):
 
     outputs = 1
 
-    def _push(self, x: Tensor, theta: Theta) -> tuple[Tensor, Tensor]:
+    def _forward_formula(self, x: Tensor, theta: Theta) -> tuple[Tensor, Tensor]:
         kept, changed, (shift,) = self._split(x, theta)
         return self._join(kept, changed + shift), x.new_zeros(())
 
-    def _pull(self, y: Tensor, theta: Theta, known: Known = None) -> tuple[Tensor, Tensor]:
+    def _inverse_formula(self, y: Tensor, theta: Theta, root: Tensor | None = None) -> tuple[Tensor, Tensor]:
         kept, changed, (shift,) = self._split(y, theta)
         return self._join(kept, changed - shift), y.new_zeros(())
 
 
 class AffineCoupling(_Coupling):
-    r"""Affine coupling (RealNVP): half of the coordinates is scaled and shifted by a network of the other half.
+    r"""Affine coupling (RealNVP): a network of one half of the coordinates scales and shifts the other half.
 
     .. math:: y_A = x_A, \quad y_B = e^{a(x_A)} \odot x_B + m(x_A), \quad a = 2 \tanh(s / 2), \qquad
         \log|\det J| = \sum_i a_i
 
-    Layers must alternate their order, as the recipe does. With D = 1 nothing is kept and the flow is one affine map.
+    Successive layers must alternate the order, as the recipe does. With D = 1 nothing is kept and the flow is one
+    affine map.
 
     Cost: one network pass in both directions. Starts at the identity.
 
@@ -141,58 +135,18 @@ class AffineCoupling(_Coupling):
 
     outputs = 2
 
-    def _push(self, x: Tensor, theta: Theta) -> tuple[Tensor, Tensor]:
+    def _forward_formula(self, x: Tensor, theta: Theta) -> tuple[Tensor, Tensor]:
         kept, changed, (raw, shift) = self._split(x, theta)
         log_scale = soft_bound(raw, LOG_SCALE_BOUND)
         return self._join(kept, changed * log_scale.exp() + shift), log_scale.sum(-1)
 
-    def _pull(self, y: Tensor, theta: Theta, known: Known = None) -> tuple[Tensor, Tensor]:
+    def _inverse_formula(self, y: Tensor, theta: Theta, root: Tensor | None = None) -> tuple[Tensor, Tensor]:
         kept, changed, (raw, shift) = self._split(y, theta)
         log_scale = soft_bound(raw, LOG_SCALE_BOUND)
         return self._join(kept, (changed - shift) * (-log_scale).exp()), log_scale.sum(-1)
 
 
-class ConditionalAdditiveCoupling(ContextFlow):
-    """Additive coupling with a context: every layer of its network gets a projection of the context.
-
-    Args:
-        input_dim: D.
-        context_dim: width of the context.
-        **options: those of :class:`AdditiveCoupling`.
-
-    Shapes:
-        context ``(..., context_dim)``, broadcast against the batch dimensions of the input.
-
-    Example:
-        >>> import torch
-        >>> from pyro_flowguides.transforms import ConditionalAdditiveCoupling
-        >>> ConditionalAdditiveCoupling(4, context_dim=3).condition(torch.randn(7, 3))(torch.randn(7, 4)).shape
-        torch.Size([7, 4])
-    """
-
-    family = AdditiveCoupling
+class ConditionalAdditiveCoupling(ContextFlow, family=AdditiveCoupling): ...
 
 
-class ConditionalAffineCoupling(ContextFlow):
-    """Affine coupling with a context: every layer of its network gets a projection of the context.
-
-    Args:
-        input_dim: D.
-        context_dim: width of the context.
-        **options: those of :class:`AffineCoupling`.
-
-    Shapes:
-        context ``(..., context_dim)``, broadcast against the batch dimensions of the input.
-
-    Example:
-        >>> import torch
-        >>> from pyro_flowguides.transforms import ConditionalAffineCoupling
-        >>> ConditionalAffineCoupling(4, context_dim=3).condition(torch.randn(7, 3))(torch.randn(7, 4)).shape
-        torch.Size([7, 4])
-    """
-
-    family = AffineCoupling
-
-
-additive_coupling, conditional_additive_coupling = AdditiveCoupling, ConditionalAdditiveCoupling
-affine_coupling, conditional_affine_coupling = AffineCoupling, ConditionalAffineCoupling
+class ConditionalAffineCoupling(ContextFlow, family=AffineCoupling): ...

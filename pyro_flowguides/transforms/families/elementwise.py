@@ -6,18 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from pyro_flowguides.transforms.algebra import per_coordinate
-from pyro_flowguides.transforms.flow import AmortizedFlow, Flow, Known, Theta
+from pyro_flowguides.transforms.conditional import AmortizedFlow
+from pyro_flowguides.transforms.flow import Flow, Theta
 
-__all__ = [
-    "ActNorm",
-    "ConditionalActNorm",
-    "ConditionalElementwiseAffine",
-    "ElementwiseAffine",
-    "act_norm",
-    "conditional_act_norm",
-    "conditional_elementwise_affine",
-    "elementwise_affine",
-]
+__all__ = ["ActNorm", "ConditionalActNorm", "ConditionalElementwiseAffine", "ElementwiseAffine"]
 
 
 class ElementwiseAffine(Flow):
@@ -25,7 +17,7 @@ class ElementwiseAffine(Flow):
 
     .. math:: y_i = \ell_i + e^{s_i} x_i, \qquad \log|\det J| = \sum_i s_i
 
-    Cost: O(D) in both directions. Starts at the identity unless told otherwise.
+    Cost: O(D) in both directions. Starts at the identity by default.
 
     Args:
         input_dim: D.
@@ -50,10 +42,10 @@ class ElementwiseAffine(Flow):
         self.loc = nn.Parameter(per_coordinate(loc, input_dim))
         self.log_scale = nn.Parameter(per_coordinate(scale, input_dim).log())
 
-    def _push(self, x: Tensor, theta: Theta) -> tuple[Tensor, Tensor]:
+    def _forward_formula(self, x: Tensor, theta: Theta) -> tuple[Tensor, Tensor]:
         return theta["loc"] + theta["log_scale"].exp() * x, theta["log_scale"].sum(-1)
 
-    def _pull(self, y: Tensor, theta: Theta, known: Known = None) -> tuple[Tensor, Tensor]:
+    def _inverse_formula(self, y: Tensor, theta: Theta, root: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return (y - theta["loc"]) * (-theta["log_scale"]).exp(), theta["log_scale"].sum(-1)
 
 
@@ -62,9 +54,10 @@ class ActNorm(ElementwiseAffine):
 
     .. math:: y_i = \ell_i + e^{s_i} x_i, \qquad \log|\det J| = \sum_i s_i
 
-    It starts at the identity; :meth:`initialize` sets it so that a batch leaves with mean 0 and standard deviation 1.
+    :meth:`initialize` sets it so that the images of a batch have mean 0 and standard deviation 1. For a
+    ``ConditionalActNorm`` it is called on the unconditional part, ``module.flow.initialize(x)``.
 
-    Cost: O(D) in both directions.
+    Cost: O(D) in both directions. Starts at the identity.
 
     Args:
         input_dim: D.
@@ -103,50 +96,7 @@ class ActNorm(ElementwiseAffine):
         self.loc.copy_(-points.mean(0) / std)
 
 
-class ConditionalElementwiseAffine(AmortizedFlow):
-    """Elementwise affine map with location and scale a function of a context.
-
-    Args:
-        input_dim: D.
-        context_dim: width of the context.
-        hidden_dims: hidden layers of the hypernetwork, ``()`` for a linear map.
-        **options: those of :class:`ElementwiseAffine`.
-
-    Shapes:
-        context ``(..., context_dim)``, broadcast against the batch dimensions of the input.
-
-    Example:
-        >>> import torch
-        >>> from pyro_flowguides.transforms import ConditionalElementwiseAffine
-        >>> ConditionalElementwiseAffine(3, context_dim=4).condition(torch.randn(7, 4))(torch.randn(7, 3)).shape
-        torch.Size([7, 3])
-    """
-
-    family = ElementwiseAffine
+class ConditionalElementwiseAffine(AmortizedFlow, family=ElementwiseAffine): ...
 
 
-class ConditionalActNorm(AmortizedFlow):
-    """Activation normalization whose location and scale are shifted by a function of a context.
-
-    ``flow.initialize(x)`` of the unconditional part, :attr:`flow`, sets it from a batch.
-
-    Args:
-        input_dim: D.
-        context_dim: width of the context.
-        hidden_dims: hidden layers of the hypernetwork, ``()`` for a linear map.
-
-    Shapes:
-        context ``(..., context_dim)``, broadcast against the batch dimensions of the input.
-
-    Example:
-        >>> import torch
-        >>> from pyro_flowguides.transforms import ConditionalActNorm
-        >>> ConditionalActNorm(3, context_dim=4).condition(torch.randn(7, 4))(torch.randn(7, 3)).shape
-        torch.Size([7, 3])
-    """
-
-    family = ActNorm
-
-
-elementwise_affine, conditional_elementwise_affine = ElementwiseAffine, ConditionalElementwiseAffine
-act_norm, conditional_act_norm = ActNorm, ConditionalActNorm
+class ConditionalActNorm(AmortizedFlow, family=ActNorm): ...

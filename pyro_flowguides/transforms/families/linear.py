@@ -1,4 +1,4 @@
-"""Linear and affine maps by their triangular factors."""
+"""Linear and affine maps given by their triangular factors."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from pyro_flowguides.nn.ordering import as_permutation
 from pyro_flowguides.transforms.algebra import lower_triangle, matvec, per_coordinate, solve_triangle, triangle_size
-from pyro_flowguides.transforms.families.householder import paired_vectors, reflect
-from pyro_flowguides.transforms.flow import AmortizedFlow, Flow, Known, Theta
+from pyro_flowguides.transforms.conditional import AmortizedFlow
+from pyro_flowguides.transforms.flow import Flow, Theta
+from pyro_flowguides.transforms.reflections import paired_vectors, reflect
 
 __all__ = [
     "ConditionalLULinear",
@@ -19,12 +20,6 @@ __all__ = [
     "LULinear",
     "LowerTriangularAffine",
     "QRLinear",
-    "conditional_lower_triangular_affine",
-    "conditional_lu_linear",
-    "conditional_qr_linear",
-    "lower_triangular_affine",
-    "lu_linear",
-    "qr_linear",
 ]
 
 
@@ -37,9 +32,9 @@ class LowerTriangularAffine(Flow):
 
     .. math:: y = \ell + e^{s} \odot (I + N) x, \qquad \log|\det J| = \sum_i s_i
 
-    with N strictly lower triangular and relative to the scale, so that its entries mean the same on every scale.
+    with N strictly lower triangular. N is relative to the scale, so that its entries mean the same at every scale.
 
-    Cost: O(D²) in both directions. Starts at the identity unless told otherwise.
+    Cost: O(D²) in both directions. Starts at the identity by default.
 
     Args:
         input_dim: D.
@@ -65,17 +60,17 @@ class LowerTriangularAffine(Flow):
         self.log_scale = nn.Parameter(per_coordinate(scale, input_dim).log())
         self.lower = nn.Parameter(self.loc.new_zeros(triangle_size(input_dim)))
 
-    def _push(self, x: Tensor, theta: Theta) -> tuple[Tensor, Tensor]:
+    def _forward_formula(self, x: Tensor, theta: Theta) -> tuple[Tensor, Tensor]:
         mixed = matvec(_unit_lower(theta["lower"], self.input_dim), x)
         return theta["loc"] + theta["log_scale"].exp() * mixed, theta["log_scale"].sum(-1)
 
-    def _pull(self, y: Tensor, theta: Theta, known: Known = None) -> tuple[Tensor, Tensor]:
+    def _inverse_formula(self, y: Tensor, theta: Theta, root: Tensor | None = None) -> tuple[Tensor, Tensor]:
         mixed = (y - theta["loc"]) * (-theta["log_scale"]).exp()
         lower = _unit_lower(theta["lower"], self.input_dim)
         return solve_triangle(lower, mixed, upper=False, unitriangular=True), theta["log_scale"].sum(-1)
 
-    def _push_score(self, x: Tensor, score: Tensor, theta: Theta) -> tuple[Tensor, Tensor, Tensor]:
-        y, ladj = self._push(x, theta)
+    def _score_formula(self, x: Tensor, score: Tensor, theta: Theta) -> tuple[Tensor, Tensor, Tensor]:
+        y, ladj = self._forward_formula(x, theta)
         with torch.no_grad():
             upper = _unit_lower(theta["lower"], self.input_dim).mT
             unmixed = solve_triangle(upper, score, upper=True, unitriangular=True)
@@ -83,23 +78,23 @@ class LowerTriangularAffine(Flow):
 
 
 class LULinear(Flow):
-    r"""A linear map by its PLU factors.
+    r"""A linear map given by its PLU factors.
 
     .. math:: y = P L U x, \qquad \log|\det J| = \sum_i s_i, \qquad U_{ii} = e^{s_i}
 
-    with P a fixed permutation, L unit lower and U upper triangular.
+    with P a fixed permutation, L unit lower triangular and U upper triangular.
 
-    Cost: O(D²) in both directions. Starts at the identity (for the default permutation).
+    Cost: O(D²) in both directions. Starts at its permutation, by default the identity.
 
     Args:
         input_dim: D.
-        permutation: that of P, ``(P v)_i = v_{p_i}`` (default: natural order).
+        permutation: p, the permutation of ``range(D)`` with ``(P v)_i = v_{p_i}`` (default: natural order).
 
     Shapes:
         input, output ``(..., D)``; ladj ``(...)``.
 
     Raises:
-        ValueError: if ``permutation`` is not one.
+        ValueError: if ``permutation`` is not a permutation.
 
     References:
         D. Kingma, P. Dhariwal (2018). Glow: generative flow with invertible 1×1 convolutions. arXiv:1807.03039.
@@ -130,18 +125,18 @@ class LULinear(Flow):
         upper = strictly_upper + torch.diag_embed(theta["log_scale"].exp())
         return _unit_lower(theta["lower"], self.input_dim), upper
 
-    def _push(self, x: Tensor, theta: Theta) -> tuple[Tensor, Tensor]:
+    def _forward_formula(self, x: Tensor, theta: Theta) -> tuple[Tensor, Tensor]:
         lower, upper = self._factors(theta)
         return matvec(lower, matvec(upper, x))[..., self.permutation], theta["log_scale"].sum(-1)
 
-    def _pull(self, y: Tensor, theta: Theta, known: Known = None) -> tuple[Tensor, Tensor]:
+    def _inverse_formula(self, y: Tensor, theta: Theta, root: Tensor | None = None) -> tuple[Tensor, Tensor]:
         lower, upper = self._factors(theta)
         mixed = solve_triangle(lower, y[..., self.rank], upper=False, unitriangular=True)
         return solve_triangle(upper, mixed, upper=True), theta["log_scale"].sum(-1)
 
 
 class QRLinear(Flow):
-    r"""A linear map by its QR factors, the rotation being a product of Householder reflections.
+    r"""A linear map given by its QR factors; the rotation is a product of Householder reflections.
 
     .. math:: y = H_K \cdots H_1 R x, \qquad \log|\det J| = \sum_i s_i, \qquad R_{ii} = e^{s_i}
 
@@ -177,81 +172,18 @@ class QRLinear(Flow):
     def _triangle(self, theta: Theta) -> Tensor:
         return lower_triangle(theta["upper"], self.input_dim).mT + torch.diag_embed(theta["log_scale"].exp())
 
-    def _push(self, x: Tensor, theta: Theta) -> tuple[Tensor, Tensor]:
+    def _forward_formula(self, x: Tensor, theta: Theta) -> tuple[Tensor, Tensor]:
         return reflect(matvec(self._triangle(theta), x), theta["vectors"]), theta["log_scale"].sum(-1)
 
-    def _pull(self, y: Tensor, theta: Theta, known: Known = None) -> tuple[Tensor, Tensor]:
+    def _inverse_formula(self, y: Tensor, theta: Theta, root: Tensor | None = None) -> tuple[Tensor, Tensor]:
         rotated = reflect(y, theta["vectors"], transpose=True)
         return solve_triangle(self._triangle(theta), rotated, upper=True), theta["log_scale"].sum(-1)
 
 
-class ConditionalLowerTriangularAffine(AmortizedFlow):
-    """Full-rank affine map with all its parameters a function of a context.
-
-    Args:
-        input_dim: D.
-        context_dim: width of the context.
-        hidden_dims: hidden layers of the hypernetwork, ``()`` for a linear map.
-        **options: those of :class:`LowerTriangularAffine`.
-
-    Shapes:
-        context ``(..., context_dim)``, broadcast against the batch dimensions of the input.
-
-    Example:
-        >>> import torch
-        >>> from pyro_flowguides.transforms import ConditionalLowerTriangularAffine
-        >>> ConditionalLowerTriangularAffine(3, context_dim=4).condition(torch.randn(7, 4))(torch.randn(7, 3)).shape
-        torch.Size([7, 3])
-    """
-
-    family = LowerTriangularAffine
+class ConditionalLowerTriangularAffine(AmortizedFlow, family=LowerTriangularAffine): ...
 
 
-class ConditionalLULinear(AmortizedFlow):
-    """Linear map by its PLU factors, L and U a function of a context.
-
-    Args:
-        input_dim: D.
-        context_dim: width of the context.
-        hidden_dims: hidden layers of the hypernetwork, ``()`` for a linear map.
-        **options: those of :class:`LULinear`.
-
-    Shapes:
-        context ``(..., context_dim)``, broadcast against the batch dimensions of the input.
-
-    Example:
-        >>> import torch
-        >>> from pyro_flowguides.transforms import ConditionalLULinear
-        >>> ConditionalLULinear(3, context_dim=4).condition(torch.randn(7, 4))(torch.randn(7, 3)).shape
-        torch.Size([7, 3])
-    """
-
-    family = LULinear
+class ConditionalLULinear(AmortizedFlow, family=LULinear): ...
 
 
-class ConditionalQRLinear(AmortizedFlow):
-    """Linear map by its QR factors, both a function of a context.
-
-    Args:
-        input_dim: D.
-        context_dim: width of the context.
-        hidden_dims: hidden layers of the hypernetwork, ``()`` for a linear map.
-        **options: those of :class:`QRLinear`.
-
-    Shapes:
-        context ``(..., context_dim)``, broadcast against the batch dimensions of the input.
-
-    Example:
-        >>> import torch
-        >>> from pyro_flowguides.transforms import ConditionalQRLinear
-        >>> ConditionalQRLinear(3, context_dim=4).condition(torch.randn(7, 4))(torch.randn(7, 3)).shape
-        torch.Size([7, 3])
-    """
-
-    family = QRLinear
-
-
-lower_triangular_affine = LowerTriangularAffine
-conditional_lower_triangular_affine = ConditionalLowerTriangularAffine
-lu_linear, conditional_lu_linear = LULinear, ConditionalLULinear
-qr_linear, conditional_qr_linear = QRLinear, ConditionalQRLinear
+class ConditionalQRLinear(AmortizedFlow, family=QRLinear): ...

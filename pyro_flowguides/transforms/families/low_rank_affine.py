@@ -5,33 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from pyro_flowguides.transforms.algebra import matvec, orthonormal, per_coordinate
-from pyro_flowguides.transforms.flow import AmortizedFlow, Flow, Known, Theta
+from pyro_flowguides.transforms.algebra import orthonormal, per_coordinate, stretch
+from pyro_flowguides.transforms.conditional import AmortizedFlow
+from pyro_flowguides.transforms.flow import Flow, Theta
 
-__all__ = [
-    "ConditionalLowRankAffine",
-    "LowRankAffine",
-    "conditional_low_rank_affine",
-    "low_rank_affine",
-    "stretch",
-]
+__all__ = ["ConditionalLowRankAffine", "LowRankAffine"]
 
-#: Rank unless another is asked for, in dimensions that large.
+#: Default rank, in dimensions of at least this size.
 DEFAULT_RANK = 20
-
-
-def stretch(x: Tensor, directions: Tensor, log_stretch: Tensor) -> Tensor:
-    r"""Stretch x along orthonormal directions: :math:`x + Q\,(e^\kappa - 1) \odot (Q^\top x)`.
-
-    Args:
-        x: ``(..., D)``.
-        directions: Q, orthonormal columns ``(..., D, R)``.
-        log_stretch: κ ``(..., R)``.
-    """
-    along = matvec(directions.mT, x)
-    if directions.shape[-1] == directions.shape[-2]:  # nothing lies across, and rounding must not leave anything there
-        return matvec(directions, log_stretch.exp() * along)
-    return x + matvec(directions, log_stretch.expm1() * along)
 
 
 class LowRankAffine(Flow):
@@ -40,17 +21,17 @@ class LowRankAffine(Flow):
     .. math:: y = \ell + e^{s} \odot \left(x + Q\,(e^{\kappa} - 1) \odot (Q^\top x)\right), \qquad
         \log|\det J| = \sum_{i=1}^{D} s_i + \sum_{k=1}^{R} \kappa_k
 
-    with Q of R orthonormal columns, by the QR factorization of a free matrix with the signs fixed. The inverse has the
-    same form with :math:`-\kappa`. With a standard normal base this is the multivariate normal with covariance
+    where Q has R orthonormal columns, those of the QR factorization of a free matrix, with fixed signs. The inverse has
+    the same form with :math:`-\kappa`. With a standard normal base this is the multivariate normal with covariance
     :math:`S (I + Q (e^{2\kappa} - 1) Q^\top) S`, :math:`S = \mathrm{diag}(e^s)`: a diagonal plus a term of rank R. Its
-    precision is of the same form.
+    precision has the same form.
 
-    Cost: O(DR) per point and O(DR²) once per call, in both directions; O(DR) memory. Starts at the identity unless told
-    otherwise, exactly: the directions are random and nothing is stretched along them.
+    Cost: O(DR) per point and O(DR²) once per call, in both directions; O(DR) memory. By default it starts exactly at
+    the identity: the directions are random and nothing is stretched along them.
 
     Args:
         input_dim: D.
-        rank: R ≤ D (default 20, or D if that is less).
+        rank: R ≤ D (default: the smaller of 20 and D).
         loc: initial location, a number or ``(D,)``.
         scale: initial scale, positive, a number or ``(D,)``.
 
@@ -100,11 +81,11 @@ class LowRankAffine(Flow):
         Args:
             loc: location ``(D,)``.
             scale: diagonal scale ``(D,)``, positive.
-            directions: orthonormal columns ``(D, K)``, K ≤ R; along the others nothing is stretched.
+            directions: orthonormal columns ``(D, K)``, K ≤ R; nothing is stretched along the other R − K columns.
             log_stretch: κ ``(K,)`` of these directions.
 
         Raises:
-            ValueError: for other shapes, a scale that is not positive, or columns that are not orthonormal.
+            ValueError: if a shape is wrong, the scale is not positive, or the columns are not orthonormal.
         """
         shapes = [tuple(value.shape) for value in (loc, scale, directions, log_stretch)]
         dim, count = self.input_dim, log_stretch.shape[-1]
@@ -120,15 +101,15 @@ class LowRankAffine(Flow):
             raise ValueError("LowRankAffine: directions must have orthonormal columns; take those of torch.linalg.qr")
         self.loc.copy_(loc)
         self.log_scale.copy_(scale.log())
-        self.columns[:, :count] = directions.to(self.columns)  # first of all, the factorization leaves them as they are
+        self.columns[:, :count] = directions.to(self.columns)  # as the first columns they come out of QR unchanged
         self.log_stretch.zero_()
         self.log_stretch[:count] = log_stretch.to(self.log_stretch)
 
-    def _push(self, x: Tensor, theta: Theta) -> tuple[Tensor, Tensor]:
+    def _forward_formula(self, x: Tensor, theta: Theta) -> tuple[Tensor, Tensor]:
         stretched = stretch(x, orthonormal(theta["columns"]), theta["log_stretch"])
         return theta["loc"] + theta["log_scale"].exp() * stretched, self._ladj(theta)
 
-    def _pull(self, y: Tensor, theta: Theta, known: Known = None) -> tuple[Tensor, Tensor]:
+    def _inverse_formula(self, y: Tensor, theta: Theta, root: Tensor | None = None) -> tuple[Tensor, Tensor]:
         stretched = (y - theta["loc"]) * (-theta["log_scale"]).exp()
         return stretch(stretched, orthonormal(theta["columns"]), -theta["log_stretch"]), self._ladj(theta)
 
@@ -140,27 +121,4 @@ class LowRankAffine(Flow):
         return f"{self.input_dim}, rank={self.rank}"
 
 
-class ConditionalLowRankAffine(AmortizedFlow):
-    """Affine map with a diagonal and a low-rank part, all its parameters a function of a context.
-
-    Args:
-        input_dim: D.
-        context_dim: width of the context.
-        hidden_dims: hidden layers of the hypernetwork, ``()`` for a linear map.
-        **options: those of :class:`LowRankAffine`.
-
-    Shapes:
-        context ``(..., context_dim)``, broadcast against the batch dimensions of the input.
-
-    Example:
-        >>> import torch
-        >>> from pyro_flowguides.transforms import ConditionalLowRankAffine
-        >>> flow = ConditionalLowRankAffine(3, context_dim=4, rank=2).condition(torch.randn(7, 4))
-        >>> flow(torch.randn(7, 3)).shape
-        torch.Size([7, 3])
-    """
-
-    family = LowRankAffine
-
-
-low_rank_affine, conditional_low_rank_affine = LowRankAffine, ConditionalLowRankAffine
+class ConditionalLowRankAffine(AmortizedFlow, family=LowRankAffine): ...

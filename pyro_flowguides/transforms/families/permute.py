@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from pyro_flowguides.nn.ordering import as_permutation
-from pyro_flowguides.transforms.flow import Flow, Known, Theta
+from pyro_flowguides.transforms.flow import Flow, Theta
 
-__all__ = ["Permute", "Reverse", "permute", "reverse"]
+__all__ = ["Permute", "Reverse", "permute"]
 
 
 class Permute(Flow):
-    r"""A fixed permutation of the coordinates, saved and moved with the flow it is part of.
+    r"""A fixed permutation of the coordinates, which is saved and moved with the flow that contains it.
 
     .. math:: y_i = x_{\pi_i}, \qquad \log|\det J| = 0
 
@@ -27,7 +27,7 @@ class Permute(Flow):
         input, output ``(..., D)``; ladj ``(...)``.
 
     Raises:
-        ValueError: if it is not a permutation.
+        ValueError: if ``permutation`` is not a permutation.
 
     Example:
         >>> import torch
@@ -45,10 +45,10 @@ class Permute(Flow):
         self.register_buffer("permutation", order)
         self.register_buffer("rank", order.argsort())
 
-    def _push(self, x: Tensor, theta: Theta) -> tuple[Tensor, Tensor]:
+    def _forward_formula(self, x: Tensor, theta: Theta) -> tuple[Tensor, Tensor]:
         return x[..., self.permutation], x.new_zeros(())
 
-    def _pull(self, y: Tensor, theta: Theta, known: Known = None) -> tuple[Tensor, Tensor]:
+    def _inverse_formula(self, y: Tensor, theta: Theta, root: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return y[..., self.rank], y.new_zeros(())
 
 
@@ -70,8 +70,5 @@ class Reverse(Permute):
 
 
 def permute(input_dim: int, permutation: Sequence[int] | Tensor | None = None) -> Permute:
-    """A :class:`Permute`, random unless the permutation is given."""
+    """Make a :class:`Permute`, of a random permutation by default."""
     return Permute(torch.randperm(input_dim) if permutation is None else permutation)
-
-
-reverse = Reverse

@@ -6,26 +6,28 @@ import torch
 from torch import Tensor, nn
 
 from pyro_flowguides.transforms.algebra import dot
-from pyro_flowguides.transforms.bounds import shrink
-from pyro_flowguides.transforms.flow import AmortizedFlow, Flow, Known, Theta
+from pyro_flowguides.transforms.bounds import shrink_factor
+from pyro_flowguides.transforms.conditional import AmortizedFlow
+from pyro_flowguides.transforms.flow import Flow, Theta
 from pyro_flowguides.transforms.solvers import tanh_root
 
-__all__ = ["ConditionalPlanar", "Planar", "conditional_planar", "planar"]
+__all__ = ["ConditionalPlanar", "Planar"]
 
 
 class Planar(Flow):
-    r"""Planar flow: the space is stretched along one direction by a tanh step across one hyperplane.
+    r"""Planar flow: space is stretched along one direction by a tanh step across one hyperplane.
 
     .. math::
         y = x + \hat u \tanh(w^\top x + b), \qquad
         \log|\det J| = \log\left(1 + (1 - \tanh^2(w^\top x + b))\, w^\top \hat u\right)
 
-    It is invertible for :math:`w^\top \hat u > -1`, ensured with a margin by :math:`\hat u = r(w^\top u)\, u` (see
-    :func:`~pyro_flowguides.transforms.bounds.shrink`), which unlike the paper's correction is defined at :math:`w = 0`.
+    It is invertible for :math:`w^\top \hat u > -1`, which :math:`\hat u = r(w^\top u)\, u` ensures with a margin (see
+    :func:`~pyro_flowguides.transforms.bounds.shrink_factor`). Unlike the paper's correction it is defined at
+    :math:`w = 0`.
 
     The inverse needs one number: :math:`t = w^\top x + b` solves :math:`t + w^\top\hat u \tanh t = w^\top y + b`
-    (:func:`~pyro_flowguides.transforms.solvers.tanh_root`), then :math:`x = y - \hat u \tanh t`. With D = 1 the flow is a
-    monotone scalar function with one tanh step.
+    (:func:`~pyro_flowguides.transforms.solvers.tanh_root`), then :math:`x = y - \hat u \tanh t`. With D = 1 the flow is
+    a monotone scalar function with one tanh step.
 
     Cost: O(D) forward; O(D) and four to eight ``tanh`` inverse. Starts within 1e-2 of the identity.
 
@@ -55,43 +57,21 @@ class Planar(Flow):
         self.b = nn.Parameter(torch.zeros(()))
 
     def _stretch(self, theta: Theta) -> tuple[Tensor, Tensor]:
-        """The constrained :math:`\\hat u` and :math:`w^\\top \\hat u`."""
+        r"""Return the constrained :math:`\hat u`, and :math:`w^\top \hat u`."""
         s = (theta["w"] * theta["u"]).sum(-1)
-        factor = shrink(s)
+        factor = shrink_factor(s)
         return factor[..., None] * theta["u"], factor * s
 
-    def _push(self, x: Tensor, theta: Theta) -> tuple[Tensor, Tensor]:
+    def _forward_formula(self, x: Tensor, theta: Theta) -> tuple[Tensor, Tensor]:
         u, slope = self._stretch(theta)
         tanh = (dot(x, theta["w"]) + theta["b"]).tanh()
         return x + u * tanh[..., None], ((1 - tanh * tanh) * slope).log1p()
 
-    def _pull(self, y: Tensor, theta: Theta, known: Known = None) -> tuple[Tensor, Tensor]:
+    def _inverse_formula(self, y: Tensor, theta: Theta, root: Tensor | None = None) -> tuple[Tensor, Tensor]:
         u, slope = self._stretch(theta)
-        t = None if known is None else dot(known, theta["w"]) + theta["b"]
+        t = None if root is None else dot(root, theta["w"]) + theta["b"]
         tanh = tanh_root(slope, dot(y, theta["w"]) + theta["b"], t).tanh()
         return y - u * tanh[..., None], ((1 - tanh * tanh) * slope).log1p()
 
 
-class ConditionalPlanar(AmortizedFlow):
-    r"""Planar flow whose :math:`u, w, b` are a function of a context.
-
-    Args:
-        input_dim: D.
-        context_dim: width of the context.
-        hidden_dims: hidden layers of the hypernetwork, ``()`` for the paper's linear amortization.
-
-    Shapes:
-        context ``(..., context_dim)``, broadcast against the batch dimensions of the input.
-
-    Example:
-        >>> import torch
-        >>> from pyro_flowguides.transforms import ConditionalPlanar
-        >>> flow = ConditionalPlanar(2, context_dim=4).condition(torch.randn(7, 4))
-        >>> flow(torch.randn(3, 7, 2)).shape
-        torch.Size([3, 7, 2])
-    """
-
-    family = Planar
-
-
-planar, conditional_planar = Planar, ConditionalPlanar
+class ConditionalPlanar(AmortizedFlow, family=Planar): ...

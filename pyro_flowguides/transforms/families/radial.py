@@ -7,22 +7,23 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from pyro_flowguides.transforms.bounds import above_minus_one
-from pyro_flowguides.transforms.flow import AmortizedFlow, Flow, Known, Theta
+from pyro_flowguides.transforms.conditional import AmortizedFlow
+from pyro_flowguides.transforms.flow import Flow, Theta
 
-__all__ = ["ConditionalRadial", "Radial", "conditional_radial", "radial"]
+__all__ = ["ConditionalRadial", "Radial"]
 
 
 class Radial(Flow):
-    r"""Radial flow: the space expands or contracts around one point.
+    r"""Radial flow: space expands or contracts around one point.
 
     .. math::
         y = x + \frac{\beta}{\alpha + r} (x - x_0), \quad r = \lVert x - x_0 \rVert, \qquad
         \log|\det J| = (D-1) \log\left(1 + \frac{\beta}{\alpha + r}\right)
                        + \log\left(1 + \frac{\alpha\beta}{(\alpha + r)^2}\right)
 
-    with :math:`\alpha > 0` and :math:`\beta > -\alpha` by a margin. The distance of the image,
-    :math:`\rho = r (1 + \beta/(\alpha + r))`, is a quadratic in r, so that the inverse has a closed form. With D = 1
-    the flow is a monotone scalar function.
+    with :math:`\alpha > 0` and :math:`\beta > -\alpha` by a margin. The image lies at the distance
+    :math:`\rho = r (1 + \beta/(\alpha + r))` from the center, a quadratic equation for r, so the inverse has a closed
+    form. With D = 1 the flow is a monotone scalar function.
 
     Cost: O(D) in both directions. Starts within 1e-2 of the identity.
 
@@ -50,17 +51,17 @@ class Radial(Flow):
         self.alpha = nn.Parameter(torch.tensor(1.0).expm1().log())
         self.beta = nn.Parameter(1e-3 * torch.randn(()))
 
-    def _push(self, x: Tensor, theta: Theta) -> tuple[Tensor, Tensor]:
+    def _forward_formula(self, x: Tensor, theta: Theta) -> tuple[Tensor, Tensor]:
         alpha, beta = self._strength(theta)
         offset = x - theta["center"]
         r = torch.linalg.vector_norm(offset, dim=-1)
         return x + (beta / (alpha + r))[..., None] * offset, self._ladj(r, alpha, beta)
 
-    def _pull(self, y: Tensor, theta: Theta, known: Known = None) -> tuple[Tensor, Tensor]:
+    def _inverse_formula(self, y: Tensor, theta: Theta, root: Tensor | None = None) -> tuple[Tensor, Tensor]:
         alpha, beta = self._strength(theta)
         offset = y - theta["center"]
         rho = torch.linalg.vector_norm(offset, dim=-1)
-        # r^2 + p r - alpha rho = 0, by the formula that cancels for neither sign of p
+        # r^2 + p r - alpha rho = 0, by the formula without cancellation for either sign of p
         p = alpha + beta - rho
         root = (p * p + 4 * alpha * rho).sqrt()
         r = torch.where(p > 0, 2 * alpha * rho / (root + p.abs()), (root - p) / 2)
@@ -76,25 +77,4 @@ class Radial(Flow):
         return (self.input_dim - 1) * tangential + radial
 
 
-class ConditionalRadial(AmortizedFlow):
-    r"""Radial flow whose center, :math:`\alpha` and :math:`\beta` are a function of a context.
-
-    Args:
-        input_dim: D.
-        context_dim: width of the context.
-        hidden_dims: hidden layers of the hypernetwork, ``()`` for a linear map.
-
-    Shapes:
-        context ``(..., context_dim)``, broadcast against the batch dimensions of the input.
-
-    Example:
-        >>> import torch
-        >>> from pyro_flowguides.transforms import ConditionalRadial
-        >>> ConditionalRadial(2, context_dim=4).condition(torch.randn(7, 4))(torch.randn(7, 2)).shape
-        torch.Size([7, 2])
-    """
-
-    family = Radial
-
-
-radial, conditional_radial = Radial, ConditionalRadial
+class ConditionalRadial(AmortizedFlow, family=Radial): ...

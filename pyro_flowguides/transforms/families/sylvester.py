@@ -10,10 +10,12 @@ from torch.nn.functional import pad
 
 from pyro_flowguides.nn.ordering import as_permutation
 from pyro_flowguides.transforms.algebra import matvec, orthonormal, solve_triangle
-from pyro_flowguides.transforms.bounds import shrink
-from pyro_flowguides.transforms.families.householder import paired_vectors, reflect
-from pyro_flowguides.transforms.flow import AmortizedFlow, Flow, Known, Theta
-from pyro_flowguides.transforms.solvers import newton_steps, tanh_newton, tracing
+from pyro_flowguides.transforms.bounds import shrink_factor
+from pyro_flowguides.transforms.conditional import AmortizedFlow
+from pyro_flowguides.transforms.flow import Flow, Theta
+from pyro_flowguides.transforms.reflections import paired_vectors, reflect
+from pyro_flowguides.transforms.solvers import count_newton_steps, solve_tanh
+from pyro_flowguides.transforms.tracing import is_tracing
 
 __all__ = [
     "ConditionalHouseholderSylvester",
@@ -22,25 +24,19 @@ __all__ = [
     "HouseholderSylvester",
     "OrthogonalSylvester",
     "TriangularSylvester",
-    "conditional_householder_sylvester",
-    "conditional_orthogonal_sylvester",
-    "conditional_triangular_sylvester",
-    "householder_sylvester",
-    "orthogonal_sylvester",
-    "triangular_sylvester",
 ]
 
 
 class _Sylvester(Flow):
-    r"""The formula of all Sylvester flows; a variant says what the M orthonormal columns of Q are.
+    r"""The formula of all Sylvester flows; the variants differ in the M orthonormal columns of Q.
 
     .. math::
         y = x + Q R \tanh(\tilde R Q^\top x + b), \qquad
         \log|\det J| = \sum_{i=1}^{M} \log\left(1 + h'_i R_{ii} \tilde R_{ii}\right)
 
     with :math:`R, \tilde R` upper triangular and :math:`h' = 1 - \tanh^2`. It is invertible for
-    :math:`R_{ii} \tilde R_{ii} > -1`, ensured with a margin by shrinking the diagonal of :math:`\tilde R`
-    (:func:`~pyro_flowguides.transforms.bounds.shrink`).
+    :math:`R_{ii} \tilde R_{ii} > -1`, which shrinking the diagonal of :math:`\tilde R` ensures with a margin
+    (:func:`~pyro_flowguides.transforms.bounds.shrink_factor`).
 
     The inverse solves :math:`v + R \tanh(\tilde R v + b) = Q^\top y` for :math:`v = Q^\top x` from the last coordinate
     to the first, one scalar equation each. Q is applied only to vectors.
@@ -59,51 +55,51 @@ class _Sylvester(Flow):
         self.b = nn.Parameter(torch.zeros(m))
 
     def _analyze(self, x: Tensor, theta: Theta) -> Tensor:
-        """:math:`Q^\\top x`: ``(..., D) -> (..., M)``."""
+        r"""Compute :math:`Q^\top x`: ``(..., D) -> (..., M)``."""
         raise NotImplementedError
 
     def _synthesize(self, v: Tensor, theta: Theta) -> Tensor:
-        """:math:`Q v`: ``(..., M) -> (..., D)``."""
+        """Compute :math:`Q v`: ``(..., M) -> (..., D)``."""
         raise NotImplementedError
 
     @staticmethod
     def _diagonals(theta: Theta) -> tuple[Tensor, Tensor]:
-        """The diagonal of :math:`\\tilde R`, and its product with that of :math:`R`."""
+        r"""Return the diagonal of :math:`\tilde R`, and its product with that of :math:`R`."""
         product = theta["diagonal"] * theta["diagonal_tilde"]
-        factor = shrink(product)
+        factor = shrink_factor(product)
         return factor * theta["diagonal_tilde"], factor * product
 
     def _factors(self, theta: Theta) -> tuple[Tensor, Tensor, Tensor]:
-        """:math:`R`, :math:`\\tilde R`, and the product of their diagonals."""
+        r"""Return :math:`R`, :math:`\tilde R`, and the product of their diagonals."""
         diagonal_tilde, product = self._diagonals(theta)
         r = theta["triangles"].triu(1) + torch.diag_embed(theta["diagonal"])
         r_tilde = theta["triangles"].tril(-1).mT + torch.diag_embed(diagonal_tilde)
         return r, r_tilde, product
 
-    def _push(self, x: Tensor, theta: Theta) -> tuple[Tensor, Tensor]:
-        # Strict triangles and diagonals apart: amortized matrices are the bulk of the work, and are touched least so.
+    def _forward_formula(self, x: Tensor, theta: Theta) -> tuple[Tensor, Tensor]:
+        # Strict triangles and diagonals are kept apart, to touch amortized matrices, the bulk of the work, the least.
         diagonal_tilde, product = self._diagonals(theta)
         v = self._analyze(x, theta)
         tanh = (matvec(theta["triangles"].tril(-1).mT, v) + diagonal_tilde * v + theta["b"]).tanh()
         step = matvec(theta["triangles"].triu(1), tanh) + theta["diagonal"] * tanh
         return x + self._synthesize(step, theta), ((1 - tanh * tanh) * product).log1p().sum(-1)
 
-    def _pull(self, y: Tensor, theta: Theta, known: Known = None) -> tuple[Tensor, Tensor]:
+    def _inverse_formula(self, y: Tensor, theta: Theta, root: Tensor | None = None) -> tuple[Tensor, Tensor]:
         r, r_tilde, product = self._factors(theta)
         target = self._analyze(y, theta)
         with torch.no_grad():
-            if known is None:
+            if root is None:
                 v = _back_substitute(r, r_tilde, product, theta["b"], target)
             else:
-                v = self._analyze(known, theta)
-        if torch.is_grad_enabled() or tracing(v):
+                v = self._analyze(root, theta)
+        if torch.is_grad_enabled() or is_tracing(v):
             v = self._differentiable(v.detach(), r, r_tilde, theta["b"], target)
         tanh = (matvec(r_tilde, v) + theta["b"]).tanh()
         return y - self._synthesize(matvec(r, tanh), theta), ((1 - tanh * tanh) * product).log1p().sum(-1)
 
     @staticmethod
     def _differentiable(v: Tensor, r: Tensor, r_tilde: Tensor, b: Tensor, target: Tensor) -> Tensor:
-        """One Newton step on the whole system gives v the derivatives of the implicit function theorem."""
+        """Give v the derivatives of the implicit function theorem, by one Newton step on the whole system."""
         tanh = (matvec(r_tilde, v) + b).tanh()
         residual = v + matvec(r, tanh) - target
         identity = torch.eye(v.shape[-1], dtype=v.dtype, device=v.device)
@@ -120,11 +116,11 @@ def _back_substitute(r: Tensor, r_tilde: Tensor, product: Tensor, b: Tensor, tar
     With :math:`s_i = (\tilde R v + b)_i = \tilde R_{ii} v_i + c_i`, the i-th equation reads
     :math:`s_i + R_{ii} \tilde R_{ii} \tanh s_i = \tilde R_{ii} (t_i - \sum_{j>i} R_{ij} \tanh s_j) + c_i`.
     """
-    steps = newton_steps(product)
+    steps = count_newton_steps(product)
     values: list[Tensor] = []  # v_m, v_{m-1}, ...
-    rest, c = target, b  # the sums in them grow as coordinates become known
+    rest, c = target, b  # less the terms of the coordinates solved so far
     for i in reversed(range(r.shape[-1])):
-        tanh = tanh_newton(product[..., i], r_tilde[..., i, i] * rest[..., i] + c[..., i], steps).tanh()
+        tanh = solve_tanh(product[..., i], r_tilde[..., i, i] * rest[..., i] + c[..., i], steps).tanh()
         v = rest[..., i] - r[..., i, i] * tanh
         values.append(v)
         rest = torch.addcmul(rest[..., :i], r[..., :i, i], tanh[..., None], value=-1)
@@ -138,8 +134,8 @@ class OrthogonalSylvester(_Sylvester):
     .. math:: y = x + Q R \tanh(\tilde R Q^\top x + b), \qquad
         \log|\det J| = \sum_{i=1}^{M} \log\left(1 + (1 - \tanh^2_i) R_{ii} \tilde R_{ii}\right)
 
-    Q comes from a QR factorization with the signs fixed, a smooth function of the matrix (the paper iterates towards
-    the same). With D = 1, as for all variants, the flow is a monotone scalar function with one tanh step.
+    Q comes from a QR factorization with fixed signs, a smooth function of the matrix (the paper approaches it by
+    iteration). With D = 1 the flow, as all variants, is a monotone scalar function with one tanh step.
 
     Cost: O(DM) per point and O(DM²) once per call, in both directions; the inverse adds M scalar equations.
     Starts within 1e-2 of the identity.
@@ -171,15 +167,15 @@ class OrthogonalSylvester(_Sylvester):
         super().__init__(input_dim, bottleneck, cache_size=cache_size)
         self.columns = nn.Parameter(torch.randn(input_dim, self.bottleneck))
 
-    def _push(self, x: Tensor, theta: Theta) -> tuple[Tensor, Tensor]:
-        return super()._push(x, self._orthonormal(theta))
+    def _forward_formula(self, x: Tensor, theta: Theta) -> tuple[Tensor, Tensor]:
+        return super()._forward_formula(x, self._orthonormal(theta))
 
-    def _pull(self, y: Tensor, theta: Theta, known: Known = None) -> tuple[Tensor, Tensor]:
-        return super()._pull(y, self._orthonormal(theta), known)
+    def _inverse_formula(self, y: Tensor, theta: Theta, root: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return super()._inverse_formula(y, self._orthonormal(theta), root)
 
     @staticmethod
     def _orthonormal(theta: Theta) -> Theta:
-        """Add Q to theta, once per call."""
+        """Return theta with Q, which is computed once per call."""
         return {**theta, "q": orthonormal(theta["columns"])}
 
     def _analyze(self, x: Tensor, theta: Theta) -> Tensor:
@@ -238,7 +234,8 @@ class TriangularSylvester(_Sylvester):
 
     .. math:: y = x + Q R \tanh(\tilde R Q^\top x + b), \qquad Q^\top x = (x_{o_1}, \dots, x_{o_M})
 
-    with the log-determinant of :class:`OrthogonalSylvester`. Layers should alternate their order; the recipe does.
+    with the log-determinant of :class:`OrthogonalSylvester`. Successive layers should alternate the order, as the
+    recipe does.
 
     Cost: O(D + M²) per point in both directions; the inverse adds M scalar equations. Starts within 1e-2 of the
     identity.
@@ -287,73 +284,10 @@ class TriangularSylvester(_Sylvester):
         return pad(v, (0, self.input_dim - self.bottleneck))[..., self.rank]
 
 
-class ConditionalOrthogonalSylvester(AmortizedFlow):
-    """Orthogonal Sylvester flow with all its parameters a function of a context.
-
-    Args:
-        input_dim: D.
-        context_dim: width of the context.
-        hidden_dims: hidden layers of the hypernetwork, ``()`` for the paper's linear amortization.
-        **options: those of :class:`OrthogonalSylvester`.
-
-    Shapes:
-        context ``(..., context_dim)``, broadcast against the batch dimensions of the input.
-
-    Example:
-        >>> import torch
-        >>> from pyro_flowguides.transforms import ConditionalOrthogonalSylvester
-        >>> flow = ConditionalOrthogonalSylvester(3, context_dim=4, bottleneck=2).condition(torch.randn(7, 4))
-        >>> flow(torch.randn(7, 3)).shape
-        torch.Size([7, 3])
-    """
-
-    family = OrthogonalSylvester
+class ConditionalOrthogonalSylvester(AmortizedFlow, family=OrthogonalSylvester): ...
 
 
-class ConditionalHouseholderSylvester(AmortizedFlow):
-    """Householder Sylvester flow with all its parameters a function of a context.
-
-    Args:
-        input_dim: D.
-        context_dim: width of the context.
-        hidden_dims: hidden layers of the hypernetwork, ``()`` for the paper's linear amortization.
-        **options: those of :class:`HouseholderSylvester`.
-
-    Shapes:
-        context ``(..., context_dim)``, broadcast against the batch dimensions of the input.
-
-    Example:
-        >>> import torch
-        >>> from pyro_flowguides.transforms import ConditionalHouseholderSylvester
-        >>> ConditionalHouseholderSylvester(3, context_dim=4).condition(torch.randn(7, 4))(torch.randn(7, 3)).shape
-        torch.Size([7, 3])
-    """
-
-    family = HouseholderSylvester
+class ConditionalHouseholderSylvester(AmortizedFlow, family=HouseholderSylvester): ...
 
 
-class ConditionalTriangularSylvester(AmortizedFlow):
-    """Triangular Sylvester flow with all its parameters a function of a context.
-
-    Args:
-        input_dim: D.
-        context_dim: width of the context.
-        hidden_dims: hidden layers of the hypernetwork, ``()`` for the paper's linear amortization.
-        **options: those of :class:`TriangularSylvester`.
-
-    Shapes:
-        context ``(..., context_dim)``, broadcast against the batch dimensions of the input.
-
-    Example:
-        >>> import torch
-        >>> from pyro_flowguides.transforms import ConditionalTriangularSylvester
-        >>> ConditionalTriangularSylvester(3, context_dim=4).condition(torch.randn(7, 4))(torch.randn(7, 3)).shape
-        torch.Size([7, 3])
-    """
-
-    family = TriangularSylvester
-
-
-orthogonal_sylvester, conditional_orthogonal_sylvester = OrthogonalSylvester, ConditionalOrthogonalSylvester
-householder_sylvester, conditional_householder_sylvester = HouseholderSylvester, ConditionalHouseholderSylvester
-triangular_sylvester, conditional_triangular_sylvester = TriangularSylvester, ConditionalTriangularSylvester
+class ConditionalTriangularSylvester(AmortizedFlow, family=TriangularSylvester): ...

@@ -7,9 +7,10 @@ import math
 import torch
 from torch import Tensor, nn
 
-from pyro_flowguides.transforms.flow import AmortizedFlow, Flow, Known, Theta
+from pyro_flowguides.transforms.conditional import AmortizedFlow
+from pyro_flowguides.transforms.flow import Flow, Theta
 
-__all__ = ["ConditionalHeavyTail", "HeavyTail", "conditional_heavy_tail", "heavy_tail"]
+__all__ = ["ConditionalHeavyTail", "HeavyTail"]
 
 #: Largest tail weight: with a standard normal base, a density that falls as exp(-0.7 |y|).
 HEAVIEST = 0.5
@@ -23,14 +24,14 @@ class HeavyTail(Flow):
         x = y \sqrt{\frac{2}{1 + \sqrt{1 + 4 \lambda y^2}}}, \qquad
         \log|\det J| = \sum_i \log(1 + 2 \lambda_i x_i^2) - \tfrac12 \log(1 + \lambda_i x_i^2)
 
-    It is the identity to second order at zero; far out y grows as :math:`\sqrt\lambda x^2`, so that the density of a
-    normal variable falls as :math:`e^{-|y| / (2 \sqrt\lambda)}`. Such are the tails of a posterior in unconstrained
-    coordinates: where the density of a positive or bounded parameter is finite at its boundary, that of its logarithm
-    or logit falls exponentially. The ratio of such a target to a density with normal tails is unbounded, which few
-    draws show and which makes importance weights unreliable. The tail weights :math:`\lambda_i` are learned, between 0
-    and 1/2.
+    It is the identity to second order at zero. Far out y grows as :math:`\sqrt\lambda x^2`, so that the density of a
+    normal variable falls as :math:`e^{-|y| / (2 \sqrt\lambda)}`. Posteriors in unconstrained coordinates have such
+    tails: where the density of a positive or bounded parameter is finite at its boundary, that of its logarithm or
+    logit falls exponentially. The ratio of such a target to a density with normal tails is unbounded. Few draws show
+    this, and it makes importance weights unreliable. The tail weights :math:`\lambda_i` are learned, between 0 and 1/2.
 
-    Cost: O(D) in both directions. Starts within 1e-2 of the identity for :math:`|x| \le 4` unless told otherwise.
+    Cost: O(D) in both directions. By default it starts within 1e-2 of the identity for
+    :math:`|x| \le 4`.
 
     Args:
         input_dim: D.
@@ -63,57 +64,35 @@ class HeavyTail(Flow):
 
     @torch.no_grad()
     def set_weight(self, weight: float) -> None:
-        """Give all coordinates this tail weight, in (0, 1/2)."""
+        """Set the tail weight of all coordinates, in (0, 1/2)."""
         share = weight / HEAVIEST
         self.logit.fill_(math.log(share / (1 - share)))
 
     def _weight(self, theta: Theta) -> Tensor:
-        """The tail weights, between their bounds."""
+        """Return the tail weights, between their bounds."""
         return HEAVIEST * theta["logit"].sigmoid()
 
-    def _push(self, x: Tensor, theta: Theta) -> tuple[Tensor, Tensor]:
+    def _forward_formula(self, x: Tensor, theta: Theta) -> tuple[Tensor, Tensor]:
         u = self._weight(theta) * x.square()
         return x * (1 + u).sqrt(), _log_slope(u)
 
-    def _push_score(self, x: Tensor, score: Tensor, theta: Theta) -> tuple[Tensor, Tensor, Tensor]:
-        y, ladj = self._push(x, theta)
+    def _score_formula(self, x: Tensor, score: Tensor, theta: Theta) -> tuple[Tensor, Tensor, Tensor]:
+        y, ladj = self._forward_formula(x, theta)
         with torch.no_grad():
             slope = self._weight(theta) * x
             u = slope * x
             score = (score - 4 * slope / (1 + 2 * u) + slope / (1 + u)) * (1 + u).sqrt() / (1 + 2 * u)
         return y, ladj.detach(), score
 
-    def _pull(self, y: Tensor, theta: Theta, known: Known = None) -> tuple[Tensor, Tensor]:
+    def _inverse_formula(self, y: Tensor, theta: Theta, root: Tensor | None = None) -> tuple[Tensor, Tensor]:
         weight = self._weight(theta)
-        root = torch.hypot(2 * weight.sqrt() * y, torch.ones_like(y))  # sqrt(1 + 4 weight y²), for any y
-        x = y * (2 / (1 + root)).sqrt()
-        return x, _log_slope((root - 1) / 2)
+        norm = torch.hypot(2 * weight.sqrt() * y, torch.ones_like(y))  # sqrt(1 + 4 weight y²), for any y
+        x = y * (2 / (1 + norm)).sqrt()
+        return x, _log_slope((norm - 1) / 2)
 
 
 def _log_slope(u: Tensor) -> Tensor:
     return ((2 * u).log1p() - 0.5 * u.log1p()).sum(-1)
 
 
-class ConditionalHeavyTail(AmortizedFlow):
-    """Heavier tails whose weight is a function of a context.
-
-    Args:
-        input_dim: D.
-        context_dim: width of the context.
-        hidden_dims: hidden layers of the hypernetwork, ``()`` for a linear map.
-        **options: those of :class:`HeavyTail`.
-
-    Shapes:
-        context ``(..., context_dim)``, broadcast against the batch dimensions of the input.
-
-    Example:
-        >>> import torch
-        >>> from pyro_flowguides.transforms import ConditionalHeavyTail
-        >>> ConditionalHeavyTail(3, context_dim=4).condition(torch.randn(7, 4))(torch.randn(7, 3)).shape
-        torch.Size([7, 3])
-    """
-
-    family = HeavyTail
-
-
-heavy_tail, conditional_heavy_tail = HeavyTail, ConditionalHeavyTail
+class ConditionalHeavyTail(AmortizedFlow, family=HeavyTail): ...
