@@ -135,51 +135,13 @@ class MaskedConv2d(PaddedConv2d):
 
 
 class WeightNormPaddedConv2d(WeightNorm, PaddedConv2d):
-    """:class:`PaddedConv2d` with weight normalization.
-
-    Args:
-        in_channels, out_channels, above, left, right, stride: as for :class:`PaddedConv2d`.
-        init_scale: standard deviation of the outputs after the data-dependent initialization.
-    """
+    """:class:`PaddedConv2d` with weight normalization."""
 
     bias: nn.Parameter
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        above: int = 0,
-        left: int = 0,
-        right: int = 0,
-        stride: int = 1,
-        *,
-        init_scale: float = 1.0,
-    ) -> None:
-        super().__init__(in_channels, out_channels, above, left, right, stride)
-        self.add_gain(init_scale)
 
 
 class WeightNormMaskedConv2d(WeightNorm, MaskedConv2d):
-    """:class:`MaskedConv2d` with weight normalization of the masked filters.
-
-    Args:
-        in_channels, out_channels, above, left, right, groups, strict: as for :class:`MaskedConv2d`.
-        init_scale: standard deviation of the outputs after the data-dependent initialization.
-    """
+    """:class:`MaskedConv2d` with weight normalization of the masked filters."""
 
     bias: nn.Parameter
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        above: int = 0,
-        left: int = 0,
-        right: int = 0,
-        *,
-        groups: int = 1,
-        strict: bool = False,
-        init_scale: float = 1.0,
-    ) -> None:
-        super().__init__(in_channels, out_channels, above, left, right, groups=groups, strict=strict)
-        self.add_gain(init_scale)
+    unnormalized_weight = MaskedConv2d.unnormalized_weight

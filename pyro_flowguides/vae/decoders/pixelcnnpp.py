@@ -72,18 +72,7 @@ class _Block(nn.Module):
 
 
 class _Level(nn.Module):
-    """One resolution of one stack: blocks, the next lower resolution, and the same number of blocks with shortcuts.
-
-    Args:
-        make_conv: the convolutions of the stack.
-        filters: channels of the features.
-        blocks: number of blocks before, and again after, the lower resolution.
-        levels: number of resolutions from this one down.
-        side_channels: channels that each block reads of the other stack.
-        context: numbers of global features and of maps.
-        dropout: dropout probability within the blocks.
-        level: number of this resolution, 0 for that of the image.
-    """
+    """One resolution of one stack: blocks, the next lower resolution, and the same number of blocks with shortcuts."""
 
     def __init__(
         self,

@@ -26,13 +26,7 @@ def as_image_shape(owner: str, data_shape: Sequence[int]) -> tuple[int, int, int
 
 
 def halve_size(size: tuple[int, int], times: int) -> tuple[int, int]:
-    """Return height and width after ``times`` convolutions of stride 2.
-
-    Example:
-        >>> from pyro_flowguides.vae.networks.image_shapes import halve_size
-        >>> halve_size((28, 20), 3)
-        (4, 3)
-    """
+    """Return height and width after ``times`` convolutions of stride 2."""
     height, width = (math.ceil(side / 2**times) for side in size)
     return height, width
 

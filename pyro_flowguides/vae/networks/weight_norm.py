@@ -15,22 +15,24 @@ __all__ = ["WeightNorm", "WeightNormConv2d", "WeightNormLinear", "data_dependent
 class WeightNorm(nn.Module):
     """A mixin that normalizes the weight of a linear layer or a convolution and scales every output by a gain.
 
-    The layer defines ``unnormalized_weight`` and ``apply_weight``, and calls :meth:`add_gain` when it is built.
+    Args:
+        *sizes, **options: those of the layer.
+        init_scale: standard deviation of the outputs after the data-dependent initialization.
     """
 
     weight: Tensor
     bias: nn.Parameter
-    gain: nn.Parameter
-    init_scale: float
-    #: From nothing to the weight before normalization, with any mask applied.
-    unnormalized_weight: Callable[[], Tensor]
     #: From input, weight and bias to the output of the layer.
     apply_weight: Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
-    def add_gain(self, init_scale: float) -> None:
-        """Add a gain per output that leaves the weight of the layer as it is."""
+    def __init__(self, *sizes: int, init_scale: float = 1.0, **options: int) -> None:
+        super().__init__(*sizes, **options)
         self.init_scale = init_scale
         self.gain = nn.Parameter(self.weight.detach().flatten(1).norm(dim=1))
+
+    def unnormalized_weight(self) -> Tensor:
+        """Return the weight before normalization, with any mask applied."""
+        return self.weight
 
     def effective_weight(self) -> Tensor:
         """Return the weight that the layer applies."""
@@ -84,11 +86,7 @@ class WeightNormLinear(WeightNorm, nn.Linear):
     """
 
     def __init__(self, in_features: int, out_features: int, *, init_scale: float = 1.0) -> None:
-        super().__init__(in_features, out_features)
-        self.add_gain(init_scale)
-
-    def unnormalized_weight(self) -> Tensor:
-        return self.weight
+        super().__init__(in_features, out_features, init_scale=init_scale)
 
     def apply_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)
@@ -125,11 +123,7 @@ class WeightNormConv2d(WeightNorm, nn.Conv2d):
     def __init__(
         self, in_channels: int, out_channels: int, kernel_size: int = 3, stride: int = 1, *, init_scale: float = 1.0
     ) -> None:
-        super().__init__(in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2)
-        self.add_gain(init_scale)
-
-    def unnormalized_weight(self) -> Tensor:
-        return self.weight
+        super().__init__(in_channels, out_channels, kernel_size, stride, kernel_size // 2, init_scale=init_scale)
 
     def apply_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return self._conv_forward(x, weight, bias)
