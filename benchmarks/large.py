@@ -33,6 +33,7 @@ import pyro_flowguides as fg
 from pyro_flowguides.inference.density_objective import DensityObjective
 from pyro_flowguides.inference.flat_adam import Descent
 from pyro_flowguides.inference.steps import Request
+from pyro_flowguides.programs.program import Program
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -67,7 +68,7 @@ def steps(flow: str, dim: int, rounds: int) -> dict[str, float]:
     model = make_model(dim)
     guide = fg.AutoFlow(model, flow, **FLOWS[flow])
     guide()
-    objective = DensityObjective(model, guide, (), {})
+    objective = DensityObjective(Program.inspect(model, guide))
     descent, generator = Descent(list(objective.parameters.values())), torch.Generator().manual_seed(0)
     found: dict[str, float] = {"parameters": sum(value.numel() for value in guide.parameters())}
     for name, path in (("step_ms", False), ("path_ms", True)):
@@ -89,7 +90,7 @@ def whole_fit(flow: str, dim: int, rounds: int) -> dict[str, float]:
     result = fg.fit(
         model, fg.AutoFlow(model, flow, **FLOWS[flow]), steps=FIT_STEPS, num_particles=PARTICLES, progress=False
     )
-    assert result.diagnosis is not None, result.unjudged
+    assert result.diagnosis is not None, result.why_no_verdict
     return {"fit_s": time.process_time() - begin}
 
 

@@ -43,7 +43,7 @@ from torch.distributions import biject_to
 from tqdm import tqdm
 
 import pyro_flowguides as fg
-from pyro_flowguides.diagnostics import Diagnosis, WeightedDraws, judge, log_weights, resample
+from pyro_flowguides.diagnostics import Diagnosis, WeightedDraws, diagnose_draws, log_weights, resample
 from pyro_flowguides.flows import FLOWS
 
 #: Draws of a fitted guide that are compared with the reference draws.
@@ -209,7 +209,7 @@ def fit_flow(posterior: Posterior, job: Job) -> Fit:
     options: dict[str, Any] = {} if job.steps is None else {"steps": job.steps}
     result = fg.fit(posterior.model, guide, seed=job.seed, progress=False, **options, **posterior.data)
     if result.diagnosis is None:
-        raise ValueError(result.unjudged)
+        raise ValueError(result.why_no_verdict)
     return partial(weigh_guide, posterior, guide), result.diagnosis, result.seconds, result.steps
 
 
@@ -232,13 +232,13 @@ def fit_peer(posterior: Posterior, job: Job) -> Fit:
 
 
 def fit_numpyro(fit: Callable[..., Callable[[int], WeightedDraws]], posterior: Posterior, job: Job) -> Fit:
-    """The same in NumPyro, compilation included. The verdict has no wider look, which needs a Pyro guide."""
+    """The same in NumPyro, compilation included. The verdict has no defensive check, which needs a Pyro guide."""
     steps = job.steps or PEER_STEPS
     name, options = NUMPYRO_PEERS[job.guide]
     begin = time.perf_counter()
     weigh = fit(posterior, name, options, seed=job.seed, steps=steps, particles=PEER_PARTICLES, rate=PEER_RATE)
     seconds = time.perf_counter() - begin
-    return weigh, judge(weigh(VERDICT_DRAWS)), seconds, steps
+    return weigh, diagnose_draws(weigh(VERDICT_DRAWS)), seconds, steps
 
 
 def weigh_guide(posterior: Posterior, guide: Any, num_samples: int) -> WeightedDraws:
@@ -249,7 +249,7 @@ def score(posterior: Posterior, weigh: Callable[[int], WeightedDraws]) -> dict[s
     """What draws of a fitted guide are worth, from a number of them that leaves little noise."""
     pyro.set_rng_seed(0)
     weighted = weigh(DRAWS)
-    whole = judge(weighted)
+    whole = diagnose_draws(weighted)
     raw = errors(posterior, weighted.draws)
     found = {
         "elbo": whole.elbo,

@@ -34,7 +34,7 @@ from posteriordb_models import Posterior, names
 from row_files import append_row, read_rows
 
 import pyro_flowguides as fg
-from pyro_flowguides.diagnostics import Diagnosis, WeightedDraws, judge
+from pyro_flowguides.diagnostics import Diagnosis, WeightedDraws, diagnose_draws
 
 OURS, SHORTEST = "pyro_flowguides iaf", "pyro_flowguides iaf, shortest"
 LIMITS = (100, 200, 400, 1000, 2000)
@@ -107,7 +107,7 @@ def race_fit(posterior: Posterior, job: Job, **options: Any) -> Outcome:
     result = fg.fit(posterior.model, guide, seed=job.seed, progress=False, **options, **posterior.data)
     seconds = time.process_time() - begin
     pyro.set_rng_seed(0)
-    look = judge(posteriordb.weigh_guide(posterior, guide, posteriordb.DRAWS))
+    look = diagnose_draws(posteriordb.weigh_guide(posterior, guide, posteriordb.DRAWS))
     return there(look, job), seconds, result.steps, job.log_evidence - look.elbo, look.khat
 
 
@@ -135,7 +135,7 @@ def race_peer(advance: Callable[[Posterior, Job], Iterator[WeightedDraws]], post
         next(stretches)
         spent += time.process_time() - begin
         steps += LOOK_EVERY
-        look = judge(next(stretches))
+        look = diagnose_draws(next(stretches))
         if there(look, job) or steps >= MOST_STEPS:
             return there(look, job), spent, steps, job.log_evidence - look.elbo, look.khat
 

@@ -1,4 +1,4 @@
-"""Competitors of speed.py that need this package or Pyro: ``fit``, Pyro's SVI, inverses and VAEs."""
+"""Competitors of speed.py that need this package or Pyro: ``fit``, Pyro's SVI and inverses."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoIAFNormal
 from speed_gap import NEAR, RATE, Target, until_near
-from speed_torch import DEVICE, FLOWS, observations, round_trip
+from speed_torch import FLOWS, observations, round_trip
 from speed_torch import RATE as STEP_RATE
 from speed_workers import Job, LeftOut, not_below
 from torch import Tensor
@@ -22,6 +22,7 @@ from pyro_flowguides.inference.density_objective import DensityObjective
 from pyro_flowguides.inference.flat_adam import Descent
 from pyro_flowguides.inference.schedule import Schedule
 from pyro_flowguides.inference.steps import Request
+from pyro_flowguides.programs.program import Program
 
 Model = Callable[[], None]
 pyro.enable_validation(False)
@@ -60,7 +61,7 @@ def our_steps(dim: int, particles: int, hidden: int, compiling: bool = False) ->
     model = make_model(dim)
     guide = fg.AutoIAF(model, hidden_dim=[hidden, hidden], num_transforms=FLOWS)
     guide()
-    objective = DensityObjective(model, guide, (), {}, compiling)
+    objective = DensityObjective(Program.inspect(model, guide), compiling)
     descent = Descent(list(objective.parameters.values()))
     request, generator = Request(particles, path=False), torch.Generator(objective.device).manual_seed(0)
 
@@ -113,24 +114,6 @@ def sequential_inverse(dim: int, batch: int, hidden: int) -> Job:
         return y
 
     return round_trip(flow, lambda x: flow.forward_and_ladj(x)[0], inverse, dim, batch)
-
-
-# -- VAEs --------------------------------------------------------------------------------------------------------------
-
-
-def vae(posterior: str, batch: int, loop: str, compiling: bool = False) -> Job:
-    """A training step of the MLP VAE of vae_step.py; compiled as ``--compile`` does it."""
-    import vae_step
-
-    pyro.clear_param_store()
-    torch.manual_seed(0)
-    x = (torch.rand(batch, *vae_step.DATA_SHAPE) < 0.2).float().to(DEVICE)
-    network = vae_step.MODELS["vae"](vae_step.DATA_SHAPE, latent_dim=vae_step.LATENT_DIM, posterior=posterior)
-    network.to(DEVICE)
-    if compiling:
-        torch.compiler.reset()  # what was compiled for another batch size, which a training run does not know of
-        network.terms = torch.compile(network.terms)  # type: ignore[method-assign]
-    return Job(vae_step.LOOPS[loop](network, x))
 
 
 # -- time to the evidence ----------------------------------------------------------------------------------------------
