@@ -52,6 +52,12 @@ class LogDensity:
         """Evaluate all particles in one run; an error at one of them is raised."""
         return self._density.at_once({_LATENT: z}, len(z), self._mode)
 
+    def constrain(self, z: Tensor) -> Values:
+        r"""Map unconstrained latent vectors (S, D) to values of the model's sites, each (S, \*site)."""
+        layout = Layout(len(z), self.program.nesting)
+        sites, _ = self._constrain(layout.place(z, 0), layout)
+        return {name: layout.split(value, self.program.latents[name].shape) for name, value in sites.items()}
+
     @property
     def _mode(self) -> RunMode:
         return self.program.mode or RunMode.PLATE

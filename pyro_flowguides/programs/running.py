@@ -193,7 +193,7 @@ def trace_guide(
     *,
     handlers: Sequence[Messenger] = (),
 ) -> Trace:
-    """Run and record a guide, see :func:`trace_program`; also one of Pyro's effect-based guides (``GuideMessenger``)."""
+    """Run and record a guide, also an effect-based one (``GuideMessenger``); arguments as for :func:`trace_program`."""
     trace = trace_program(guide, args, kwargs, layout, values, handlers=handlers)
     unwrapped = poutine.unwrap(guide)
     return unwrapped.get_traces()[1] if isinstance(unwrapped, GuideMessenger) else trace

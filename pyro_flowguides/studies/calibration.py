@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import itertools
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyro
-import pyro.distributions as dist
 import torch
 from pyro import poutine
-from pyro.poutine.trace_struct import Trace
-from pyro.poutine.uncondition_messenger import UnconditionMessenger
-from pyro.poutine.util import site_is_factor, site_is_subsample
 from torch import Tensor
 from tqdm import tqdm
 
-from pyro_flowguides.diagnostics import log_weights
+from pyro_flowguides.diagnostics.weights import weigh
 from pyro_flowguides.inference.fitting import fit
+from pyro_flowguides.programs.simulation import simulate
+from pyro_flowguides.programs.types import Values
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -42,8 +39,6 @@ WIDTH_LIMIT = 3.0
 PATIENCE = 3
 #: Marginals that are printed and plotted.
 SHOWN = 12
-
-Values = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -257,13 +252,9 @@ class _Study:
 
     def simulate(self, seed: int) -> tuple[Values, Values]:
         """Parameters and data, drawn from the model."""
-        with torch.no_grad(), torch.random.fork_rng(devices=[]), poutine.trace() as tracer, _Simulate(self.observed):
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.model(*self.args, **self.kwargs)
-        drawn = dict(_drawn(tracer.trace))
-        data = _data_sites(drawn, self.observed)
-        truth = {name: node["value"] for name, node in drawn.items() if name not in data}
-        return truth, {name: drawn[name]["value"] for name in data}
+            return simulate(self.model, self.args, self.kwargs, self.observed)
 
     def shares(self, truth: Values, data: Values, seed: int) -> Values:
         """Fit the guide to the data: the share of its draws below each of the true values."""
@@ -271,65 +262,9 @@ class _Study:
         with torch.random.fork_rng(devices=[]), pyro.get_param_store().scope():
             torch.manual_seed(seed)
             guide = self.guide(conditioned)
-            fit(conditioned, guide, *self.args, seed=seed, **self.options, **self.kwargs)
-            drawn = log_weights(conditioned, guide, *self.args, num_samples=self.num_samples, **self.kwargs).draws
+            result = fit(conditioned, guide, *self.args, seed=seed, **self.options, **self.kwargs)
+            drawn = weigh(result.program, self.num_samples).draws
         return {name: (value < truth[name]).double().mean(0).cpu() for name, value in drawn.items()}
-
-
-class _Simulate(UnconditionMessenger):
-    """Draws the observed sites and refuses what no data can be drawn from."""
-
-    def __init__(self, observed: Collection[str] | None) -> None:
-        super().__init__()
-        self.observed = observed
-
-    def _pyro_sample(self, msg: Any) -> None:
-        name, fn = msg["name"], msg["fn"]
-        if site_is_subsample(msg):
-            self._refuse_subsample(name, fn)
-        elif site_is_factor(msg):
-            raise ValueError(f"vsbc: site {name!r} is a factor, which has no distribution to draw from")
-        elif isinstance(_innermost(fn), dist.ImproperUniform):
-            raise ValueError(f"vsbc: the prior of site {name!r} is improper, so that nothing can be drawn from it")
-        elif msg["is_observed"] and not msg["infer"].get("_deterministic", False):
-            if self.observed is not None and name not in self.observed:
-                raise ValueError(
-                    f"vsbc: site {name!r} holds data but is not among observed; all data must be drawn from the model"
-                )
-            super()._pyro_sample(msg)
-
-    @staticmethod
-    def _refuse_subsample(name: str, fn: Any) -> None:
-        if fn.subsample_size is not None and fn.subsample_size < fn.size:
-            raise ValueError(
-                f"vsbc: plate {name!r} is subsampled to {fn.subsample_size} of {fn.size}; give it its full size"
-            )
-
-
-def _innermost(fn: Any) -> Any:
-    while isinstance(fn, (dist.Independent, dist.MaskedDistribution, dist.ExpandedDistribution)):
-        fn = fn.base_dist
-    return fn
-
-
-def _drawn(trace: Trace) -> Iterator[tuple[str, Any]]:
-    """The sites that were drawn."""
-    for name, node in trace.nodes.items():
-        if node["type"] == "sample" and not node["is_observed"] and not site_is_subsample(node):
-            yield name, node
-
-
-def _data_sites(drawn: Mapping[str, Any], observed: Sequence[str] | None) -> tuple[str, ...]:
-    if observed is None:
-        found = tuple(name for name, node in drawn.items() if node["infer"].get("was_observed"))
-        if not found:
-            raise ValueError("vsbc: no site of the model holds data; name the observed sites with observed=[...]")
-        return found
-    for name in observed:
-        if name not in drawn:
-            near = difflib.get_close_matches(name, drawn, n=1, cutoff=0.0)
-            raise ValueError(f"vsbc: the model draws no site {name!r}: did you mean {near[0]!r}?")
-    return tuple(observed)
 
 
 # -- the test ----------------------------------------------------------------------------------------------------------

@@ -113,6 +113,7 @@ def neutra_mcmc(
         torch.manual_seed(seed)
         _check_guide(guide, args, kwargs)
         program = Program.inspect(model, guide, args, kwargs)
+        program.check_full_density()
         options = NUTS_OPTIONS | dict(nuts_options or {})
         chains: list[_Chain] = []
         with _frozen(guide):
@@ -287,7 +288,7 @@ def _export(program: Program, guide: AutoContinuous, chains: Sequence[_Chain]) -
     """The draws of all chains with all that ArviZ's functions ask for."""
     num_samples = chains[0].num_samples
     with evaluation():
-        draws = _constrain(program, guide, torch.cat([chain.noise for chain in chains]))
+        draws = program.log_density.constrain(guide.get_transform()(torch.cat([chain.noise for chain in chains])))
         scores = score_model(program, draws, program.default_chunk_size)
     log_p, none = scores.log_p, torch.zeros_like(scores.log_p)
     weighted = WeightedDraws(draws, log_p, log_p, none, model_mode=scores.mode, model_note=scores.note)
@@ -300,17 +301,6 @@ def _export(program: Program, guide: AutoContinuous, chains: Sequence[_Chain]) -
         group: _by_chain(names.dataset(group, values, attrs), len(chains)) for group, values in groups.items() if values
     }
     return _arviz.build_tree(datasets, attrs)
-
-
-def _constrain(program: Program, guide: AutoContinuous, noise: Tensor) -> dict[str, Tensor]:
-    """Noise ``(S, D)`` -> draws of the model's sites, ``(S, *site)``."""
-    latent = guide.get_transform()(noise)
-    latent = latent.reshape(len(latent), *(1,) * program.nesting, -1)
-    draws = {}
-    for site, value in guide._unpack_latent(latent):
-        name = site["name"]
-        draws[name] = biject_to(site["fn"].support)(value).reshape(-1, *program.latents[name].shape)
-    return draws
 
 
 def _by_chain(dataset: xr.Dataset, num_chains: int) -> xr.Dataset:

@@ -9,12 +9,12 @@ from pyro import poutine
 from pyro.infer import config_enumerate
 from pyro.infer.autoguide import AutoNormal, init_to_feasible
 from pyro.nn import PyroModule, PyroParam, PyroSample
+from pyro_flowguides.inference.steps import Request
 from torch.distributions import biject_to
 from torch.testing import assert_close
 
 import pyro_flowguides as fg
 from pyro_flowguides.inference.density_objective import DensityObjective, make_objective
-from pyro_flowguides.inference.steps import Request
 from pyro_flowguides.inference.trace_objective import TraceObjective
 from pyro_flowguides.programs.batched_run import RunMode
 from pyro_flowguides.programs.layout import NotVectorizedError
