@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-from types import ModuleType
 from typing import TYPE_CHECKING
 
 from pyro_flowguides import diagnostics, flows, guides, inference, nn, programs, studies, transforms
@@ -19,18 +18,9 @@ from pyro_flowguides.diagnostics import (
     plot_ppc,
     to_inference_data,
 )
-from pyro_flowguides.guides import (
-    AutoAmortizedFlow,
-    AutoFlow,
-    AutoIAF,
-    AutoMAF,
-    AutoNICE,
-    AutoPlanar,
-    AutoRadial,
-    AutoRealNVP,
-    AutoSylvester,
-    FlowPosterior,
-)
+from pyro_flowguides.guides import AutoAmortizedFlow, AutoFlow, FlowPosterior
+from pyro_flowguides.guides.autoflow import RegisteredFlowGuide
+from pyro_flowguides.guides.registered import find_guide, guide_names
 from pyro_flowguides.inference import FitDivergedError, FitResult, fit
 from pyro_flowguides.studies import VSBC, Comparison, compare, neutra_mcmc, vsbc
 
@@ -44,13 +34,6 @@ __all__ = [
     "Agreement",
     "AutoAmortizedFlow",
     "AutoFlow",
-    "AutoIAF",
-    "AutoMAF",
-    "AutoNICE",
-    "AutoPlanar",
-    "AutoRadial",
-    "AutoRealNVP",
-    "AutoSylvester",
     "Comparison",
     "Diagnosis",
     "FitDivergedError",
@@ -78,10 +61,15 @@ __all__ = [
     "vae",
     "vsbc",
 ]
+__all__ += guide_names()
 
 
-def __getattr__(name: str) -> ModuleType:
-    """Import ``pyro_flowguides.vae`` on first use: nothing else needs it."""
+def __getattr__(name: str) -> type[RegisteredFlowGuide]:
+    """Return the autoguide of a registered flow, or import ``pyro_flowguides.vae``, which nothing else needs."""
     if name == "vae":
-        return importlib.import_module("pyro_flowguides.vae")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return importlib.import_module("pyro_flowguides.vae")  # type: ignore[return-value]
+    return find_guide(__name__, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*__all__, *guide_names()})

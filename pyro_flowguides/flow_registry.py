@@ -125,13 +125,14 @@ def get_flow(flow: str | Builder) -> Builder:
     raise ValueError(f"unknown flow {flow!r}: did you mean {near[0]!r}? Known flows: {', '.join(FLOWS)}")
 
 
-def check_options(owner: str, builder: Builder, options: Iterable[str]) -> None:
+def check_options(owner: str, builder: Builder, options: Iterable[str], others: Iterable[str] = ()) -> None:
     """Refuse an option that the builder does not take, before the builder is called.
 
     Args:
         owner: the class to name in the message.
         builder: the builder. One with ``**options`` of its own may take any.
         options: names of options.
+        others: names of the owner's own options, for the hint.
 
     Raises:
         TypeError: with the nearest name and all names.
@@ -148,7 +149,7 @@ def check_options(owner: str, builder: Builder, options: Iterable[str]) -> None:
     known = [parameter.name for parameter in parameters[1:] if parameter.name != "context_dim"]
     for name in options:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
+            near = difflib.get_close_matches(name, [*known, *others], n=1)
             hint = f", did you mean {near[0]!r}?" if near else "."
             kind = getattr(builder, "__name__", "the builder")
             raise TypeError(f"{owner}: unknown option {name!r}{hint} Options of {kind}: {', '.join(known)}.")

@@ -70,7 +70,7 @@ def planar(input_dim: int, context_dim: int = 0, *, depth: int = 8, hidden_dims:
         input_dim: D.
         context_dim: width of the context, 0 for none.
         depth: number of layers.
-        hidden_dims: hidden widths of the hypernetworks that read the context (default: none, linear amortization).
+        hidden_dims: hidden widths of the hypernetworks that read a context (default: none); unused without one.
 
     Raises:
         ValueError: if ``depth < 1`` or ``input_dim < 1``.
@@ -91,7 +91,7 @@ def radial(input_dim: int, context_dim: int = 0, *, depth: int = 8, hidden_dims:
         input_dim: D.
         context_dim: width of the context, 0 for none.
         depth: number of layers.
-        hidden_dims: hidden widths of the hypernetworks that read the context (default: none, linear amortization).
+        hidden_dims: hidden widths of the hypernetworks that read a context (default: none); unused without one.
 
     Raises:
         ValueError: if ``depth < 1`` or ``input_dim < 1``.
@@ -131,7 +131,7 @@ def sylvester(
         input_dim: D.
         context_dim: width of the context, 0 for none.
         depth: number of layers.
-        hidden_dims: hidden widths of the hypernetworks that read the context (default: none, linear amortization).
+        hidden_dims: hidden widths of the hypernetworks that read a context (default: none); unused without one.
         variant: where Q comes from: "orthogonal", "householder" or "triangular".
         bottleneck: M ≤ D (default: the smaller of D and 32).
         reflections: number of Householder reflections, even (default 4); only for the variant "householder".
@@ -207,8 +207,8 @@ def maf(
 ) -> Layer:
     """Build a flow of masked autoregressive layers (Papamakarios et al. 2017).
 
-    Every other layer takes the coordinates in reversed order. Drawing is the expensive direction: prefer :func:`iaf`
-    for a posterior, unless draws of other distributions must be scored.
+    Every other layer takes the coordinates in reversed order. Drawing is the expensive direction: prefer
+    :func:`~pyro_flowguides.flows.iaf` for a posterior, unless draws of other distributions must be scored.
 
     Args:
         input_dim: D.

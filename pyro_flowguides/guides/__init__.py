@@ -16,4 +16,4 @@ def __getattr__(name: str) -> type[RegisteredFlowGuide]:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *guide_names()})
+    return sorted({*__all__, *guide_names()})

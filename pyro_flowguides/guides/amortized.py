@@ -158,9 +158,9 @@ class AutoAmortizedFlow(LazyGuide):
         self.register_module("globals", None)
         self._plate, self._inputs, self._init_scale = plate, inputs, init_scale
         self._condition_on_globals = condition_on_globals
-        common = {"path_gradient": path_gradient}
-        self._new_global_guide = partial(AutoFlow, flow=global_flow, **common, **(global_options or {}))
-        self._new_posterior = partial(FlowPosterior, flow=flow, **common, **flow_options)
+        global_options = {**(global_options or {}), "path_gradient": path_gradient}
+        self._new_global_guide: Callable[..., AutoFlow] = partial(AutoFlow, flow=global_flow, **global_options)
+        self._new_posterior = partial(FlowPosterior, flow=flow, path_gradient=path_gradient, **flow_options)
 
     # -- setting up ----------------------------------------------------------------------------------------------------
 
@@ -226,7 +226,7 @@ class AutoAmortizedFlow(LazyGuide):
         with isolated():
             self.plates = self._plates_with(data_plate)
             with self.plates[self._plate] as indices:
-                features = self._encode(local.encoder, indices, args, kwargs)
+                features = self._encode(local.encoder, cast("Tensor", indices), args, kwargs)
         if features.dtype != loc.dtype:
             raise ValueError(
                 f"{type(self).__name__}: the encoder returns {features.dtype}, the local variables are {loc.dtype}. "
@@ -288,8 +288,8 @@ class AutoAmortizedFlow(LazyGuide):
         values, global_draw = self._draw_globals(args, kwargs)
         local = self.local  # within a Pyro program, reading it registers the parameters once
         with self.plates[self._plate] as indices:
-            features = self._encode(local.encoder, indices, args, kwargs)
-            distribution = self._local_distribution(local.posterior, features, global_draw)
+            features = self._encode(local.encoder, cast("Tensor", indices), args, kwargs)
+            distribution = self._local_distribution(cast("LocalPosterior", local.posterior), features, global_draw)
             draw = pyro.sample(f"_{self._pyro_name}_latent", distribution, infer={"is_auxiliary": True})
             for site, rows in zip(self._sites, draw.split([site.size for site in self._sites], -1), strict=True):
                 with ExitStack() as stack:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import pyro
@@ -22,7 +21,7 @@ class DataPlate(NamedTuple):
 
     size: int
     subsample_size: int
-    subsample: Tensor | Sequence[int] | None = None
+    subsample: Tensor | None = None
 
     def create(self, name: str, dim: int) -> pyro.plate:
         """Create this plate under a name at a dimension."""

@@ -35,7 +35,7 @@ class LazyGuide(AutoGuide):
     #: Attributes that only set-up needs. They may be local functions, which cannot be pickled.
     setup_only: ClassVar[tuple[str, ...]] = ()
     #: The result of :meth:`_wrap_model`; ``None`` in a guide that was pickled without its model.
-    _model: tuple[Model, ...] | None
+    _model: tuple[Model, ...] | None  # type: ignore[assignment]
 
     def __init__(self, model: Model, *, init_loc_fn: Callable[..., Tensor] | None = None) -> None:
         super().__init__(model, **({} if init_loc_fn is None else {"init_loc_fn": init_loc_fn}))
@@ -132,10 +132,9 @@ class LazyGuide(AutoGuide):
         if self._module_or_none is not None:  # an AutoGuideList makes this check before there are parameters
             super()._check_module_local_param_usage()
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         self._ensure_parameters()
-        state: dict[str, Any] = super().state_dict(*args, **kwargs)
-        return state
+        return super().state_dict(*args, **kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LazyGuide:
         self._placeholder = fn(self._placeholder)

@@ -19,10 +19,10 @@ def draw_normal(loc: Tensor, scale: Tensor, sample_shape: Sequence[int] = ()) ->
 
 
 def normal_log_prob(noise: Tensor, scale: Tensor | None = None) -> Tensor:
-    r"""Return the log density :math:`-\frac{1}{2} \lVert \varepsilon \rVert^2 - \sum_i \log \sigma_i - \frac{D}{2} \log 2\pi`.
+    r"""Return :math:`-\frac{1}{2} \lVert \varepsilon \rVert^2 - \sum_i \log \sigma_i - \frac{D}{2} \log 2\pi`.
 
     Args:
-        noise: :math:`\varepsilon = (z - \mu) / \sigma` ``(..., D)`` of the points z.
+        noise: :math:`\varepsilon = (z - \mu) / \sigma` of the points z, ``(..., D)``.
         scale: :math:`\sigma` (default 1).
 
     Example:

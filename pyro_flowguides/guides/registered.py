@@ -1,0 +1,119 @@
+"""One autoguide class per registered flow, with the flow's options in its signature and docstring.
+
+The classes are created on first use: ``pyro_flowguides.guides.AutoRealNVP`` is the autoguide of the flow with the title
+"RealNVP", whoever registered it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import textwrap
+from functools import cache
+from types import new_class
+from typing import Any, cast
+
+from pyro_flowguides.flows import FLOWS, Builder
+from pyro_flowguides.guides.autoflow import AutoFlow, RegisteredFlowGuide
+from pyro_flowguides.guides.flow_docs import describe_flow, format_sections, parse_docstring
+from pyro_flowguides.guides.pyro_iaf import PyroIAFGuide
+
+__all__ = ["find_guide", "guide_names"]
+
+#: Base classes of the guides that understand more than the options of their flow, by name of the flow.
+BASES: dict[str, type[RegisteredFlowGuide]] = {"iaf": PyroIAFGuide}
+
+
+def guide_names() -> list[str]:
+    """List the names of the autoguides of all registered flows."""
+    return [f"Auto{recipe.title}" for recipe in FLOWS.values()]
+
+
+def find_guide(module: str, name: str) -> type[RegisteredFlowGuide]:
+    """Return the autoguide of this name, for an attribute access on a module.
+
+    Raises:
+        AttributeError: if no registered flow has it, with the nearest name.
+
+    Example:
+        >>> from pyro_flowguides.guides.registered import find_guide
+        >>> find_guide("pyro_flowguides", "AutoRealNVP").flow
+        'realnvp'
+    """
+    for flow, recipe in FLOWS.items():
+        if name == f"Auto{recipe.title}":
+            return _create_class(name, flow, cast("Builder", recipe))
+    near = difflib.get_close_matches(name, guide_names(), n=1) if name.startswith("Auto") else []
+    hint = f", did you mean {near[0]!r}?" if near else ""
+    raise AttributeError(f"module {module!r} has no attribute {name!r}{hint}")
+
+
+@cache
+def _create_class(name: str, flow: str, builder: Builder) -> type[RegisteredFlowGuide]:
+    base = BASES.get(flow, RegisteredFlowGuide)
+    signature = _join_signatures(base, builder)
+
+    def __init__(self: RegisteredFlowGuide, *args: Any, **kwargs: Any) -> None:
+        base.__init__(self, *args, **kwargs)
+
+    __init__.__signature__ = signature  # type: ignore[attr-defined]
+    __init__.__doc__ = f"Create the guide; see :class:`{name}`."
+    namespace = {
+        "__module__": __package__,
+        "__doc__": _join_docstrings(name, flow, base, signature),
+        "__init__": __init__,
+        "flow": flow,
+    }
+    return new_class(name, (base,), exec_body=lambda members: members.update(namespace))
+
+
+def _join_signatures(base: type[RegisteredFlowGuide], builder: Builder) -> inspect.Signature:
+    """Join the parameters of the base class, of :class:`AutoFlow` and of the builder, the positional ones first."""
+    parameters: dict[str, inspect.Parameter] = {}
+    for function in (base.__init__, AutoFlow.__init__, builder):
+        for name, parameter in inspect.signature(function).parameters.items():
+            if parameter.kind is not parameter.VAR_KEYWORD and name not in ("flow", "input_dim", "context_dim"):
+                parameters.setdefault(name, parameter)
+    return inspect.Signature(sorted(parameters.values(), key=lambda parameter: parameter.kind))
+
+
+def _join_docstrings(name: str, flow: str, base: type[RegisteredFlowGuide], signature: inspect.Signature) -> str:
+    """Describe the guide, its flow and one layer of it, then all arguments."""
+    description, auto, own = describe_flow(flow), parse_docstring(AutoFlow.__doc__), parse_docstring(base.__doc__)
+    builder = description.builder
+    arguments = builder.arguments | auto.arguments | own.arguments
+    listed = [f"{option}: {arguments.get(option, '(not described)')}" for option in signature.parameters]
+    raises = [docs.sections["Raises"] for docs in (auto, builder) if "Raises" in docs.sections]
+    sections = {
+        "Args": "\n".join(listed[1:]),  # without self
+        "Raises": "\n".join(raises),
+        "References": description.layer_docs.sections.get("References", ""),
+        "Example": EXAMPLE.format(name=name),
+    }
+    introduction = (
+        f"This is an :class:`~pyro_flowguides.guides.AutoFlow` (see there for the base distribution, the tails and the "
+        f"affine map) with a flow from :func:`~{FLOWS[flow].__module__}.{flow}`. {builder.body}"
+    )
+    one_layer = f"**One layer**, :class:`~{description.layer_path}`. {description.layer_docs.summary}"
+    paragraphs = [
+        f"Autoguide whose posterior is {builder.summary.removeprefix('Build ') or flow}",
+        textwrap.fill(introduction, 110, break_long_words=False),
+        own.body,
+        textwrap.fill(one_layer, 110, break_long_words=False),
+        description.layer_docs.body,
+        format_sections(sections),
+    ]
+    return "\n\n".join(filter(None, paragraphs)) + "\n"
+
+
+EXAMPLE = """\
+>>> import pyro, pyro.distributions as dist, pyro_flowguides as fg
+>>> from pyro.infer import SVI, Trace_ELBO
+>>> def model():
+...     x = pyro.sample("x", dist.Normal(0.0, 1.0))
+...     pyro.sample("y", dist.Normal(x**2, 1.0).expand([2]).to_event(1))
+>>> guide = fg.{name}(model)
+>>> svi = SVI(model, guide, pyro.optim.Adam({{"lr": 1e-2}}), Trace_ELBO())
+>>> loss = svi.step()
+>>> sorted(guide.median())
+['x', 'y']"""
