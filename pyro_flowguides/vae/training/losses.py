@@ -1,35 +1,42 @@
-"""What is minimized: the negative bound with KL warm-up and free bits, or the importance-weighted bound."""
+"""Losses: the negative bound with KL warm-up and free bits, and the negative importance-weighted bound."""
 
 from __future__ import annotations
 
 import math
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from pyro_flowguides.vae.models.base import Terms
+from pyro_flowguides.vae.models.vae import Terms
 
 __all__ = ["ELBOLoss", "ImportanceWeightedLoss", "SoftFreeBitsLoss"]
 
+#: Numbers that describe a training step, as detached scalar tensors.
+Metrics: TypeAlias = dict[str, Tensor]
 
-def _means(terms: Terms) -> tuple[Tensor, Tensor]:
-    """The log-likelihood and the whole divergence, means over draws and data."""
+
+def _mean_parts(terms: Terms) -> tuple[Tensor, Tensor]:
+    """Return the log-likelihood and the whole divergence, averaged over draws and data."""
     return terms.log_likelihood.mean(), terms.kl.sum(-1).mean()
 
 
-def _metrics(loss: Tensor, reconstruction: Tensor, kl: Tensor, **more: Tensor) -> dict[str, Tensor]:
-    """In nats, detached."""
+def _metrics(loss: Tensor, reconstruction: Tensor, kl: Tensor, **others: Tensor) -> Metrics:
     loss, reconstruction, kl = loss.detach(), reconstruction.detach(), kl.detach()
-    return {"loss": loss, "elbo": reconstruction - kl, "reconstruction": reconstruction, "kl": kl, **more}
+    return {"loss": loss, "elbo": reconstruction - kl, "reconstruction": reconstruction, "kl": kl, **others}
 
 
-def _over_processes(mean: Tensor) -> Tensor:
-    """The mean over all processes of a distributed training step, so that all take the same decision."""
+def _kl_weight(step: int, warmup_steps: int) -> float:
+    return min(1.0, step / warmup_steps) if warmup_steps else 1.0
+
+
+def _mean_over_processes(value: Tensor) -> Tensor:
+    """Average over the processes of a distributed training step, so that all of them decide alike."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        mean = mean.clone()  # the reduction is in place
-        torch.distributed.all_reduce(mean)
-        mean = mean / torch.distributed.get_world_size()
-    return mean
+        value = value.clone()  # the reduction is in place
+        torch.distributed.all_reduce(value)
+        value = value / torch.distributed.get_world_size()
+    return value
 
 
 def _check_not_negative(owner: str, **values: float) -> None:
@@ -45,8 +52,8 @@ class ELBOLoss(nn.Module):
         L = -E[\log p(x \mid z)] + \beta \sum_{g=1}^{G} \max(\lambda, \mathrm{KL}_g), \qquad
         \beta = \min(1, t / T)
 
-    where :math:`\mathrm{KL}_g` is the mean over the batch (of all processes) of the divergence of group g. Below
-    :math:`\lambda` a group costs a constant, so that nothing is gained by emptying it. Warm-up and free bits are off by
+    where :math:`\mathrm{KL}_g` is the divergence of group g, averaged over the batch (of all processes). Below
+    :math:`\lambda` a group costs a constant, so that emptying it gains nothing. Warm-up and free bits are off by
     default.
 
     Args:
@@ -54,9 +61,12 @@ class ELBOLoss(nn.Module):
         free_bits: :math:`\lambda` in nats per group, 0 for none.
 
     Shapes:
-        ``objective(terms, step) -> (loss, metrics)``, scalars; the metrics are detached tensors: ``loss``, ``elbo``
-        = ``reconstruction`` - ``kl``, ``reconstruction`` = the mean log-likelihood (all without warm-up and free bits,
-        except the loss) and ``kl_weight``.
+        ``(terms, step) -> (loss, metrics)``, all scalars. The metrics are detached: ``loss``, ``kl_weight``,
+        ``reconstruction`` (the mean log-likelihood), ``kl``, and ``elbo`` = ``reconstruction`` - ``kl``. Warm-up and
+        free bits affect only the loss.
+
+    Raises:
+        ValueError: if an argument is negative.
 
     References:
         S. Bowman et al. (2016). Generating sentences from a continuous space. arXiv:1511.06349.
@@ -73,23 +83,23 @@ class ELBOLoss(nn.Module):
 
     def __init__(self, warmup_steps: int = 0, free_bits: float = 0.0) -> None:
         super().__init__()
-        _check_not_negative("Objective", warmup_steps=warmup_steps, free_bits=free_bits)
+        _check_not_negative("ELBOLoss", warmup_steps=warmup_steps, free_bits=free_bits)
         self.warmup_steps, self.free_bits = warmup_steps, free_bits
 
-    def forward(self, terms: Terms, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        weight = min(1.0, step / self.warmup_steps) if self.warmup_steps else 1.0
-        reconstruction, kl = _means(terms)
+    def forward(self, terms: Terms, step: int) -> tuple[Tensor, Metrics]:
+        weight = _kl_weight(step, self.warmup_steps)
+        reconstruction, kl = _mean_parts(terms)
         loss = weight * (self._with_free_bits(terms) if self.free_bits else kl) - reconstruction
         return loss, _metrics(loss, reconstruction, kl, kl_weight=torch.full_like(loss, weight, requires_grad=False))
 
     def _with_free_bits(self, terms: Terms) -> Tensor:
         kl = terms.kl.flatten(0, 1).mean(0)
-        paid = _over_processes(kl.detach()) > self.free_bits
-        return torch.where(paid, kl, self.free_bits).sum()
+        above = _mean_over_processes(kl.detach()) > self.free_bits
+        return torch.where(above, kl, self.free_bits).sum()
 
 
 class SoftFreeBitsLoss(nn.Module):
-    r"""The negative evidence lower bound with soft free bits: a weight of the divergence that follows a target.
+    r"""The negative evidence lower bound with soft free bits: the weight of the divergence steers it to a target.
 
     .. math::
         L = -E[\log p(x \mid z)] + \gamma \beta\, \mathrm{KL}, \qquad
@@ -99,18 +109,22 @@ class SoftFreeBitsLoss(nn.Module):
             \gamma & \text{otherwise}
         \end{cases}
 
-    after every step in training mode, with KL the mean over the batch (of all processes) of the whole divergence. The
-    gradient does not vanish below the target, as it does for hard free bits. γ is saved in the state dict.
+    after every step in training mode. KL is the whole divergence, averaged over the batch (of all processes), and
+    :math:`\beta` the warm-up of :class:`ELBOLoss`. Below the target the gradient does not vanish, unlike that of hard
+    free bits. The state dict includes γ.
 
     Args:
-        warmup_steps: those of :class:`ELBOLoss`; γ does not change while the warm-up lasts.
-        free_bits: :math:`\lambda` in nats, of all groups together.
+        warmup_steps: T, 0 for none; γ does not change during the warm-up.
+        free_bits: :math:`\lambda` in nats, for all groups together.
         rate: r.
         tolerance: ε.
-        floor: γ stays above it.
+        floor: lower bound of γ.
 
     Shapes:
         as for :class:`ELBOLoss`; the metrics include ``gamma``.
+
+    Raises:
+        ValueError: if an argument is negative.
 
     References:
         X. Chen et al. (2017). Variational lossy autoencoder. arXiv:1611.02731.
@@ -119,9 +133,9 @@ class SoftFreeBitsLoss(nn.Module):
         >>> import torch
         >>> from pyro_flowguides.vae import MODELS, SoftFreeBitsLoss
         >>> vae = MODELS["vae"]((8,), latent_dim=2, hidden=[16])
-        >>> objective = SoftFreeBitsLoss(free_bits=5.0)
-        >>> loss, metrics = objective(vae.terms(torch.rand(5, 8)), step=10)
-        >>> objective.gamma < 1
+        >>> loss_fn = SoftFreeBitsLoss(free_bits=5.0)
+        >>> loss, metrics = loss_fn(vae.terms(torch.rand(5, 8)), step=10)
+        >>> loss_fn.gamma < 1
         tensor(True)
     """
 
@@ -143,28 +157,28 @@ class SoftFreeBitsLoss(nn.Module):
         self.rate, self.tolerance, self.floor = rate, tolerance, floor
         self.register_buffer("gamma", torch.ones(()))
 
-    def forward(self, terms: Terms, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        weight = min(1.0, step / self.warmup_steps) if self.warmup_steps else 1.0
-        gamma, (reconstruction, kl) = self.gamma.clone(), _means(terms)
+    def forward(self, terms: Terms, step: int) -> tuple[Tensor, Metrics]:
+        weight = _kl_weight(step, self.warmup_steps)
+        gamma, (reconstruction, kl) = self.gamma.clone(), _mean_parts(terms)
         loss = weight * gamma * kl - reconstruction
         if self.training and weight == 1.0:
-            self._update(_over_processes(kl.detach()))
+            self._adjust_gamma(_mean_over_processes(kl.detach()))
         return loss, _metrics(loss, reconstruction, kl, kl_weight=weight * gamma, gamma=gamma)
 
     @torch.no_grad()
-    def _update(self, kl: Tensor) -> None:
+    def _adjust_gamma(self, kl: Tensor) -> None:
         low, high = kl < self.free_bits, kl > (1 + self.tolerance) * self.free_bits
         factor = torch.where(low, 1 / (1 + self.rate), torch.where(high, 1 + self.rate, 1.0))
         self.gamma.mul_(factor.to(self.gamma)).clamp_(self.floor, 1.0)
 
 
 class ImportanceWeightedLoss(nn.Module):
-    r"""The negative importance-weighted bound over the S draws of the terms.
+    r"""The negative importance-weighted bound, over the S draws of the terms.
 
     .. math:: L = -\log \frac{1}{S} \sum_{s=1}^{S} \frac{p(x, z_s)}{q(z_s \mid x)}
 
     Shapes:
-        as for :class:`ELBOLoss`; the metrics include ``bound``, which the loss negates.
+        as for :class:`ELBOLoss`; the metrics include ``bound``, the negative of the loss.
 
     References:
         Y. Burda, R. Grosse, R. Salakhutdinov (2016). Importance weighted autoencoders. arXiv:1509.00519.
@@ -178,6 +192,6 @@ class ImportanceWeightedLoss(nn.Module):
         tensor(True)
     """
 
-    def forward(self, terms: Terms, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, terms: Terms, step: int) -> tuple[Tensor, Metrics]:
         loss = math.log(len(terms.log_likelihood)) - terms.elbo.logsumexp(0).mean()
-        return loss, _metrics(loss, *_means(terms), bound=-loss.detach())
+        return loss, _metrics(loss, *_mean_parts(terms), bound=-loss.detach())

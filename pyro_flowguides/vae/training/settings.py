@@ -1,53 +1,28 @@
-"""The settings of a training run: one list from which the command line, its help and the summary are made."""
+"""The settings of a training run; the command line, its help and the summary are made from them."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from argparse import ArgumentParser, ArgumentTypeError, RawDescriptionHelpFormatter
-from collections.abc import Callable, Sequence
+from argparse import ArgumentTypeError
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Literal, TypeAlias, TypeVar
 
 from pyro_flowguides.flows import FLOWS
 from pyro_flowguides.vae.decoders.likelihoods import LIKELIHOODS
-from pyro_flowguides.vae.models.recipes import MODELS, NETWORKS
+from pyro_flowguides.vae.models.components import NETWORKS
+from pyro_flowguides.vae.models.recipes import MODELS
 
-__all__ = ["Settings", "parse"]
+__all__ = ["Settings", "flag_of", "settings_by_group"]
 
-PRECISIONS = ("32-true", "64-true", "bf16-mixed", "16-mixed")
-
-#: What some models were published with: their defaults on the command line.
-PUBLISHED: dict[str, dict[str, Any]] = {
-    model: {
-        "network": "resnet",
-        "latent_dim": 64,
-        "posterior": "normal",
-        "prior": "maf",
-        "optimizer": "adamax",
-        "learning_rate": 2e-3,
-        "ema": 0.998,
-    }
-    for model in ("vlae", "spatial_vlae")
-}
-
-DESCRIPTION = """\
-Train a variational autoencoder with a flow posterior.
-
-Without arguments: the 8x8 digits of scikit-learn, an IAF posterior, under a minute on two cores. Everything is written
-to --output. The same command continues a run that was interrupted, exactly, from its last complete epoch."""
-
-EXAMPLES = """\
-examples:
-  python -m pyro_flowguides.vae
-  python -m pyro_flowguides.vae --data mnist.npz --network gated --posterior sylvester --latent-dim 64 --epochs 200
-  python -m pyro_flowguides.vae --data faces.npz --shape 28x20 --likelihood logistic_mixture --prior maf
-  python -m pyro_flowguides.vae --data MNIST/raw --accelerator cuda --devices 4 --precision bf16-mixed --compile
-  python -m pyro_flowguides.vae --data mnist.npz --model vlae --binarize static --free-bits 7.84
-  python -m pyro_flowguides.vae --posterior-options '{"depth": 8, "hidden_dims": [320, 320]}'"""
+T = TypeVar("T")
+#: Options passed on to a builder.
+Options: TypeAlias = Mapping[str, object]
 
 
-def _options(text: str) -> dict[str, Any]:
+def parse_options(text: str) -> dict[str, object]:
+    """Parse a JSON object on the command line."""
     try:
         options = json.loads(text)
     except json.JSONDecodeError as error:
@@ -57,21 +32,22 @@ def _options(text: str) -> dict[str, Any]:
     return options
 
 
-def _shape(text: str) -> tuple[int, ...]:
+def parse_shape(text: str) -> tuple[int, ...]:
+    """Parse the shape of an image on the command line."""
     try:
         return tuple(int(size) for size in text.lower().split("x"))
     except ValueError as error:
         raise ArgumentTypeError(f"expected sizes such as 28x20 or 3x32x32, got {text!r}") from error
 
 
-def _option(default: Any, text: str, **metadata: Any) -> Any:
-    """A setting with its default, its help and what argparse needs besides."""
+def _setting(default: T, text: str, **metadata: object) -> T:
+    """Define a setting by its default, its help and, in ``metadata``, its group and arguments of argparse."""
     return field(default=default, metadata={"help": text, **metadata})
 
 
-def _json(text: str) -> dict[str, Any]:
-    """What :func:`_option` notes, for a setting that is a JSON object, empty by default."""
-    return {"help": text, "type": _options, "metavar": "JSON"}
+def _json(text: str) -> dict[str, object]:
+    """Return the metadata of a setting that is a JSON object."""
+    return {"help": text, "type": parse_options, "metavar": "JSON"}
 
 
 @dataclass(frozen=True)
@@ -79,76 +55,82 @@ class Settings:
     """All settings of a run, with their defaults; ``python -m pyro_flowguides.vae --help`` explains each.
 
     Raises:
-        ValueError: for a value out of range.
+        ValueError: if a value is out of range.
 
     Example:
-        >>> from pyro_flowguides.vae.training.settings import Settings
+        >>> from pyro_flowguides.vae import Settings
         >>> Settings(posterior="planar", epochs=3).latent_dim
         16
     """
 
-    data: str = _option("digits", "'digits', an .npz file, or a folder of IDX files or images", group="data")
-    shape: tuple[int, ...] = _option((), "shape of flat rows that are not square images", type=_shape, metavar="HxW")
-    binarize: str = _option(
+    data: str = _setting("digits", "'digits', an .npz file, or a folder of IDX files or images", group="data")
+    shape: tuple[int, ...] = _setting(
+        (), "shape of flat rows that are not square images", type=parse_shape, metavar="HxW"
+    )
+    binarize: str = _setting(
         "auto",
-        "pixels drawn as bits anew each time, once, or not at all; auto: dynamic for the Bernoulli likelihood",
+        "draw pixels as 0 or 1: at every step, once, or never; auto: dynamic for the Bernoulli likelihood, else none",
         choices=("auto", "dynamic", "static", "none"),
     )
 
-    model: str = _option(
-        "vae", "the model; those called vlae bring published settings with them", choices=tuple(MODELS), group="model"
+    model: str = _setting(
+        "vae",
+        "kind of VAE; vlae and spatial_vlae have their published settings as defaults",
+        choices=tuple(MODELS),
+        group="model",
     )
-    network: str = _option("mlp", "encoder and decoder", choices=tuple(NETWORKS))
-    likelihood: str = _option("bernoulli", "distribution of a pixel", choices=tuple(LIKELIHOODS))
-    latent_dim: int = _option(16, "width of the latent vector")
-    posterior: str = _option("iaf", f"posterior: normal, or a flow: {', '.join(FLOWS)}")
-    posterior_options: dict[str, Any] = field(default_factory=dict, metadata=_json('its options, such as {"depth": 4}'))
-    prior: str = _option("normal", "prior: normal, vamp, or a flow")
-    prior_options: dict[str, Any] = field(default_factory=dict, metadata=_json("its options"))
-    model_options: dict[str, Any] = field(default_factory=dict, metadata=_json('such as {"hidden": [300, 300]}'))
+    network: str = _setting("mlp", "encoder and decoder", choices=tuple(NETWORKS))
+    likelihood: str = _setting("bernoulli", "distribution of a pixel", choices=tuple(LIKELIHOODS))
+    latent_dim: int = _setting(16, "width of the latent vector")
+    posterior: str = _setting("iaf", f"posterior: normal, or a flow: {', '.join(FLOWS)}")
+    posterior_options: Options = field(default_factory=dict, metadata=_json('options of it, such as {"depth": 4}'))
+    prior: str = _setting("normal", "prior: normal, vamp, or a flow")
+    prior_options: Options = field(default_factory=dict, metadata=_json("options of it"))
+    model_options: Options = field(default_factory=dict, metadata=_json('others, such as {"hidden": [300, 300]}'))
 
-    epochs: int = _option(60, "most epochs", group="optimization")
-    batch_size: int = _option(100, "images per step, over all processes")
-    samples: int = _option(1, "draws of z per image")
-    optimizer: str = _option("adam", "optimizer", choices=("adam", "adamax"))
-    learning_rate: float = _option(2e-3, "step size")
-    clip: float = _option(10.0, "largest norm of the gradient; 0: none")
-    warmup: int = _option(10, "epochs over which the weight of the KL rises from 0 to 1")
-    free_bits: float = _option(0.0, "nats of every group's KL that cost nothing")
-    free_bits_kind: str = _option("hard", "free bits by clamping, or by adjusting a weight", choices=("hard", "soft"))
-    ema: float = _option(0.99, "decay of the averaged weights that are validated and kept; 0: none")
-    patience: int = _option(10, "epochs without a better validation ELBO after which training stops; 0: never")
-    seed: int = _option(0, "of everything random")
+    epochs: int = _setting(60, "maximal number of epochs", group="optimization")
+    batch_size: int = _setting(100, "images per step, over all processes")
+    num_samples: int = _setting(1, "draws of z per image")
+    optimizer: str = _setting("adam", "optimizer", choices=("adam", "adamax"))
+    lr: float = _setting(2e-3, "step size")
+    clip: float = _setting(10.0, "maximal norm of the gradient; 0: no limit")
+    warmup: int = _setting(10, "epochs over which the weight of the KL rises from 0 to 1")
+    free_bits: float = _setting(0.0, "nats of every group's KL that cost nothing")
+    free_bits_kind: str = _setting("hard", "free bits by clamping, or by adjusting a weight", choices=("hard", "soft"))
+    ema: float = _setting(0.99, "decay of the averaged weights, which are evaluated and saved; 0: no averaging")
+    patience: int = _setting(10, "stop after this many epochs without a better validation ELBO; 0: never")
+    seed: int = _setting(0, "seed of all random numbers")
 
-    accelerator: str = _option("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"), group="machine")
-    devices: str = _option("1", "how many devices (processes, on the CPU) of this machine, or 'auto'")
-    nodes: int = _option(1, "number of machines")
-    strategy: str = _option("auto", "Lightning Fabric's strategy, such as ddp")
-    precision: str = _option("32-true", "precision of training", choices=PRECISIONS)
-    compile: bool = _option(False, "compile the model with torch.compile")
-    shards: int = _option(0, "parts of a batch, each with its own random numbers; 0: one per process")
+    accelerator: str = _setting("auto", "kind of device", choices=("auto", "cpu", "cuda", "mps"), group="machine")
+    devices: str = _setting("1", "number of devices per machine (of processes, on a CPU), or 'auto'")
+    nodes: int = _setting(1, "number of machines")
+    strategy: str = _setting("auto", "strategy of Lightning Fabric, such as ddp")
+    precision: Literal["32-true", "64-true", "bf16-mixed", "16-mixed"] = _setting(
+        "32-true", "precision of training", choices=("32-true", "64-true", "bf16-mixed", "16-mixed")
+    )
+    compile: bool = _setting(False, "compile the model with torch.compile")
+    shards: int = _setting(0, "parts of a batch, each with random numbers of its own; 0: one per process")
 
-    output: str = _option("vae_output", "folder for everything that is written", group="output")
-    overwrite: bool = _option(False, "start anew where the folder holds another run")
-    tensorboard: bool = _option(True, "write TensorBoard logs")
-    progress: bool = _option(True, "show a progress bar")
-    iw_images: int = _option(200, "test images for the importance-weighted log-likelihood; 0: leave it out")
-    iw_samples: int = _option(200, "draws per image for it")
+    output: str = _setting("vae_output", "folder for all results", group="output")
+    overwrite: bool = _setting(False, "start again if the folder holds a run")
+    tensorboard: bool = _setting(True, "write TensorBoard logs")
+    progress: bool = _setting(True, "show a progress bar")
+    iw_images: int = _setting(200, "test images for the importance-weighted log-likelihood; 0: none")
+    num_iw_samples: int = _setting(200, "draws per image for the importance-weighted log-likelihood")
 
     def __post_init__(self) -> None:
-        for name in ("latent_dim", "epochs", "batch_size", "samples", "nodes", "iw_samples"):
-            self._need(name, getattr(self, name) >= 1, "at least 1")
+        for name in ("latent_dim", "epochs", "batch_size", "num_samples", "nodes", "num_iw_samples"):
+            self._require(getattr(self, name) >= 1, name, "at least 1")
         for name in ("clip", "warmup", "free_bits", "patience", "shards", "iw_images", "seed"):
-            self._need(name, getattr(self, name) >= 0, "at least 0")
-        self._need("learning_rate", self.learning_rate > 0, "positive")
-        self._need("ema", 0 <= self.ema < 1, "in [0, 1)")
-        if self.binarize == "none" or self.likelihood == "bernoulli":
-            return
-        self._need("binarize", self.binarize == "auto", f"none for the likelihood {self.likelihood!r}")
+            self._require(getattr(self, name) >= 0, name, "at least 0")
+        self._require(self.lr > 0, "lr", "positive")
+        self._require(0 <= self.ema < 1, "ema", "in [0, 1)")
+        if self.likelihood != "bernoulli":
+            self._require(self.binarize in ("auto", "none"), "binarize", f"none for the likelihood {self.likelihood!r}")
 
-    def _need(self, name: str, holds: bool, wanted: str) -> None:
-        if not holds:
-            raise ValueError(f"{_flag(name)} must be {wanted}, got {getattr(self, name)}")
+    def _require(self, condition: bool, name: str, requirement: str) -> None:
+        if not condition:
+            raise ValueError(f"{flag_of(name)} must be {requirement}, got {getattr(self, name)}")
 
     @property
     def binarization(self) -> str:
@@ -157,78 +139,27 @@ class Settings:
             return self.binarize
         return "dynamic" if self.likelihood == "bernoulli" else "none"
 
-    def identity(self) -> dict[str, Any]:
-        """The settings that a run cannot change when it is resumed: all that its parameters depend on.
+    def identity(self) -> dict[str, object]:
+        """Return the settings that determine the parameters of a run, and must not change when it is resumed.
 
-        More epochs or patience, other places to write to and another machine are allowed; the data are compared by
-        their pixels and not by their place.
+        A resumed run may have more epochs, another patience, other output settings and another machine. Its data are
+        compared by their pixels, not by their path.
         """
-        values = dataclasses.asdict(self)
-        groups = _groups()
-        free = {"data", "shape", "epochs", "patience", *groups["output"], *groups["machine"]}
-        fixed = set(values) - free | {"precision", "compile"}
-        return {name: value for name, value in values.items() if name in fixed}
+        groups = settings_by_group()
+        free = {"data", "shape", "epochs", "patience", *groups["output"], *groups["machine"]} - {"precision", "compile"}
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in free}
 
 
-def _flag(name: str) -> str:
+def flag_of(name: str) -> str:
+    """Return the command-line flag of a setting."""
     return "--" + name.replace("_", "-")
 
 
-def _groups() -> dict[str, list[str]]:
-    """The names of the settings by group: a group begins with the setting that names it."""
+def settings_by_group() -> dict[str, list[str]]:
+    """Return the names of the settings in each group; a group begins at the setting that names it."""
     groups: dict[str, list[str]] = {}
-    current: list[str] = []
     for setting in dataclasses.fields(Settings):
         if "group" in setting.metadata:
-            current = groups.setdefault(setting.metadata["group"], [])
-        current.append(setting.name)
+            group = groups.setdefault(setting.metadata["group"], [])
+        group.append(setting.name)
     return groups
-
-
-def _parser() -> ArgumentParser:
-    parser = ArgumentParser(
-        prog="python -m pyro_flowguides.vae",
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=RawDescriptionHelpFormatter,
-    )
-    fields = {setting.name: setting for setting in dataclasses.fields(Settings)}
-    for group, names in _groups().items():
-        section = parser.add_argument_group(group)
-        for name in names:
-            _add(section.add_argument, fields[name])
-    return parser
-
-
-def _add(add: Callable[..., Any], setting: dataclasses.Field[Any]) -> None:
-    metadata = {key: value for key, value in setting.metadata.items() if key != "group"}
-    default: Any = {} if setting.default is dataclasses.MISSING else setting.default
-    text = metadata.pop("help")
-    if isinstance(default, bool):
-        flag = f"--no-{setting.name}" if default else _flag(setting.name)
-        text = text if not default else f"do not {text}"
-        add(flag, dest=setting.name, action="store_false" if default else "store_true", help=text)
-        return
-    metadata.setdefault("type", type(default))
-    if "choices" not in metadata:
-        metadata.setdefault("metavar", {int: "N", float: "X", str: "NAME"}.get(type(default)))
-    shown = "" if default in ((), {}) else f" (default: {default})"
-    add(_flag(setting.name), default=default, help=text + shown, **metadata)
-
-
-def parse(arguments: Sequence[str] | None = None) -> Settings:
-    """Settings from a command line, those a model was published with being its defaults; a bad one ends the program.
-
-    Example:
-        >>> from pyro_flowguides.vae.training.settings import parse
-        >>> parse(["--posterior", "planar", "--posterior-options", '{"depth": 4}']).posterior_options
-        {'depth': 4}
-    """
-    parser = _parser()
-    model = parser.parse_known_args(arguments)[0].model
-    parser.set_defaults(**PUBLISHED.get(model, {}))
-    values = vars(parser.parse_args(arguments))
-    try:
-        return Settings(**values)
-    except ValueError as error:
-        parser.error(str(error))
