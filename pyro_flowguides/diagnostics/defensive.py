@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +16,7 @@ from pyro_flowguides.diagnostics.weights import WeightedDraws, log_weight, weigh
 from pyro_flowguides.diagnostics.widening import Widening
 from pyro_flowguides.programs.chunking import chunks
 from pyro_flowguides.programs.program import Program
+from pyro_flowguides.programs.types import Guide, Model
 
 _SEQUENTIAL_SHARE = 4
 _RELIABLE_KHAT = 0.7
@@ -27,7 +27,12 @@ _SURPRISING_SHARE = 0.01
 
 
 def defensive_log_weights(
-    model: Callable[..., Any], guide: Callable[..., Any], *args: Any, num_samples: int = 1000, **kwargs: Any
+    model: Model,
+    guide: Guide,
+    *args: object,
+    num_samples: int = 1000,
+    chunk_size: int | None = None,
+    **kwargs: object,
 ) -> WeightedDraws | None:
     r"""Draw from a mixture of a guide and its widened self, and weigh the draws.
 
@@ -45,6 +50,7 @@ def defensive_log_weights(
         guide: any Pyro guide for it.
         *args: arguments of model and guide.
         num_samples: number of draws S from each.
+        chunk_size: number of draws that run together; chosen by the size of the sites by default.
         **kwargs: keyword arguments of model and guide.
 
     Returns:
@@ -65,19 +71,19 @@ def defensive_log_weights(
         >>> def model():
         ...     modes = dist.Normal(torch.tensor([-4.0, 4.0]), 1.0)
         ...     pyro.sample("z", dist.MixtureSameFamily(dist.Categorical(torch.ones(2)), modes))
-        >>> def guide():  # has lost the mode at -4
+        >>> def guide():  # misses the mode at -4
         ...     pyro.sample("z", dist.Normal(4.0, 1.0))
-        >>> [round(found(model, guide, num_samples=4000).log_w.exp().mean().item(), 1)
-        ...  for found in (log_weights, defensive_log_weights)]
+        >>> [round(weigh(model, guide, num_samples=20_000).log_w.exp().mean().item(), 1)
+        ...  for weigh in (log_weights, defensive_log_weights)]
         [0.5, 1.0]
     """
     program = Program.inspect(model, guide, args, kwargs)
     widening = Widening.of(program)
-    own, own_ratio = weigh_widened(program, widening, num_samples)
+    own, own_ratio = weigh_widened(program, widening, num_samples, chunk_size)
     if not widening.sites:
         return None
     num_wide = _num_wide(own, num_samples)
-    wide, wide_ratio = weigh_widened(program, widening, num_wide, from_widened=True)
+    wide, wide_ratio = weigh_widened(program, widening, num_wide, chunk_size, from_widened=True)
     share = own.num_samples / (own.num_samples + wide.num_samples)
     parts = _of_mixture(own, own_ratio, share), _of_mixture(wide, wide_ratio, share)
     return replace(
@@ -90,7 +96,7 @@ def defensive_log_weights(
 
 
 def weigh_own_and_widened(
-    program: Program, widening: Widening, num_samples: int
+    program: Program, widening: Widening, num_samples: int, chunk_size: int | None
 ) -> tuple[GuideSummary, SmoothedMoments | None]:
     """What :func:`log_weights` and :func:`defensive_log_weights` find, the draws of the guide shared and none kept.
 
@@ -98,14 +104,14 @@ def weigh_own_and_widened(
         A summary of the guide's draws; the moments of the mixture, ``None`` if no distribution can be widened.
     """
     own, mixture = GuideSummary(num_samples), None
-    for lot, log_ratio in _lots(program, widening, num_samples):
+    for lot, log_ratio in _weighted_chunks(program, widening, num_samples, chunk_size):
         own.add(lot.draws, lot.log_w)
         if widening.sites:
             mixture = mixture or _Mixture(num_samples, _num_wide(lot, num_samples))
             mixture.add(lot, log_ratio)
     if mixture is None:
         return own, None
-    for lot, log_ratio in _lots(program, widening, mixture.num_wide, from_widened=True):
+    for lot, log_ratio in _weighted_chunks(program, widening, mixture.num_wide, chunk_size, from_widened=True):
         mixture.add(lot, log_ratio)
     return own, mixture.found
 
@@ -122,11 +128,11 @@ class _Mixture:
         self.found.add(lot.draws, _of_mixture(lot, log_ratio, self.share).log_w)
 
 
-def _lots(
-    program: Program, widening: Widening, num_samples: int, *, from_widened: bool = False
+def _weighted_chunks(
+    program: Program, widening: Widening, num_samples: int, chunk_size: int | None, *, from_widened: bool = False
 ) -> Iterator[tuple[WeightedDraws, Tensor]]:
-    """Weighted draws, as many at a time as are run together."""
-    for chunk in chunks(num_samples, program.default_chunk_size):
+    """Yield weighted draws and their log ratios, as many at a time as run together."""
+    for chunk in chunks(num_samples, program.default_chunk_size if chunk_size is None else chunk_size):
         yield weigh_widened(program, widening, chunk.stop - chunk.start, from_widened=from_widened)
 
 

@@ -94,6 +94,7 @@ def diagnose(
     guide: Guide,
     *args: object,
     num_samples: int = 4000,
+    chunk_size: int | None = None,
     agreement: Agreement | None = None,
     **kwargs: object,
 ) -> Diagnosis:
@@ -117,6 +118,7 @@ def diagnose(
         guide: any Pyro guide for it.
         *args: arguments of model and guide.
         num_samples: number of draws S, at least 25.
+        chunk_size: number of draws that run together; chosen by the size of the sites by default.
         agreement: comparison of the resampled draws of independent fits.
         **kwargs: keyword arguments of model and guide.
 
@@ -144,14 +146,21 @@ def diagnose(
         >>> diagnose(model, guide, 0.1).verdict  # much too narrow
         'do not trust'
     """
-    return diagnose_program(Program.inspect(model, guide, args, kwargs), num_samples=num_samples, agreement=agreement)
+    program = Program.inspect(model, guide, args, kwargs)
+    return diagnose_program(program, num_samples=num_samples, chunk_size=chunk_size, agreement=agreement)
 
 
-def diagnose_program(program: Program, *, num_samples: int = 4000, agreement: Agreement | None = None) -> Diagnosis:
+def diagnose_program(
+    program: Program,
+    *,
+    num_samples: int = 4000,
+    chunk_size: int | None = None,
+    agreement: Agreement | None = None,
+) -> Diagnosis:
     """Assess the guide of an inspected program; see :func:`diagnose`."""
     _check_num_samples(num_samples)
     widening = Widening.of(program)
-    own, mixture = weigh_own_and_widened(program, widening, num_samples)
+    own, mixture = weigh_own_and_widened(program, widening, num_samples, chunk_size)
     return _diagnosis(own, mixture, widening.factor, agreement, point_sites(program, own.constant))
 
 

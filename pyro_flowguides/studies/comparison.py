@@ -314,7 +314,7 @@ def _attempt(
             guide = _rename(factory(own), label)
             result = fit(own, guide, *args, seed=seed, progress=False, **options, **kwargs)
             if result.diagnosis is None:
-                return f"cannot be judged: {result.unjudged}"
+                return f"cannot be judged: {result.why_no_verdict}"
             draws = _resampled(result)
         return _Fit(_keep(result, state), result.diagnosis, draws)
     except Exception as error:  # whatever a program raises: the other guides are to be seen all the same

@@ -96,39 +96,22 @@ def test_moments_do_not_depend_on_the_coordinates_at_a_time(num_samples: int) ->
         torch.testing.assert_close(tuple(site_moments), direct_moments(draws[name], weights), rtol=1e-11, atol=1e-12)
 
 
-def with_chunks_of(num_samples: int, model: Callable[[], object]) -> Callable[[], None]:
-    """Return a model with an unused site so large that runs take no more draws than this at a time."""
-
-    def padded() -> None:
-        model()
-        pyro.deterministic("unused", torch.zeros(per_chunk(1) // num_samples), event_dim=1)
-
-    return padded
-
-
-def planar_guide(model: Callable[[], object]) -> Callable[[], object]:
-    guide = fg.AutoPlanar(model, init_scale=0.5)
+def planar_guide() -> Callable[[], object]:
+    guide = fg.AutoPlanar(programs.schools_model, init_scale=0.5)
     guide()
     return guide
 
 
-def schools_guide(model: Callable[[], object]) -> Callable[[], object]:
-    return programs.schools_guide
-
-
-@pytest.mark.parametrize("make", [planar_guide, schools_guide])
-@pytest.mark.parametrize("chunk_size", [1, 13, 100])
-def test_a_diagnosis_is_that_of_all_draws_at_once(make: Callable[..., Callable[[], object]], chunk_size: int) -> None:
-    model = with_chunks_of(chunk_size, programs.schools_model)
-    guide = make(model)
-    program = Program.inspect(model, guide)
-    assert chunk_size / 2 <= program.default_chunk_size <= chunk_size
+@pytest.mark.parametrize("make", [planar_guide, lambda: programs.schools_guide], ids=["planar", "schools"])
+@pytest.mark.parametrize("chunk_size", [1, 13, None])
+def test_a_diagnosis_is_that_of_all_draws(make: Callable[[], Callable[[], object]], chunk_size: int | None) -> None:
+    model, guide = programs.schools_model, make()
     results = []
     for function in (log_weights, defensive_log_weights, diagnose):
         pyro.set_rng_seed(3)
-        results.append(function(model, guide, num_samples=100))
+        results.append(function(model, guide, num_samples=100, chunk_size=chunk_size))
     own, mixture, report = results
-    expected = diagnose_draws(own, mixture, Widening.of(program).factor)
+    expected = diagnose_draws(own, mixture, Widening.of(Program.inspect(model, guide)).factor)
     assert report.defensive is not None
     assert dataclasses.asdict(report.defensive) == pytest.approx(dataclasses.asdict(expected.defensive), rel=1e-10)
     numbers = {name: value for name, value in vars(expected).items() if isinstance(value, float)}
@@ -143,7 +126,7 @@ def test_a_point_estimate_is_recognized_from_draws_in_parts() -> None:
         with pyro.plate("school", 8):
             pyro.sample("theta", dist.Normal(4.0, 3.0))
 
-    report = diagnose(with_chunks_of(1, programs.schools_model), guide, num_samples=30)
+    report = diagnose(programs.schools_model, guide, num_samples=30, chunk_size=1)
     assert report.verdict == "do not trust"
     assert report.point_sites == ("mu",)
     assert "'mu'" in report.reason
@@ -189,13 +172,12 @@ def test_a_diagnosis_never_holds_all_its_draws(make: Callable[..., Callable[[], 
     def model() -> None:
         pyro.sample("z", dist.Normal(torch.zeros(dim), 1.0).to_event(1))
 
-    model = with_chunks_of(50, model)
     guide = make(model)
     guide()
     bytes_of_draws = dim * num_samples * 8
     with TensorMemory() as memory:
-        diagnose(model, guide, num_samples=num_samples)
+        diagnose(model, guide, num_samples=num_samples, chunk_size=50)
     assert memory.peak < bytes_of_draws
     with TensorMemory() as memory:  # log_weights returns all draws
-        log_weights(model, guide, num_samples=num_samples)
+        log_weights(model, guide, num_samples=num_samples, chunk_size=50)
     assert bytes_of_draws < memory.peak < 1.5 * bytes_of_draws
