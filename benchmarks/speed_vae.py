@@ -22,10 +22,10 @@ torch.optim.Adam([torch.zeros(1, requires_grad=True)], fused=True)
 
 
 def ours(vae: VAE, x: Tensor) -> Callable[[], float]:
-    optimizer, objective = torch.optim.Adam(vae.parameters(), lr=LEARNING_RATE), ELBOLoss()
+    optimizer, loss_fn = torch.optim.Adam(vae.parameters(), lr=LEARNING_RATE), ELBOLoss()
 
     def step() -> float:
-        loss, _ = objective(vae.terms(x), step=0)
+        loss, _ = loss_fn(vae.terms(x), step=0)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -25,13 +25,12 @@ from machine import processor
 from row_files import append_row, read_rows
 from torch import Tensor
 
-from pyro_flowguides.vae import EMA, MODELS, VAE, ELBOLoss
-from pyro_flowguides.vae.training.data import Feed, Images, derive_seed, load_images
+from pyro_flowguides.vae import EMA, MODELS, VAE, ELBOLoss, Images, Minibatches, derive_seed, load_images
 
 BATCH_SIZE = 100
 CLIP = 10.0
 #: Steps over which the step size rises.
-RISE = 100
+LR_WARMUP = 100
 #: Of the weights that are evaluated: the last ones of a run at a constant step size are noisy.
 AVERAGING = 0.99
 #: Draws of each image for the bound, which needs fewer than the likelihood.
@@ -47,25 +46,23 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def train(vae: VAE, feed: Feed, options: argparse.Namespace) -> float:
+def train(vae: VAE, minibatches: Minibatches, options: argparse.Namespace) -> float:
     """Milliseconds of processor time per step."""
-    steps = options.epochs * feed.steps_per_epoch
+    steps = options.epochs * minibatches.steps_per_epoch
     optimizer = torch.optim.Adamax(vae.parameters(), lr=options.learning_rate)
-    objective, ema = ELBOLoss(warmup_steps=steps // 4), EMA(vae, AVERAGING)
+    loss_fn, ema = ELBOLoss(warmup_steps=steps // 4), EMA(vae, AVERAGING)
     begin = time.process_time()
     for step in range(steps):
-        pyro.set_rng_seed(derive_seed(feed.seed, "noise", step) % 2**32)
+        pyro.set_rng_seed(derive_seed(minibatches.seed, "noise", step) % 2**32)
         with torch.autocast("cpu", torch.bfloat16, enabled=options.bf16):
-            loss, _ = objective(vae.terms(feed.shard(step, 0).float()), step)
+            loss, _ = loss_fn(vae.terms(minibatches.shard(step, 0).float()), step)
         optimizer.zero_grad()
         loss.backward()
-        optimizer.param_groups[0]["lr"] = options.learning_rate * min(1.0, (step + 1) / RISE)
+        optimizer.param_groups[0]["lr"] = options.learning_rate * min(1.0, (step + 1) / LR_WARMUP)
         if torch.nn.utils.clip_grad_norm_(vae.parameters(), CLIP).isfinite():
             optimizer.step()
             ema.update(vae)
-    with torch.no_grad():
-        for name, parameter in vae.named_parameters():
-            parameter.copy_(ema.averages[name])
+    ema.copy_to(vae)
     return 1000 * (time.process_time() - begin) / steps
 
 
@@ -82,7 +79,7 @@ def evaluate(vae: VAE, pixels: Tensor, samples: int) -> dict[str, float]:
 
 def run(variant: str, images: Images, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     binary = options.likelihood == "bernoulli"
-    feed = Feed(images, batch_size=BATCH_SIZE, dynamic=binary, seed=seed)
+    minibatches = Minibatches(images, batch_size=BATCH_SIZE, dynamic=binary, seed=seed)
     pyro.set_rng_seed(seed)
     vae = MODELS["vae"](
         images.shape,
@@ -92,7 +89,7 @@ def run(variant: str, images: Images, seed: int, options: argparse.Namespace) ->
         hidden=options.hidden,
         **VARIANTS[variant],
     )
-    spent = train(vae, feed, options)
+    spent = train(vae, minibatches, options)
     test = (images.binarized() if binary else images).test[: options.test_images]
     return {
         "data": Path(options.data).stem,

@@ -42,12 +42,15 @@ from pyro_flowguides.vae import (
     VAE,
     Bernoulli,
     ELBOLoss,
+    Images,
     ImportanceWeightedLoss,
+    Minibatches,
     NormalPosterior,
     StandardNormal,
+    derive_seed,
+    load_images,
 )
 from pyro_flowguides.vae.networks import DenseDecoder, DenseEncoder, GaussianEncoder
-from pyro_flowguides.vae.training.data import Feed, Images, derive_seed, load_images
 
 LATENT_DIM = 10
 HIDDEN = (300, 300)
@@ -135,13 +138,15 @@ def make_vae(posterior: Callable[[int], nn.Module], shape: tuple[int, ...], seed
     return VAE(encoder, decoder, Bernoulli(), posterior(HIDDEN[-1]), StandardNormal(LATENT_DIM), data_shape=shape)
 
 
-def optimize(vae: VAE, feed: Feed, epochs: int, learning_rate: float, objective: nn.Module, samples: int) -> None:
+def optimize(
+    vae: VAE, minibatches: Minibatches, epochs: int, learning_rate: float, loss_fn: nn.Module, samples: int
+) -> None:
     parameters = [parameter for parameter in vae.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adam(parameters, lr=learning_rate)
-    for step in range(epochs * feed.steps_per_epoch):
-        x = feed.shard(step, 0).float()
-        seeded(feed.seed, "noise", step)
-        loss, _ = objective(vae.terms(x, samples), step)
+    for step in range(epochs * minibatches.steps_per_epoch):
+        x = minibatches.shard(step, 0).float()
+        seeded(minibatches.seed, "noise", step)
+        loss, _ = loss_fn(vae.terms(x, samples), step)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -155,21 +160,23 @@ def negative_elbo(vae: VAE, pixels: Tensor, samples: int) -> float:
     return -torch.cat(elbos).double().mean().item()
 
 
-def train_decoder(feed: Feed, shape: tuple[int, ...], seed: int, epochs: int) -> dict[str, Tensor]:
+def train_decoder(minibatches: Minibatches, shape: tuple[int, ...], seed: int, epochs: int) -> dict[str, Tensor]:
     vae = make_vae(FAMILIES[DIAGONAL].make, shape, seed)
-    optimize(vae, feed, epochs, 1e-3, ImportanceWeightedLoss(), samples=10)
+    optimize(vae, minibatches, epochs, 1e-3, ImportanceWeightedLoss(), samples=10)
     return vae.decoder.state_dict()
 
 
-def run(family: str, decoder: dict[str, Tensor], feed: Feed, fixed: Images, epochs: int) -> dict[str, Any]:
+def run(
+    family: str, decoder: dict[str, Tensor], minibatches: Minibatches, fixed: Images, epochs: int
+) -> dict[str, Any]:
     """Train at every learning rate, and evaluate on test images what is best on validation images."""
     valid, seconds, best = {}, 0.0, None
     for learning_rate in LEARNING_RATES:
-        vae = make_vae(FAMILIES[family].make, fixed.shape, feed.seed)
+        vae = make_vae(FAMILIES[family].make, fixed.shape, minibatches.seed)
         vae.decoder.load_state_dict(decoder)
         vae.decoder.requires_grad_(False)
         begin = time.perf_counter()
-        optimize(vae, feed, epochs, learning_rate, ELBOLoss(), samples=1)
+        optimize(vae, minibatches, epochs, learning_rate, ELBOLoss(), samples=1)
         seconds += time.perf_counter() - begin
         valid[learning_rate] = negative_elbo(vae, fixed.valid, VALID_SAMPLES)
         if valid[learning_rate] == min(valid.values()):
@@ -177,10 +184,10 @@ def run(family: str, decoder: dict[str, Tensor], feed: Feed, fixed: Images, epoc
     assert best is not None, f"{family}: no bound was finite"
     return {
         "family": family,
-        "seed": feed.seed,
+        "seed": minibatches.seed,
         "learning_rate": best[0],
         "test": negative_elbo(best[1], fixed.test[:TEST_IMAGES], TEST_SAMPLES),
-        "ms_per_step": 1000 * seconds / (len(LEARNING_RATES) * epochs * feed.steps_per_epoch),
+        "ms_per_step": 1000 * seconds / (len(LEARNING_RATES) * epochs * minibatches.steps_per_epoch),
         "parameters": sum(parameter.numel() for parameter in best[1].posterior.parameters()),
         **{f"valid_{rate:g}": value for rate, value in valid.items()},
     }
@@ -206,10 +213,10 @@ def run_missing(
         missing = [family for family in families if (family, seed) not in done]
         if not missing:
             continue
-        feed = Feed(images, batch_size=BATCH_SIZE, dynamic=True, seed=seed)
-        decoder = train_decoder(feed, images.shape, seed, decoder_epochs)
+        minibatches = Minibatches(images, batch_size=BATCH_SIZE, dynamic=True, seed=seed)
+        decoder = train_decoder(minibatches, images.shape, seed, decoder_epochs)
         for family in tqdm(missing, desc=f"seed {seed}"):
-            append_row(path, run(family, decoder, feed, fixed, epochs))
+            append_row(path, run(family, decoder, minibatches, fixed, epochs))
 
 
 # -- results -----------------------------------------------------------------------------------------------------------

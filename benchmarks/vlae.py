@@ -41,9 +41,18 @@ from row_files import append_row, read_rows
 from torch import Tensor, nn
 from vlae_report import PLAIN, Row, WindowResult
 
-from pyro_flowguides.vae import EMA, MODELS, VAE, VLAE, AutoregressiveDistribution, ELBOLoss, Terms, make_decoder
+from pyro_flowguides.vae import (
+    EMA,
+    MODELS,
+    VAE,
+    VLAE,
+    AutoregressiveDistribution,
+    ELBOLoss,
+    Terms,
+    load_images,
+    make_decoder,
+)
 from pyro_flowguides.vae.decoders import AutoregressiveNetwork
-from pyro_flowguides.vae.training.image_files import load_images
 
 STUDIES = ("compare", "window", "frey", "speed")
 BATCH_SIZE, CLIP = 100, 10.0
@@ -113,11 +122,11 @@ def train(
     model = model.to(options.device)
     model.initialize(images[:BATCH_SIZE].to(options.device))
     optimizer = torch.optim.Adamax(model.parameters(), lr=options.learning_rate)
-    ema, objective, divergences = EMA(model, options.ema), ELBOLoss(warmup, free_bits), []
+    ema, loss_fn, divergences = EMA(model, options.ema), ELBOLoss(warmup, free_bits), []
     begin = time.process_time()
     for step in range(steps):
         x = images[torch.randint(len(images), (BATCH_SIZE,))].to(options.device)
-        loss, metrics = objective(model.terms(x), step)
+        loss, metrics = loss_fn(model.terms(x), step)
         divergences.append(metrics["kl"].detach())
         optimizer.zero_grad()
         loss.backward()
@@ -125,9 +134,7 @@ def train(
         optimizer.step()
         ema.update(model)
     ms_per_step = 1000 * (time.process_time() - begin) / steps
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(ema.averages[name])
+    ema.copy_to(model)
     return Trained(model.eval(), ms_per_step, torch.stack(divergences).tolist())
 
 
