@@ -1,21 +1,55 @@
-"""Files that a fit can be resumed from: written whole or not at all, read without running code."""
+"""Files that a fit can resume from: written whole or not at all, read without running code."""
 
 from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TypedDict, cast
 
 import torch
+from torch import Tensor
 
-__all__ = ["load", "save"]
+__all__ = ["FitState", "load", "save"]
 
-#: What the first entry of a checkpoint says, so that no other file is taken for one.
-FORMAT = "pyro_flowguides fit 3"
+#: First entry of every checkpoint, so that no other file is mistaken for one.
+FORMAT = "pyro_flowguides fit 4"
 
 
-def save(path: str | Path, state: dict[str, Any]) -> None:
+class FitState(TypedDict):
+    """The state of a fit.
+
+    Attributes:
+        settings: the options that decide its course.
+        parameters: all parameters by name.
+        moments: Adam's first and second moments and its number of steps, for each group of parameters.
+        scales: the scales of the parameters, for each group.
+        schedule: the state of the schedule.
+        generator: the state of the generator of the noise.
+        global_generator: the state of torch's global generator.
+        history: the bound at every step.
+        average: the running average of the iterates, for each group; empty before averaging.
+        counts: numbers of dropped particles, of failed steps in a row, and of averaged iterates.
+        start: description of the warm start.
+        seconds: wall time so far.
+    """
+
+    settings: dict[str, object]
+    parameters: dict[str, Tensor]
+    moments: list[list[Tensor]]
+    scales: list[Tensor]
+    schedule: dict[str, object]
+    generator: Tensor
+    global_generator: Tensor
+    history: list[float]
+    average: list[Tensor]
+    counts: list[int]
+    start: str
+    seconds: float
+
+
+def save(path: str | Path, state: Mapping[str, object]) -> None:
     """Write tensors, numbers, strings, lists and dicts; an interruption leaves the earlier file as it was.
 
     Raises:
@@ -34,8 +68,8 @@ def save(path: str | Path, state: dict[str, Any]) -> None:
         raise
 
 
-def load(path: str | Path) -> dict[str, Any] | None:
-    """The state in a file, or ``None`` if there is no such file.
+def load(path: str | Path) -> FitState | None:
+    """Return the state in a file, or ``None`` if there is no such file.
 
     Raises:
         ValueError: if the file cannot be read or is not a checkpoint.
@@ -44,9 +78,9 @@ def load(path: str | Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
+        state: object = torch.load(path, weights_only=True, map_location="cpu")
     except Exception as error:
         raise ValueError(f"{path} is not a checkpoint that can be read: {error}") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise ValueError(f"{path} is not a checkpoint of a fit by this version")
-    return state
+    return cast(FitState, state)

@@ -2,48 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Generic, cast
 
 import torch
 
 from pyro_flowguides.diagnostics import Diagnosis
 from pyro_flowguides.diagnostics.export import export_program
 from pyro_flowguides.diagnostics.verdict import diagnose_program
-from pyro_flowguides.inference.run import FitDivergedError, Run
+from pyro_flowguides.inference.objective import Route
+from pyro_flowguides.inference.run import FitSettings, Run
+from pyro_flowguides.inference.step_loop import CompileMode
+from pyro_flowguides.inference.stepper import GuideT
 from pyro_flowguides.programs.program import Program
-from pyro_flowguides.programs.types import Args, Guide, Kwargs, Model
+from pyro_flowguides.programs.types import Args, Kwargs, Model
 
-__all__ = ["FitDivergedError", "FitResult", "fit"]
+if TYPE_CHECKING:
+    from arviz import InferenceData
+
+__all__ = ["FitResult", "fit"]
 
 
 @dataclass
-class FitResult:
-    """What :func:`fit` returns: the trained guide with how it got there and what it is worth.
+class FitResult(Generic[GuideT]):
+    """A trained guide, how it was trained, and a verdict on it: the result of :func:`fit`.
 
     Attributes:
-        program: what was fitted: ``model``, ``guide``, ``args`` and ``kwargs``, and what was found out about them.
-        elbo_history: the bound's estimate at every step (NaN where no particle was finite).
-        seconds: wall time, warm start included, diagnosis not.
-        route: how the bound was evaluated, and why.
+        program: what was fitted: model, guide, their arguments, and what was found out about them.
+        elbo_history: the estimate of the bound at every step (NaN where no particle was finite).
+        seconds: wall time, including the warm start and excluding the diagnosis.
+        route: how steps evaluated the bound; ``route.kind`` is ``"compiled"``, ``"recorded"``, ``"batched"``,
+            ``"traced"`` or ``"sequential"``, and ``route.reason`` says why no faster kind was used.
         start: where the warm start put the guide; empty without one.
         reason: why the fit ended.
-        dropped: particles left out because their weight or gradient was not finite.
+        num_dropped: number of particles left out because their weight or gradient was not finite.
         diagnosis: the verdict; ``None`` where there can be none, as for a minibatch.
-        unjudged: why there is no verdict; empty if there is one.
+        why_no_verdict: why ``diagnosis`` is ``None``; empty otherwise.
     """
 
     program: Program = field(repr=False)
     elbo_history: list[float]
     seconds: float
-    route: str
+    route: Route
     start: str
     reason: str
-    dropped: int
-    diagnosis: Diagnosis | None = field(repr=False)
-    unjudged: str = ""
+    num_dropped: int
+    diagnosis: Diagnosis | None = field(repr=False, default=None)
+    why_no_verdict: str = ""
 
     @property
     def model(self) -> Model:
@@ -51,9 +58,9 @@ class FitResult:
         return self.program.model
 
     @property
-    def guide(self) -> Guide:
+    def guide(self) -> GuideT:
         """The trained guide."""
-        return self.program.guide
+        return cast(GuideT, self.program.guide)
 
     @property
     def args(self) -> Args:
@@ -70,23 +77,28 @@ class FitResult:
         """Number of steps taken."""
         return len(self.elbo_history)
 
-    def to_inference_data(self, **options: Any) -> Any:
-        """Draws, log p, log q, predictive and observed data for ArviZ, see
-        :func:`~pyro_flowguides.diagnostics.to_inference_data`."""
-        return export_program(self.program, **options)
+    def to_inference_data(
+        self, *, num_samples: int = 1000, resample: bool = False, coords: Mapping[str, Sequence[object]] | None = None
+    ) -> InferenceData:
+        """Export draws, log p, log q, predictive draws and observed data to ArviZ.
+
+        Args:
+            num_samples, resample, coords: as for :func:`~pyro_flowguides.diagnostics.to_inference_data`.
+        """
+        return export_program(self.program, num_samples=num_samples, resample=resample, coords=coords)
 
     def __str__(self) -> str:
-        dropped = f", {self.dropped} particles dropped" if self.dropped else ""
+        dropped = f", {self.num_dropped} particles dropped" if self.num_dropped else ""
         return (
             f"{type(self.guide).__name__}: {self.steps} steps in {self.seconds:.1f} s{dropped}; ended because "
-            f"{self.reason}\n{self.diagnosis or 'No verdict: ' + self.unjudged}"
+            f"{self.reason}\n{self.diagnosis or 'No verdict: ' + self.why_no_verdict}"
         )
 
 
 def fit(
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
-    *args: Any,
+    model: Model,
+    guide: GuideT,
+    *args: object,
     steps: int = 2000,
     num_particles: int = 32,
     lr: float = 1e-2,
@@ -95,45 +107,53 @@ def fit(
     path_gradient: bool = True,
     importance: int = 1,
     temper: float | None = None,
-    compile: bool | Literal["auto"] = False,
+    compile: CompileMode = "auto",
     seed: int = 0,
     checkpoint: str | Path | None = None,
     checkpoint_every: int = 200,
     progress: bool = True,
-    **kwargs: Any,
-) -> FitResult:
-    r"""Fit a guide to a model: warm start, vectorized particles, schedule, plateau detection, averaging, verdict.
+    **kwargs: object,
+) -> FitResult[GuideT]:
+    r"""Fit a guide to a model, without tuning, and judge the result.
 
-    Any guide works; Pyro's own skip what they cannot use. For flow guides the affine part of the guide first becomes
-    the best Gaussian found by a short deterministic search (:func:`~pyro_flowguides.inference.warm_start.warm_start`),
-    so that the flow models only what a Gaussian cannot. Then Adam follows the gradient of the ELBO: at a constant step
-    size until the bound stands still or is nearly that of the evidence, not at all where the start is, and with a
-    falling step size, more particles and the path gradient to the end
-    (:class:`~pyro_flowguides.inference.schedule.Schedule`). The last iterates are averaged where that is better.
+    Any guide works. A fit has five parts, of which the first needs a flow guide:
 
-    A step needs the model's density of many particles at once. A model that broadcasts over an outermost plate is run
-    under one; a model written for one particle (``x @ slope``, a layer with random weights) is mapped over them by
-    ``torch.func.vmap``, which costs little more. Only where neither gives the numbers of single runs, as with a branch
-    on a latent value, particles run one after the other through Pyro's traces; ``route`` in the result says so.
+    1. *Warm start*: a short deterministic search finds the best Gaussian
+       (:func:`~pyro_flowguides.inference.warm_start.warm_start`), which becomes the affine part of the guide. The flow
+       then models only what a Gaussian cannot.
+    2. *Exploration*: Adam follows the gradient of the ELBO at a constant step size. It ends when the ELBO no longer
+       rises, when the ELBO comes close to the log evidence, or after half of the steps. A fit that starts close to the
+       log evidence skips it.
+    3. *Refinement*: the step size falls, the number of particles doubles, and the path gradient of a flow guide
+       replaces the total gradient (:class:`~pyro_flowguides.inference.schedule.Schedule`).
+    4. *Averaging*: the average of the last iterates replaces the last one if its ELBO is higher.
+    5. *Verdict*: :func:`~pyro_flowguides.diagnostics.diagnose` judges the guide.
+
+    A step evaluates the model's density at many particles at once. A model that broadcasts runs under an outermost
+    plate of particles. A model written for one particle (``x @ slope``, a layer with random weights) is mapped over
+    them by ``torch.func.vmap``, which costs little more. Where neither gives the numbers of single runs, for example
+    because the model branches on a latent value, particles run one after the other through Pyro's traces. ``route`` in
+    the result says which of these was used, and why.
 
     Args:
         model, guide: as for ``pyro.infer.SVI``.
-        args, kwargs: the model's arguments.
+        *args, **kwargs: the model's arguments.
         steps: most steps to take; easy posteriors stop early.
-        num_particles: draws per step, twice as many at the end.
+        num_particles: draws per step while exploring.
         lr: Adam's step size while exploring.
-        tolerance: gain of the ELBO, in nats, over a quarter of the steps so far that is not worth going on for.
+        tolerance: smallest gain of the ELBO, in nats over a quarter of the steps so far, that counts as a rise.
         warm_start: search for a Gaussian start (flow guides only).
         path_gradient: refine with the path gradient (flow guides only); ``False`` for the total gradient throughout.
         importance: 1 for the ELBO, K for the importance-weighted bound with its doubly reparametrized gradient.
-        temper: exponent of the target at the first step, in (0, 1); it rises to 1 over three quarters of the
-            exploration, so that a multimodal target is met while it is still flat.
-        compile: ``True`` to compile the steps of flow guides (loss, gradients and optimizer as one function of torch's
-            inductor; up to 50 short steps go in one call, which on a GPU is a CUDA graph). It takes 10 to 30 seconds on
-            one core, 3 to 7 where an earlier run has left its results on the disk, and then saves more than half of
-            each step, up to four fifths of a short one. ``"auto"`` compiles only where the remaining steps will repay
-            it. Where compiling fails the fit goes on without; ``route`` in the result says what was done.
-        seed: of everything random in the fit; the global generator is restored afterwards.
+        temper: exponent of the target density at the first step, in (0, 1). It rises to 1 during the first three
+            quarters of the exploration, so that the guide meets a multimodal target while it is still flat.
+        compile: whether to compile the steps of flow guides. ``"auto"`` compiles on a GPU, and on a CPU only where the
+            remaining steps repay it; ``True`` compiles always, ``False`` never. Loss, gradient and update then form one
+            function of torch's inductor; up to 50 short steps go into one call, which on a GPU is a CUDA graph. On one
+            core, compiling takes 10 to 30 seconds, or 3 to 7 if an earlier run left its results on the disk. It saves
+            more than half of each step, up to four fifths of a short one. If compiling fails, the fit continues
+            without, and ``route`` in the result says why.
+        seed: seed of everything random in the fit; the global generator is restored afterwards.
         checkpoint: file to save to and, if it exists, to resume from, exactly.
         checkpoint_every: steps between saves.
         progress: show a progress bar.
@@ -155,56 +175,32 @@ def fit(
         >>> abs(result.diagnosis.elbo - dist.Normal(0.0, 2**0.5).log_prob(torch.tensor(1.0)).item()) < 0.05
         True
     """
-    if steps < 1 or num_particles < 1 or importance < 1 or num_particles % importance:
-        raise ValueError(
-            f"fit: steps, num_particles and importance must be positive, and importance must divide num_particles, got "
-            f"{steps}, {num_particles}, {importance}"
-        )
     if checkpoint_every < 1:
         raise ValueError(f"fit: checkpoint_every must be positive, got {checkpoint_every}")
     if compile not in (True, False, "auto"):
         raise ValueError(f'fit: compile must be True, False or "auto", got {compile!r}')
-    if temper is not None and not 0 < temper < 1:
-        raise ValueError(f"fit: temper must lie in (0, 1), got {temper}")
+    settings = FitSettings(steps, num_particles, lr, tolerance, path_gradient, importance, temper, seed)
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
-        settings = {
-            "steps": steps,
-            "num_particles": num_particles,
-            "lr": lr,
-            "tolerance": tolerance,
-            "path_gradient": path_gradient,
-            "importance": importance,
-            "temper": temper,
-            "seed": seed,
-        }
-        guide(*args, **kwargs)  # creates the parameters, if there are none yet
-        program = Program.inspect(model, guide, args, kwargs)
-        run = Run(program, settings, compile)
+        run = Run(model, guide, args, kwargs, settings, compile)
         try:
             if not run.resume(checkpoint):
                 run.begin(warm_start)
             run.train(checkpoint, checkpoint_every, progress)
         finally:
-            run.descent.release()
-        result = FitResult(
-            program=program,
+            run.stepper.release()
+        result: FitResult[GuideT] = FitResult(
+            program=run.stepper.program,
             elbo_history=run.history,
             seconds=run.seconds,
-            route=run.objective.route,
+            route=run.stepper.route,
             start=run.start,
             reason=run.schedule.reason,
-            dropped=run.dropped,
-            diagnosis=None,
+            num_dropped=run.num_dropped,
         )
-        del run  # what its steps held is not needed any more
-        result.diagnosis, result.unjudged = _judge(program)
+        del run  # and with it recordings and compiled functions
+        try:
+            result.diagnosis = diagnose_program(result.program)
+        except ValueError as error:  # without a verdict the fit is still of use
+            result.why_no_verdict = str(error)
     return result
-
-
-def _judge(program: Program) -> tuple[Diagnosis | None, str]:
-    """The verdict, or why there is none: the fit stands either way."""
-    try:
-        return diagnose_program(program), ""
-    except ValueError as error:
-        return None, str(error)

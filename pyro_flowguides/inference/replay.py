@@ -1,27 +1,25 @@
-"""Running a function once and replaying the tensor operations it consisted of."""
+"""Record the tensor operations of a function once, and replay them."""
 
 from __future__ import annotations
 
 import math
 import operator
-import statistics
-import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["NotRecordedError", "Replay", "assert_same", "in_short", "record"]
+from pyro_flowguides.programs.batched_run import first_line
 
-#: What compiling costs, in seconds per operation, and the share of a replay that it saves: on one core, with inductor.
-COMPILE_SECONDS, COMPILE_SAVES = 0.04, 0.6
-#: Most operations of a recording: longer ones take so long to record that a usual number of replays does not repay it.
-MOST_OPERATIONS = 4000
-#: Replays that are timed before it is known what compiling would save.
-TIMED = 20
+__all__ = ["NotRecordedError", "Replay", "assert_same", "record"]
+
+#: Most operations of a recording. A longer one takes so long to record that its replays do not repay it.
+MAX_OPERATIONS = 4000
+
+Operations: TypeAlias = Callable[..., Sequence[Tensor]]
 
 
 class NotRecordedError(ValueError):
@@ -29,28 +27,31 @@ class NotRecordedError(ValueError):
 
 
 def record(
-    function: Callable[..., Any], *inputs: Tensor, check: Sequence[Tensor], parameters: Sequence[Tensor] = ()
+    function: Callable[..., Sequence[Tensor | None]],
+    *inputs: Tensor,
+    check: Sequence[Tensor],
+    parameters: Sequence[Tensor] = (),
 ) -> fx.GraphModule:
-    """The tensor operations of a function, derivatives taken inside it among them, without the Python around them.
+    """Record the tensor operations of a function, including derivatives taken inside it, without the Python between.
 
-    What depends neither on the inputs nor on a tensor that requires gradients is computed once, now. Tensors that
-    require gradients, the parameters of a guide or a model, are read anew by every replay. A replay gives NaN where a
-    matrix cannot be factorized.
+    Anything that depends neither on the inputs nor on a tensor that requires gradients is computed once, while
+    recording. Tensors that require gradients, such as parameters of a guide or a model, are read again by every replay.
+    A replay gives NaN where a matrix cannot be factorized.
 
     Cost: two runs of the function, and some tenths of a millisecond per operation.
 
     Args:
         function: from tensors to a sequence of tensors and ``None``.
-        inputs: tensors of the shapes and dtypes of later calls.
-        check: other inputs, at which the recording has to give what the function gives.
-        parameters: tensors that the function reads and the recording is to take as further inputs.
+        inputs: tensors with the shapes and dtypes of later calls.
+        check: other inputs, at which the recording must give what the function gives.
+        parameters: tensors that the function reads and that the recording takes as further inputs.
 
     Returns:
-        a module to be called like the function, with the parameters behind its inputs, without gradients.
+        a module to call like the function, with the parameters after its inputs, without gradients.
 
     Raises:
-        NotRecordedError: if the function's course depends on values, if it draws random numbers, if it fails while it
-            is recorded, if it is too long, or if its recording gives other numbers than it does.
+        NotRecordedError: if the control flow of the function depends on values, if it draws random numbers, if it fails
+            while it is recorded, if it has too many operations, or if the recording gives other numbers.
         torch.linalg.LinAlgError: if a matrix cannot be factorized at these inputs.
     """
     tape = _Tape((*inputs, *parameters))
@@ -59,166 +60,148 @@ def record(
             outputs = function(*inputs)
     except (NotRecordedError, torch.linalg.LinAlgError):
         raise
-    except Exception as error:  # a program may fail in any way where its operations are watched
-        raise NotRecordedError(f"it fails where it is watched ({type(error).__name__}: {in_short(error)})") from error
+    except Exception as error:  # a program may fail in any way while its operations are recorded
+        raise NotRecordedError(f"it fails while it is recorded ({first_line(error)})") from error
     module = tape.finish(outputs)
     with torch.no_grad():
-        found = module(*check, *parameters)
-    assert_same(found, function(*check))
+        replayed = module(*check, *parameters)
+    assert_same(replayed, function(*check))
     return module
 
 
-def in_short(error: Exception) -> str:
-    """What an error says first."""
-    return (str(error).splitlines() or [type(error).__name__])[0][:120]
-
-
 class Replay:
-    """A recording, carried out without Python between its operations.
+    """A recording that runs without Python between its operations.
 
-    The operations are run by TorchScript's interpreter, or one by one where it cannot run them.
+    TorchScript's interpreter runs the operations. Where it cannot, they are run one by one.
 
     Args:
-        recording: what :func:`record` returned.
+        recording: the module that :func:`record` returned.
 
     Attributes:
-        seconds: times of the first calls.
         failure: why the operations are run one by one; empty if they are not.
     """
 
     def __init__(self, recording: fx.GraphModule) -> None:
         self.recording = recording
-        self.run: Callable[..., Any] | None = None
-        self.seconds: list[float] = []
+        self.run: Operations | None = None
         self.failure = ""
 
     @torch.no_grad()
-    def __call__(self, *inputs: Tensor) -> Any:
+    def __call__(self, *inputs: Tensor) -> Sequence[Tensor]:
         if self.run is None:
-            self.run = self._interpret(inputs)
-        begin = time.perf_counter()
-        outputs = self.run(*inputs)
-        if len(self.seconds) < TIMED:
-            self.seconds.append(time.perf_counter() - begin)
-        return outputs
+            self.run = self._interpreted(inputs)
+        return self.run(*inputs)
 
-    def compiling_repays(self, remaining: int) -> bool:
-        """Whether so many more calls save more time than compiling takes, judged by the first calls."""
-        if len(self.seconds) < TIMED:
-            return False
-        saved = COMPILE_SAVES * remaining * statistics.median(self.seconds)
-        return saved > COMPILE_SECONDS * len(self.recording.graph.nodes)
-
-    def _interpret(self, inputs: Sequence[Tensor]) -> Callable[..., Any]:
-        """The recording in TorchScript, as it stands and not optimized, which can take seconds; or the recording."""
+    def _interpreted(self, inputs: Sequence[Tensor]) -> Operations:
+        """Return the recording as TorchScript, not optimized, which can take seconds; or the recording itself."""
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", DeprecationWarning)
                 script = torch.jit.trace(self.recording, tuple(inputs), check_trace=False)
 
-            def run(*inputs: Tensor) -> Any:
+            def run(*inputs: Tensor) -> Sequence[Tensor]:
                 with torch.jit.optimized_execution(False):
-                    return script(*inputs)
+                    outputs: Sequence[Tensor] = script(*inputs)
+                    return outputs
 
             assert_same(run(*inputs), self.recording(*inputs))
-        except Exception as error:  # an interpreter that is on its way out may fail in any way
-            self.failure = in_short(error)
+        except Exception as error:  # TorchScript is deprecated and may fail in any way
+            self.failure = first_line(error)
             return self.recording
         return run
 
 
 class _Tape(TorchDispatchMode):
-    """Writes operations down as nodes of a graph while they are carried out: those whose results vary."""
+    """Write operations as nodes of a graph while they run, if their results depend on the inputs."""
 
     def __init__(self, inputs: Sequence[Tensor]) -> None:
         super().__init__()
         self.graph, self.attributes = fx.Graph(), nn.Module()
-        #: The node of every varying tensor, by its identity; the tensor is kept so that its identity stays its own.
-        self.seen: dict[int, tuple[Tensor, fx.Node]] = {}
+        #: Each tensor with its node, by the tensor's identity; holding the tensor keeps its identity unique.
+        self.nodes: dict[int, tuple[Tensor, fx.Node]] = {}
         self.memory: set[int] = set()
-        self.in_place = False
-        #: Where factorizations report success: zeros.
-        self.reports: list[fx.Node] = []
-        for place, value in enumerate(inputs):
-            self._note(value, self.graph.placeholder(f"input{place}"))
+        self.has_in_place_operations = False
+        #: The error codes of factorizations: zero where one succeeded.
+        self.error_codes: list[fx.Node] = []
+        for index, value in enumerate(inputs):
+            self._add(value, self.graph.placeholder(f"input{index}"))
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """Not to be told apart by a compiler that is not there: loading it takes a second."""
+        """Return ``False`` without importing torch's compiler, as the inherited method would, which takes a second."""
         return False
 
-    def _note(self, value: Tensor, node: fx.Node) -> None:
-        self.seen[id(value)] = value, node
+    def _add(self, value: Tensor, node: fx.Node) -> None:
+        self.nodes[id(value)] = value, node
         self.memory.add(value.untyped_storage().data_ptr())
 
     def node(self, value: Tensor) -> fx.Node:
-        """The node of a tensor; what does not come from the inputs becomes an attribute."""
-        if id(value) not in self.seen:
-            name = f"tensor{len(self.seen)}"
+        """Return the node of a tensor; a tensor that does not depend on the inputs becomes an attribute."""
+        if id(value) not in self.nodes:
+            name = f"tensor{len(self.nodes)}"
             self.attributes.register_buffer(name, value, persistent=False)
-            self.seen[id(value)] = value, self.graph.get_attr(name)
-        return self.seen[id(value)][1]
+            self.nodes[id(value)] = value, self.graph.get_attr(name)
+        return self.nodes[id(value)][1]
 
-    def _nodes(self, value: Any) -> Any:
-        """Nodes in place of tensors, also in sequences of them."""
+    def _with_nodes(self, value: Any) -> Any:
+        """Replace tensors by their nodes, also inside sequences."""
         if isinstance(value, (tuple, list)):
-            return type(value)(map(self._nodes, value))
+            return type(value)(map(self._with_nodes, value))
         return self.node(value) if isinstance(value, Tensor) else value
 
-    def _varies(self, value: Any) -> bool:
+    def _varies(self, value: object) -> bool:
         if not isinstance(value, Tensor):
             return False
-        return value.requires_grad or (id(value) in self.seen and self.seen[id(value)][1].op != "get_attr")
+        return value.requires_grad or (id(value) in self.nodes and self.nodes[id(value)][1].op != "get_attr")
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if torch.Tag.nondeterministic_seeded in func.tags:
             raise NotRecordedError(f"it draws random numbers ({func})")
         if not any(self._varies(value) for value in _leaves((*args, *kwargs.values()))):
             return func(*args, **kwargs)
         if func._schema.is_mutable:
-            self.in_place = True
+            self.has_in_place_operations = True
             if args[0].untyped_storage().data_ptr() not in self.memory:
                 raise NotRecordedError(f"it changes a constant in place ({func})")
         if func is torch.ops.aten._linalg_check_errors.default:
-            self.reports.append(self.node(args[0]))
+            self.error_codes.append(self.node(args[0]))
             return func(*args, **kwargs)
-        if len(self.seen) > MOST_OPERATIONS:
-            raise NotRecordedError(f"it takes more than {MOST_OPERATIONS} operations, too many to repay the recording")
-        node = self.graph.call_function(func, self._nodes(args), {name: self._nodes(kwargs[name]) for name in kwargs})
+        if len(self.nodes) > MAX_OPERATIONS:
+            raise NotRecordedError(f"it has more than {MAX_OPERATIONS} operations, too many to repay the recording")
+        node_kwargs = {name: self._with_nodes(value) for name, value in kwargs.items()}
+        node = self.graph.call_function(func, self._with_nodes(args), node_kwargs)
         result = func(*args, **kwargs)
         if isinstance(result, Tensor):
-            self._note(result, node)
+            self._add(result, node)
         elif isinstance(result, (tuple, list)):
-            for place, value in enumerate(result):
-                self._note(value, self.graph.call_function(operator.getitem, (node, place)))
+            for index, value in enumerate(result):
+                self._add(value, self.graph.call_function(operator.getitem, (node, index)))
         else:
-            raise NotRecordedError(f"its course depends on values ({func})")
+            raise NotRecordedError(f"its control flow depends on values ({func})")
         return result
 
     def finish(self, outputs: Sequence[Tensor | None]) -> fx.GraphModule:
-        """The recording, without what is computed twice, not used, or of interest to autograd only."""
+        """Return the recording without duplicate operations, unused ones, and those that only autograd needs."""
         nodes = [None if output is None else self.node(output) for output in outputs]
-        self.graph.output(tuple(self._spoilt(nodes) if self.reports else nodes))
-        if not self.in_place:  # what is changed in place may be seen through other names
-            _merge(self.graph)
+        self.graph.output(tuple(self._nan_where_failed(nodes) if self.error_codes else nodes))
+        if not self.has_in_place_operations:  # a change in place may be visible through another node
+            _merge_duplicates(self.graph)
             self.graph.eliminate_dead_code()
         module = fx.GraphModule(self.attributes, self.graph)
         module.graph.lint()
         return module
 
-    def _spoilt(self, outputs: Sequence[fx.Node | None]) -> list[fx.Node | None]:
-        """The outputs, not numbers where a factorization fails: an error would need the values on their way."""
+    def _nan_where_failed(self, outputs: Sequence[fx.Node | None]) -> list[fx.Node | None]:
+        """Set the outputs to NaN if a factorization fails; raising an error would need a branch on a value."""
         aten, call = torch.ops.aten, self.graph.call_function
-        failed = [call(aten.any.default, (call(aten.ne.Scalar, (report, 0)),)) for report in self.reports]
+        failed = [call(aten.any.default, (call(aten.ne.Scalar, (code, 0)),)) for code in self.error_codes]
         for failure in failed:
             outputs = [node and call(aten.masked_fill.Scalar, (node, failure, math.nan)) for node in outputs]
         return list(outputs)
 
 
-def _leaves(values: Sequence[Any]) -> Iterator[Any]:
+def _leaves(values: Iterable[object]) -> Iterator[object]:
     for value in values:
         if isinstance(value, (tuple, list)):
             yield from _leaves(value)
@@ -226,8 +209,8 @@ def _leaves(values: Sequence[Any]) -> Iterator[Any]:
             yield value
 
 
-def _merge(graph: fx.Graph) -> None:
-    first: dict[tuple[Any, ...], fx.Node] = {}
+def _merge_duplicates(graph: fx.Graph) -> None:
+    first: dict[tuple[object, str, str], fx.Node] = {}
     for node in graph.nodes:
         if node.target is torch.ops.aten.detach.default:
             node.replace_all_uses_with(node.args[0])
@@ -237,9 +220,9 @@ def _merge(graph: fx.Graph) -> None:
                 node.replace_all_uses_with(earlier)
 
 
-def assert_same(found: Sequence[Tensor | None], expected: Sequence[Tensor | None]) -> None:
-    """Raise :class:`NotRecordedError` where results differ by more than rounding makes them."""
-    for one, other in zip(found, expected, strict=True):
+def assert_same(results: Sequence[Tensor | None], expected: Sequence[Tensor | None]) -> None:
+    """Raise :class:`NotRecordedError` where results differ by more than rounding."""
+    for one, other in zip(results, expected, strict=True):
         if one is None or other is None or not other.numel():
             continue
         tolerance = torch.finfo(other.dtype).eps ** 0.5 if other.is_floating_point() else 0.0

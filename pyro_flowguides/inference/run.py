@@ -1,271 +1,286 @@
-"""The course of one fit: start, steps, average, checkpoints."""
+"""The course of one fit: start, steps, averaging, checkpoints."""
 
 from __future__ import annotations
 
 import math
 import time
-import warnings
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Generic
 
-import pyro
 import torch
-from pyro import poutine
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from pyro_flowguides.guides.autoflow import FULL_RANK_LIMIT
+from pyro_flowguides.guides.autoflow import FULL_RANK_LIMIT, AutoFlow
 from pyro_flowguides.inference import checkpoint as checkpoints
-from pyro_flowguides.inference.density_objective import Compiling, DensityObjective, make_objective
+from pyro_flowguides.inference.density_objective import DensityObjective
+from pyro_flowguides.inference.divergence import FitDivergedError, describe_divergence
 from pyro_flowguides.inference.evaluation import evaluate
-from pyro_flowguides.inference.flat_adam import Descent
+from pyro_flowguides.inference.objective import StepOptions
 from pyro_flowguides.inference.schedule import Schedule
-from pyro_flowguides.inference.steps import Objective, Request
-from pyro_flowguides.inference.warm_start import Gaussian, LowRankStart, low_rank_warm_start
-from pyro_flowguides.inference.warm_start import warm_start as find_start
-from pyro_flowguides.programs.program import Program
+from pyro_flowguides.inference.step_loop import CompileMode
+from pyro_flowguides.inference.stepper import GuideT, Stepper
+from pyro_flowguides.inference.warm_start import Density, Gaussian, LowRankStart, low_rank_warm_start, warm_start
+from pyro_flowguides.programs.types import Args, Kwargs, Model
 
-__all__ = ["FitDivergedError", "Run"]
+__all__ = ["FitSettings", "Run"]
 
 #: Consecutive steps without a finite bound and gradient after which a fit is given up.
 PATIENCE = 50
-#: Steps between two words on the progress.
-SAID_EVERY = 50
-#: Tail weight of a flow guide after the warm start: at most this, and at most so much over all dimensions. It keeps
-#: importance weights bounded where the posterior's tails are heavier than normal ones, and costs a normal posterior
-#: some hundredths of a nat until it is unlearned.
+#: Steps between progress updates.
+PROGRESS_EVERY = 50
+#: Tail weight of a flow guide after the warm start: at most this for each dimension, and at most this in total. It
+#: keeps importance weights bounded where the posterior has heavier tails than a normal distribution. A normal posterior
+#: loses a few hundredths of a nat until training removes it.
 TAIL_WEIGHT, TOTAL_TAIL_WEIGHT = 0.05, 0.2
-#: Share of the exploration over which a tempered target rises to the full one.
+#: Share of the exploration during which a tempered target rises to the full one.
 TEMPERED_SHARE = 0.75
-#: Draws behind the choice between the last and the averaged parameters.
-CHOICE_DRAWS = 1000
+#: Draws for each estimate of the bound by which parameters are compared.
+NUM_COMPARISON_SAMPLES = 1000
 
 
-class FitDivergedError(RuntimeError):
-    """The bound or its gradient was not finite for so long that going on is hopeless."""
+@dataclass(frozen=True)
+class FitSettings:
+    """The options of ``fit`` that decide its course; a checkpoint is only for the same settings.
+
+    Attributes:
+        steps, num_particles, lr, tolerance, path_gradient, importance, temper, seed: as for
+            :func:`~pyro_flowguides.inference.fit`.
+
+    Raises:
+        ValueError: for a number out of range.
+    """
+
+    steps: int = 2000
+    num_particles: int = 32
+    lr: float = 1e-2
+    tolerance: float = 0.01
+    path_gradient: bool = True
+    importance: int = 1
+    temper: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        counts = self.steps, self.num_particles, self.importance
+        if min(counts) < 1 or self.num_particles % self.importance:
+            raise ValueError(
+                "fit: steps, num_particles and importance must be positive, and importance must divide num_particles, "
+                f"got {counts[0]}, {counts[1]}, {counts[2]}"
+            )
+        if self.temper is not None and not 0 < self.temper < 1:
+            raise ValueError(f"fit: temper must lie in (0, 1), got {self.temper}")
 
 
-class Run:
-    """The state of one fit, everything that a checkpoint must hold."""
+class Run(Generic[GuideT]):
+    """The state of one fit: everything that a checkpoint must hold.
+
+    Args:
+        model, guide, args, kwargs: as for ``SVI``.
+        settings: the options of the fit.
+        compile: whether to compile steps.
+    """
 
     def __init__(
         self,
-        program: Program,
-        settings: dict[str, Any],
-        compiling: Compiling = False,
+        model: Model,
+        guide: GuideT,
+        args: Args,
+        kwargs: Kwargs,
+        settings: FitSettings,
+        compile: CompileMode = False,
     ) -> None:
-        self.started = time.perf_counter()
-        self.program, self.guide = program, program.guide
-        self.settings = settings
-        self.path_gradient, self.importance = settings["path_gradient"], settings["importance"]
-        self.temper, self.seed = settings["temper"], settings["seed"]
-        self.schedule = Schedule(**{key: settings[key] for key in ("steps", "lr", "num_particles", "tolerance")})
-        self.objective: Objective = make_objective(program, compiling)
-        parameters = list(self.objective.parameters.values())
-        if not parameters:
-            raise ValueError(f"fit: {type(self.guide).__name__} and its model have no parameters to train")
-        of_guide = (
-            {id(parameter) for parameter in self.guide.parameters()}
-            if isinstance(self.guide, torch.nn.Module)
-            else set()
+        self.begin_time = time.perf_counter()
+        self.guide, self.settings = guide, settings
+        self.schedule = Schedule(settings.steps, settings.lr, settings.num_particles, settings.tolerance)
+        self.stepper = Stepper(model, guide, *args, compile=compile, seed=settings.seed, **kwargs)
+        self.objective, self.adam = self.stepper.objective, self.stepper.adam
+        own_parameters = set(map(id, guide.parameters())) if isinstance(guide, nn.Module) else set()
+        #: A small gap leaves nothing to gain, unless parameters of the model can raise the evidence itself.
+        self.can_stop_on_gap = settings.importance == 1 and all(
+            id(parameter) in own_parameters for parameter in self.objective.parameters.values()
         )
-        #: Near the evidence there is nothing left to gain, unless the evidence itself can be raised.
-        self.gap_tells = self.importance == 1 and all(id(parameter) in of_guide for parameter in parameters)
-        self.descent = Descent(parameters)
-        # Normal numbers for a step on a GPU would take longer to make elsewhere than the step.
-        self.generator = torch.Generator(self.descent.vectors[0].device).manual_seed(self.seed)
         self.history: list[float] = []
-        self.dropped = self.barren = self.averaged = 0
-        self.mean: list[Tensor] = []
+        self.num_dropped = self.num_failed_steps = self.num_averaged = 0
+        self.average: list[Tensor] = []
         self.start = ""
 
     @property
     def seconds(self) -> float:
-        """Wall time so far, that of earlier processes included."""
-        return time.perf_counter() - self.started
+        """Wall time so far, including that of earlier processes."""
+        return time.perf_counter() - self.begin_time
 
-    # -- before ----------------------------------------------------------------------------------------------------
+    # -- the start -----------------------------------------------------------------------------------------------------
 
     def begin(self, warm_start: bool) -> None:
-        """Find a start, and see how far it is from the posterior."""
+        """Find a start, and estimate how far it is from the posterior."""
         if warm_start:
             self.warm_start()
-        if isinstance(self.objective, DensityObjective) and self.temper is None and self.gap_tells:
-            self.schedule.begin(evaluate(self.objective, CHOICE_DRAWS).gap)
+        if isinstance(self.objective, DensityObjective) and self.settings.temper is None and self.can_stop_on_gap:
+            self.schedule.start(evaluate(self.objective, NUM_COMPARISON_SAMPLES).gap)
 
     def warm_start(self) -> None:
         """Set the affine part of a flow guide to the best Gaussian found, if that is better than the guide as it is."""
-        if not isinstance(self.objective, DensityObjective) or not hasattr(self.guide, "set_affine"):
+        guide = self.guide
+        if not isinstance(self.objective, DensityObjective) or not isinstance(guide, AutoFlow):
             return
-        density = self.objective.density
-        guide = self.objective.guide
-        start = guide._init_loc().to(next(guide.get_transform().parameters()))
-        best: Gaussian | LowRankStart
-        if len(start) <= FULL_RANK_LIMIT:
-            best = find_start(density, start, seed=self.seed)[0]
-        else:
-            best = low_rank_warm_start(density, start, seed=self.seed)[0]
-        now = self._bound()
-        if math.isfinite(best.elbo) and not now >= best.elbo:
-            if isinstance(best, Gaussian):
-                scale = best.scale_tril.diagonal()
-                guide.set_affine(best.loc, best.scale_tril)
-            else:
-                low_rank, scale = best.gaussian, best.gaussian.scale
-                guide.set_low_rank_affine(low_rank.loc, low_rank.scale, low_rank.directions, low_rank.log_stretch)
-            guide.set_tail_weight(min(TAIL_WEIGHT, TOTAL_TAIL_WEIGHT / len(start)))
-            self.descent.measure(guide.location, scale)  # or a step would be far for a narrow posterior
-            self.start = f"{best.origin} (ELBO {best.elbo:.2f})"
+        best = self._best_gaussian(self.objective.density, guide)
+        bound = self._bound()
+        if not math.isfinite(best.elbo) or bound >= best.elbo:
+            return
+        best.apply_to(guide)
+        guide.set_tail_weight(min(TAIL_WEIGHT, TOTAL_TAIL_WEIGHT / self.objective.latent_dim))
+        self.adam.set_scale(guide.location, best.scale)  # or a step would be far too long for a narrow posterior
+        self.start = f"{best.origin} (ELBO {best.elbo:.2f})"
 
-    # -- the loop --------------------------------------------------------------------------------------------------
+    def _best_gaussian(self, density: Density, guide: AutoFlow) -> Gaussian | LowRankStart:
+        location = guide._init_loc().to(next(guide.get_transform().parameters()))
+        if len(location) <= FULL_RANK_LIMIT:
+            return warm_start(density, location, seed=self.settings.seed)[0]
+        return low_rank_warm_start(density, location, seed=self.settings.seed)[0]
 
-    def train(self, checkpoint: str | Path | None, every: int, progress: bool) -> None:
-        with tqdm(total=self.schedule.steps, initial=self.schedule.step, disable=not progress, leave=False) as bar:
-            while not self.schedule.done:
-                begin = self.schedule.step
-                self.advance(every - begin % every)
-                now = self.schedule.step
-                bar.update(now - begin)
-                if now // SAID_EVERY > begin // SAID_EVERY:
+    # -- the loop ------------------------------------------------------------------------------------------------------
+
+    def train(self, checkpoint: str | Path | None, checkpoint_every: int, progress: bool) -> None:
+        """Take steps to the end of the schedule, then keep the average of the last iterates if it is better."""
+        schedule = self.schedule
+        with tqdm(total=schedule.steps, initial=schedule.step, disable=not progress, leave=False) as bar:
+            while not schedule.is_done:
+                begin = schedule.step
+                self.advance(checkpoint_every - begin % checkpoint_every)
+                bar.update(schedule.step - begin)
+                if schedule.step // PROGRESS_EVERY > begin // PROGRESS_EVERY:
                     bar.set_description(type(self.guide).__name__, refresh=False)
-                    bar.set_postfix_str(f"ELBO {self.recent():.2f}", refresh=False)
-                if checkpoint is not None and now % every == 0:
+                    bar.set_postfix_str(f"ELBO {self._recent_elbo():.2f}", refresh=False)
+                if checkpoint is not None and schedule.step % checkpoint_every == 0:
                     self.save(checkpoint)
-        self.settle()
+        self.keep_better()
         if checkpoint is not None:
             self.save(checkpoint)
 
-    def advance(self, most: int) -> None:
-        """Take some steps, at most so many."""
-        schedule = self.schedule
-        batch = self._whole_groups(schedule.current_particles)
-        path = self.path_gradient and (schedule.refining_since is not None or self.importance > 1)
-        power = self.power
-        request = Request(batch, path, power, self.importance, schedule.remaining)
-        # A rising target is no standstill and no gain: the schedule sees only what is measured on the full one.
-        full = power == 1
-        for step, followed in self.objective.descend(
-            request, self.generator, self.descent, schedule.rates(most if full else 1)
-        ):
-            self.dropped += step.dropped if followed else batch
-            self.barren = 0 if followed else self.barren + 1
-            if self.barren >= PATIENCE:
-                raise FitDivergedError(self._why_diverged())
-            self.history.append(step.elbo)
-            schedule.advance(step.elbo if full else math.nan, step.gap if full and self.gap_tells else math.nan)
-        if schedule.averaging:
-            self._average()
+    def advance(self, max_steps: int) -> None:
+        """Take one or more steps up to the schedule's next decision."""
+        schedule, options = self.schedule, self._step_options()
+        is_tempered = options.power != 1
+        end = schedule.step + 1 if is_tempered else min(schedule.step + max_steps, schedule.next_decision)
+        lrs = [schedule.lr_at(step) for step in range(schedule.step, end)]
+        for evaluation, was_taken in self.stepper.loop.advance(options, lrs, schedule.stage_end - schedule.step):
+            self.num_dropped += evaluation.num_dropped if was_taken else options.num_particles
+            self.num_failed_steps = 0 if was_taken else self.num_failed_steps + 1
+            if self.num_failed_steps >= PATIENCE:
+                raise FitDivergedError(self._divergence())
+            self.history.append(evaluation.elbo)
+            # The bound of a tempered target rises and falls with the temper, so the schedule must not see it.
+            can_see_gap = self.can_stop_on_gap and not is_tempered
+            schedule.advance(math.nan if is_tempered else evaluation.elbo, evaluation.gap if can_see_gap else math.nan)
+        if schedule.is_averaging:
+            self._update_average()
 
-    def _whole_groups(self, particles: int) -> int:
-        """The number of particles, in whole groups of the importance-weighted bound."""
-        return max(1, particles // self.importance) * self.importance
+    def _step_options(self) -> StepOptions:
+        """Return the options of the next step."""
+        importance, schedule = self.settings.importance, self.schedule
+        return StepOptions(
+            num_particles=max(1, schedule.current_num_particles // importance) * importance,
+            path_gradient=self.settings.path_gradient and (schedule.is_refining or importance > 1),
+            power=self._power(),
+            importance=importance,
+        )
 
-    @property
-    def power(self) -> float:
-        """The exponent of the target at the coming step."""
-        if self.temper is None:
+    def _power(self) -> float:
+        """Return the exponent of the target at the next step."""
+        if self.settings.temper is None:
             return 1.0
-        ramp = self.schedule.step / max(1.0, TEMPERED_SHARE * self.schedule.most_exploring)
-        return self.temper ** max(0.0, 1 - ramp)
+        ramp = self.schedule.step / max(1.0, TEMPERED_SHARE * self.schedule.max_explore_steps)
+        return self.settings.temper ** max(0.0, 1 - ramp)
 
-    def recent(self) -> float:
-        values = [value for value in self.history[-50:] if math.isfinite(value)]
+    def _recent_elbo(self) -> float:
+        values = [value for value in self.history[-PROGRESS_EVERY:] if math.isfinite(value)]
         return sum(values) / len(values) if values else math.nan
 
     @torch.no_grad()
-    def _average(self) -> None:
-        self.averaged += 1
-        if not self.mean:
-            self.mean = self.descent.values()
-        for mean, vector in zip(self.mean, self.descent.vectors, strict=True):
-            mean.lerp_(vector, 1 / self.averaged)
+    def _update_average(self) -> None:
+        self.num_averaged += 1
+        if not self.average:
+            self.average = self.adam.snapshot()
+        for mean, vector in zip(self.average, self.adam.vectors, strict=True):
+            mean.lerp_(vector, 1 / self.num_averaged)
 
-    def settle(self) -> None:
+    def keep_better(self) -> None:
         """Keep the average of the last iterates if its bound is better than that of the last one."""
-        if not self.mean:
+        if not self.average:
             return
-        last = self.descent.values()
-        before = self._bound()
-        self.descent.assign(self.mean)
-        if self._bound() <= before:
-            self.descent.assign(last)
-        self.mean = []
+        last, bound = self.adam.snapshot(), self._bound()
+        self.adam.restore(self.average)
+        if self._bound() <= bound:
+            self.adam.restore(last)
+        self.average = []
 
     def _bound(self) -> float:
-        """The bound of the guide as it is, -inf where it is not finite."""
-        elbo = evaluate(self.objective, CHOICE_DRAWS, self.importance).elbo
+        """Return the bound of the guide as it is, -inf where it is not finite."""
+        elbo = evaluate(self.objective, NUM_COMPARISON_SAMPLES, self.settings.importance).elbo
         return elbo if math.isfinite(elbo) else -math.inf
 
-    def _why_diverged(self) -> str:
-        step = self.schedule.step + 1
-        head = f"fit: the bound or its gradient was not finite for {PATIENCE} steps in a row, up to step {step}"
-        return f"{head}{self._where_diverged()}. Start elsewhere (init_loc_fn, init_scale) or lower lr."
+    def _divergence(self) -> str:
+        step, where = self.schedule.step + 1, describe_divergence(self.stepper.program, self.settings.num_particles)
+        what = f"the bound or its gradient was not finite for {PATIENCE} steps in a row, up to step {step}"
+        return f"fit: {what}{where}. Start elsewhere (init_loc_fn, init_scale) or lower lr."
 
-    def _where_diverged(self) -> str:
-        """The first site whose density is not finite, over some draws of the guide."""
-        with torch.no_grad(), pyro.validation_enabled(False), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            for _ in range(self.schedule.num_particles):
-                args, kwargs = self.program.args, self.program.kwargs
-                draw = poutine.trace(self.guide).get_trace(*args, **kwargs)
-                try:
-                    trace = poutine.trace(poutine.replay(self.program.model, trace=draw)).get_trace(*args, **kwargs)
-                    trace.compute_log_prob()
-                except (ValueError, RuntimeError) as error:
-                    return f"; the model fails there: {error}"
-                for name, site in trace.nodes.items():
-                    if site["type"] == "sample" and not math.isfinite(float(site["log_prob_sum"])):
-                        return f"; the log density is not finite at site {name!r}"
-        return ""
-
-    # -- checkpoints -----------------------------------------------------------------------------------------------
+    # -- checkpoints ---------------------------------------------------------------------------------------------------
 
     def save(self, path: str | Path) -> None:
-        checkpoints.save(
-            path,
-            {
-                "settings": self.settings,
-                # Detached, because Pyro hangs references on its parameters that cannot be written.
-                "parameters": {name: value.detach() for name, value in self.objective.parameters.items()},
-                "moments": [moments for _, *moments in self.descent.state()],
-                "units": self.descent.units,
-                "schedule": self.schedule.state(),
-                "generator": self.generator.get_state(),
-                "global_generator": torch.get_rng_state(),
-                "history": self.history,
-                "mean": self.mean,
-                "counts": [self.dropped, self.barren, self.averaged],
-                "start": self.start,
-                "seconds": self.seconds,
-            },
-        )
+        """Write the state to a checkpoint."""
+        state: checkpoints.FitState = {
+            "settings": asdict(self.settings),
+            # Detached, because Pyro attaches references to its parameters that cannot be written.
+            "parameters": {name: value.detach() for name, value in self.objective.parameters.items()},
+            "moments": [moments for _, *moments in self.adam.state()],
+            "scales": self.adam.scales,
+            "schedule": self.schedule.state(),
+            "generator": self.stepper.generator.get_state(),
+            "global_generator": torch.get_rng_state(),
+            "history": self.history,
+            "average": self.average,
+            "counts": [self.num_dropped, self.num_failed_steps, self.num_averaged],
+            "start": self.start,
+            "seconds": self.seconds,
+        }
+        checkpoints.save(path, state)
 
     def resume(self, path: str | Path | None) -> bool:
-        """Take up the state in a checkpoint, if there is one."""
+        """Restore the state from a checkpoint.
+
+        Returns:
+            whether there was a checkpoint.
+
+        Raises:
+            ValueError: if it belongs to another model or guide, other settings, or another kind of device.
+        """
         state = None if path is None else checkpoints.load(path)
         if state is None:
             return False
-        saved, own = state["parameters"], self.objective.parameters
-        if {name: value.shape for name, value in saved.items()} != {name: value.shape for name, value in own.items()}:
+        self._check_same_fit(state, path)
+        with torch.no_grad():
+            for name, parameter in self.objective.parameters.items():
+                parameter.copy_(state["parameters"][name])
+        for (_, *moments), saved_moments in zip(self.adam.state(), state["moments"], strict=True):
+            for moment, saved_moment in zip(moments, saved_moments, strict=True):
+                moment.copy_(saved_moment)
+        self.adam.set_scales(state["scales"])
+        self.schedule = Schedule(**state["schedule"])  # type: ignore[arg-type]
+        self.stepper.generator.set_state(state["generator"])
+        torch.set_rng_state(state["global_generator"])
+        self.history, self.average, self.start = state["history"], state["average"], state["start"]
+        self.num_dropped, self.num_failed_steps, self.num_averaged = state["counts"]
+        self.begin_time -= state["seconds"]
+        return True
+
+    def _check_same_fit(self, state: checkpoints.FitState, path: str | Path | None) -> None:
+        shapes = {name: value.shape for name, value in self.objective.parameters.items()}
+        if {name: value.shape for name, value in state["parameters"].items()} != shapes:
             raise ValueError(f"fit: {path} is a checkpoint of another model or guide: their parameters differ")
-        changed = [
-            f"{key}={state['settings'][key]}" for key, value in self.settings.items() if state["settings"][key] != value
-        ]
+        saved = state["settings"]
+        changed = [f"{name}={saved[name]}" for name, value in asdict(self.settings).items() if saved[name] != value]
         if changed:
             raise ValueError(f"fit: {path} is a checkpoint of a fit with other settings ({', '.join(changed)})")
-        if state["generator"].shape != self.generator.get_state().shape:
-            raise ValueError(f"fit: {path} is a checkpoint of a fit on another kind of device; go on there")
-        with torch.no_grad():
-            for name, parameter in own.items():
-                parameter.copy_(saved[name])
-        for (_, *moments), kept in zip(self.descent.state(), state["moments"], strict=True):
-            for moment, saved_moment in zip(moments, kept, strict=True):
-                moment.copy_(saved_moment)
-        self.descent.set_units(state["units"])
-        self.schedule = Schedule(**state["schedule"])
-        self.generator.set_state(state["generator"])
-        torch.set_rng_state(state["global_generator"])
-        self.history, self.mean, self.start = state["history"], state["mean"], state["start"]
-        self.dropped, self.barren, self.averaged = state["counts"]
-        self.started -= state["seconds"]
-        return True
+        if state["generator"].shape != self.stepper.generator.get_state().shape:
+            raise ValueError(f"fit: {path} is a checkpoint from another kind of device; resume it there")

@@ -1,10 +1,10 @@
-"""When to do what: the step size, the number of particles and the end of a fit."""
+"""The course of a fit: its step size, its number of particles and its end."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import ClassVar
 
 __all__ = ["Schedule"]
 
@@ -13,24 +13,33 @@ __all__ = ["Schedule"]
 class Schedule:
     """Explore at a constant step size until there is nothing more to gain, then refine with a falling one.
 
-    How far the guide is from the posterior is read from half the variance of its log weights, which near the posterior
-    is the gap between the bound and the evidence. Exploring ends
+    The distance of the guide from the posterior is estimated by half the variance of its log weights, which near the
+    posterior is the gap between the bound and the log evidence. Exploring ends
 
-    - when the guide is nearly exact: the mean of the gap over a window of steps is below 0.3 nats;
-    - when the ELBO stands still: twice in a row its mean over the last quarter of the steps so far is not above that of
-      the quarter before by more than ``tolerance`` nats or two standard errors, which shrink as the quarters grow;
+    - when the guide is nearly exact: the mean gap over a window of steps is below 0.3 nats;
+    - when the ELBO no longer rises: twice in a row, its mean over the last quarter of the steps so far exceeds that of
+      the quarter before by less than ``tolerance`` nats or two standard errors, which shrink as the quarters grow;
     - at the latest after half of the steps.
 
-    Refining takes half of the steps, or for a guide that is nearly exact as many as exploring took and not fewer than a
-    minimum. Its step size falls along a cosine to a hundredth, and its number of particles doubles, in up to three
-    stairs. A guide that starts nearly exact is not explored from, which could only lead away: it is refined at a lower
-    step size.
+    Refining takes half of the steps; for a guide that is nearly exact, as many as exploring took, but not fewer than a
+    minimum. Its step size falls along a cosine to a hundredth, and its number of particles doubles in up to three
+    stages. A guide that starts nearly exact is only refined, at a lower step size, because exploring could only lead
+    away from the posterior.
 
     Args:
         steps: most steps in all.
         lr: step size while exploring, reached after a short warm-up.
         num_particles: particles while exploring.
-        tolerance: gain in nats that is not worth going on for.
+        tolerance: smallest gain in nats that counts as a rise of the ELBO.
+
+    Attributes:
+        step: number of steps taken.
+        lr_factor: factor on the step size; below 1 for a guide that started nearly exact.
+        refining_since: the step at which refining began; ``None`` while exploring.
+        refine_steps: number of steps of the refinement.
+        reason: why exploring ended.
+        num_stalls: number of looks in a row that found no rise of the ELBO.
+        elbos, gaps: the finite estimates while exploring.
     """
 
     steps: int
@@ -38,98 +47,99 @@ class Schedule:
     num_particles: int
     tolerance: float
     step: int = 0
-    caution: float = 1.0
+    lr_factor: float = 1.0
     refining_since: int | None = None
     refine_steps: int = 0
     reason: str = ""
-    standstills: int = 0
+    num_stalls: int = 0
     elbos: list[float] = field(default_factory=list)
     gaps: list[float] = field(default_factory=list)
 
-    WARM_UP = 50
-    WINDOW = 50
-    EXPLORE_SHARE = 0.5
-    LEAST_REFINING = 300
-    NEAR = 0.3
-    CAUTION = 0.3
-    GROWTH = 2.0
-    STAIRS = 3
-    LEAST_STAIR = 200
-    LAST_FRACTION = 0.01
+    WARM_UP: ClassVar = 50
+    WINDOW: ClassVar = 50
+    EXPLORE_SHARE: ClassVar = 0.5
+    MIN_REFINE_STEPS: ClassVar = 300
+    NEAR_GAP: ClassVar = 0.3
+    NEAR_LR_FACTOR: ClassVar = 0.3
+    PARTICLE_GROWTH: ClassVar = 2.0
+    MAX_STAGES: ClassVar = 3
+    MIN_STAGE_STEPS: ClassVar = 200
+    FINAL_LR_FRACTION: ClassVar = 0.01
 
     @property
-    def most_exploring(self) -> int:
+    def max_explore_steps(self) -> int:
         """The number of steps after which exploring ends whatever the bound does."""
         return round(self.EXPLORE_SHARE * self.steps)
 
     @property
-    def done(self) -> bool:
+    def is_refining(self) -> bool:
+        """Whether the next step belongs to the refinement."""
+        return self.refining_since is not None
+
+    @property
+    def is_done(self) -> bool:
+        """Whether all steps have been taken."""
         return self.refining_since is not None and self.step >= min(self.steps, self.refining_since + self.refine_steps)
 
     @property
-    def progress(self) -> float:
-        """How much of the refinement is done: 0 while exploring."""
-        return self._progress(self.step)
+    def is_averaging(self) -> bool:
+        """Whether the iterate counts in the average of the last iterates: in the second half of the refinement."""
+        return self._progress(self.step) > 0.5
 
     @property
-    def averaging(self) -> bool:
-        """Whether the iterate belongs to those whose average is tried in the end."""
-        return self.progress > 0.5
-
-    @property
-    def rate(self) -> float:
-        """The step size of the coming step."""
-        return self._rate(self.step)
-
-    def rates(self, most: int) -> list[float]:
-        """The step sizes of the coming steps, at most that many, up to the next at which anything else may change."""
-        if self.refining_since is None:
-            end = min(self.step + self.WINDOW - self.step % self.WINDOW, self.most_exploring)
-        else:
-            end = min(self.step + self.remaining, self.refining_since + self.refine_steps // 2)
-        return [self._rate(step) for step in range(self.step, min(self.step + most, max(end, self.step + 1)))]
-
-    def _progress(self, step: int) -> float:
-        return 0.0 if self.refining_since is None else (step - self.refining_since) / self.refine_steps
-
-    def _rate(self, step: int) -> float:
-        falling = 0.5 * (1 + math.cos(math.pi * self._progress(step)))
-        warm = min(1.0, (step + 1) / self.WARM_UP)
-        return self.lr * self.caution * warm * (self.LAST_FRACTION + (1 - self.LAST_FRACTION) * falling)
-
-    @property
-    def current_particles(self) -> int:
-        """The number of particles of the coming step: it grows in a few stairs, each of which is recorded once."""
+    def current_num_particles(self) -> int:
+        """The number of particles of the next step."""
         if self.refining_since is None:
             return self.num_particles
-        stair = math.floor(self._stairs * self.progress)
-        return round(
-            self.num_particles * self.GROWTH ** min(1.0, stair / (self._stairs - 1) if self._stairs > 1 else 1.0)
-        )
+        growth = self._stage / (self._num_stages - 1) if self._num_stages > 1 else 1.0
+        return round(self.num_particles * self.PARTICLE_GROWTH ** min(1.0, growth))
 
     @property
-    def remaining(self) -> int:
-        """At most so many more steps are like the coming one: of its kind and with as many particles."""
+    def stage_end(self) -> int:
+        """The step before which the kind of gradient and the number of particles do not change."""
         if self.refining_since is None:
-            return self.most_exploring - self.step
-        stair = math.floor(self._stairs * self.progress) + 1
-        return self.refining_since + math.ceil(self.refine_steps * stair / self._stairs) - self.step
+            return self.max_explore_steps
+        return self.refining_since + math.ceil(self.refine_steps * (self._stage + 1) / self._num_stages)
 
     @property
-    def _stairs(self) -> int:
-        """Fewer where they would be too short to repay their recordings; a single one is the highest."""
-        return max(1, min(self.STAIRS, self.refine_steps // self.LEAST_STAIR))
+    def next_decision(self) -> int:
+        """The step before which nothing but the step size can change, whatever the bound does."""
+        if self.refining_since is None:
+            end = min(self.step + self.WINDOW - self.step % self.WINDOW, self.stage_end)
+        else:
+            end = min(self.stage_end, self.refining_since + self.refine_steps // 2)
+        return max(end, self.step + 1)
 
-    def begin(self, gap: float) -> None:
-        """Take note of the gap at the start (NaN if it is not known)."""
-        if gap < self.NEAR:
-            self.caution = self.CAUTION
-            self._refine(self.LEAST_REFINING, f"the start was within {self.NEAR:g} nats of the evidence")
+    def lr_at(self, step: int) -> float:
+        """Return the step size of a step up to the next decision."""
+        falling = 0.5 * (1 + math.cos(math.pi * self._progress(step)))
+        warm_up = min(1.0, (step + 1) / self.WARM_UP)
+        fraction = self.FINAL_LR_FRACTION + (1 - self.FINAL_LR_FRACTION) * falling
+        return self.lr * self.lr_factor * warm_up * fraction
+
+    def _progress(self, step: int) -> float:
+        """Return the share of the refinement that is done before a step; 0 while exploring."""
+        return 0.0 if self.refining_since is None else (step - self.refining_since) / self.refine_steps
+
+    @property
+    def _num_stages(self) -> int:
+        """Number of stages of the refinement: fewer where they would be too short to repay their recordings."""
+        return max(1, min(self.MAX_STAGES, self.refine_steps // self.MIN_STAGE_STEPS))
+
+    @property
+    def _stage(self) -> int:
+        return math.floor(self._num_stages * self._progress(self.step))
+
+    def start(self, gap: float) -> None:
+        """Take account of the gap at the start (NaN if unknown)."""
+        if gap < self.NEAR_GAP:
+            self.lr_factor = self.NEAR_LR_FACTOR
+            self._refine(self.MIN_REFINE_STEPS, f"the start was within {self.NEAR_GAP:g} nats of the evidence")
 
     def advance(self, elbo: float, gap: float = math.nan) -> None:
-        """Take note of one step's ELBO and of half the variance of its log weights (NaN where there is none)."""
+        """Take account of one step: its ELBO and half the variance of its log weights (NaN where there is none)."""
         self.step += 1
-        if self.refining_since is not None:
+        if self.is_refining:
             return
         if math.isfinite(elbo):
             self.elbos.append(elbo)
@@ -137,31 +147,33 @@ class Schedule:
             self.gaps.append(gap)
         if self.step % self.WINDOW == 0 and self.step > self.WARM_UP:
             self._look_back()
-        if self.refining_since is None and self.step >= self.most_exploring:
+        if not self.is_refining and self.step >= self.max_explore_steps:
             self._refine(self.steps, f"all {self.steps} steps used")
 
     def _look_back(self) -> None:
-        near = self.gaps[-self.WINDOW :]
-        if len(near) == self.WINDOW and sum(near) / self.WINDOW < self.NEAR:
-            short = max(self.step, self.LEAST_REFINING)
-            self._refine(short, f"the bound came within {self.NEAR:g} nats of the evidence")
+        """End exploring if the guide is nearly exact or the ELBO no longer rises."""
+        gaps = self.gaps[-self.WINDOW :]
+        if len(gaps) == self.WINDOW and sum(gaps) / self.WINDOW < self.NEAR_GAP:
+            refine_steps = max(self.step, self.MIN_REFINE_STEPS)
+            self._refine(refine_steps, f"the bound came within {self.NEAR_GAP:g} nats of the evidence")
             return
         quarter = len(self.elbos) // 4
         if quarter < 2 * self.WINDOW:
             return
-        before, now = self.elbos[-2 * quarter : -quarter], self.elbos[-quarter:]
-        (a, var_a), (b, var_b) = _moments(before), _moments(now)
-        noise = 2 * math.sqrt((var_a + var_b) / quarter)
-        self.standstills = self.standstills + 1 if b - a < max(self.tolerance, noise) else 0
-        if self.standstills >= 2:
+        mean_before, variance_before = _moments(self.elbos[-2 * quarter : -quarter])
+        mean, variance = _moments(self.elbos[-quarter:])
+        two_errors = 2 * math.sqrt((variance_before + variance) / quarter)
+        self.num_stalls = self.num_stalls + 1 if mean - mean_before < max(self.tolerance, two_errors) else 0
+        if self.num_stalls >= 2:
             reason = f"the ELBO gained less than {self.tolerance:g} nats or its noise in {quarter} steps"
-            self._refine(self.steps - self.most_exploring, reason)
+            self._refine(self.steps - self.max_explore_steps, reason)
 
     def _refine(self, steps: int, reason: str) -> None:
         self.refining_since, self.reason = self.step, reason
         self.refine_steps = max(1, min(self.steps - self.step, steps))
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> dict[str, object]:
+        """Return the arguments that recreate the schedule as it is."""
         return asdict(self)
 
 

@@ -176,7 +176,7 @@ def test_resuming_changes_nothing(tmp_path, monkeypatch, target, after, options)
     resumed = fit(tmp_path / "file", target, **options)
     assert same(parameters(resumed), expected)
     assert resumed.elbo_history == whole.elbo_history
-    assert (resumed.start, resumed.reason, resumed.dropped) == (whole.start, whole.reason, whole.dropped)
+    assert (resumed.start, resumed.reason, resumed.num_dropped) == (whole.start, whole.reason, whole.num_dropped)
 
 
 def test_a_finished_fit_is_taken_up_as_it_is(tmp_path):

@@ -1,4 +1,4 @@
-"""Compiled steps are the recorded ones, taken many at a time; what cannot be compiled is said."""
+"""Compiled steps are the recorded ones, several in one call; where steps cannot be compiled, the route says why."""
 
 import contextlib
 import math
@@ -11,158 +11,169 @@ import torch._inductor
 from torch.testing import assert_close
 
 import pyro_flowguides as fg
-from pyro_flowguides.inference import compiled_steps as compiled
-from pyro_flowguides.inference import density_objective as objectives
-from pyro_flowguides.inference.compiled_steps import CapturedSteps
-from pyro_flowguides.inference.density_objective import DensityObjective
-from pyro_flowguides.inference.flat_adam import Descent, flatten
-from pyro_flowguides.inference.steps import Request
-from pyro_flowguides.programs.program import Program
+from pyro_flowguides.inference import compiled_steps, step_loop
+from pyro_flowguides.inference.compiled_steps import CapturedSteps, CompiledSteps, LoopedSteps, compile_steps
+from pyro_flowguides.inference.flat_adam import FlatAdam, flatten
+from pyro_flowguides.inference.objective import StepOptions
+from pyro_flowguides.inference.replay import record
+from pyro_flowguides.inference.stepper import Stepper
 from tests.inference.models import DATA, correlated, schools
 
+MATRICES = (torch.tensor([[1.0, 0.5], [-0.5, 0.3]], dtype=torch.float64),)
 
-def descended(model, args, compiling, requests, scale=1.0):
-    """Bounds and parameters after some steps down."""
+
+@pytest.fixture(autouse=True)
+def _double_precision(_fresh_state):
+    torch.set_default_dtype(torch.float64)
+
+
+def make_stepper(model, args, compile, shake=0.0):
+    """Steps of a guide away from its start, with a location that is scaled."""
     torch.manual_seed(3)
     guide = fg.AutoPlanar(model, depth=1, init_scale=0.6)
     guide(*args)
     with torch.no_grad():
         for parameter in guide.parameters():
-            parameter.add_(scale * torch.randn_like(parameter))
-    objective, generator = (
-        DensityObjective(Program.inspect(model, guide, args), compiling),
-        torch.Generator().manual_seed(0),
-    )
-    descent = Descent(objective.parameters.values())
-    descent.measure(guide.location, torch.linspace(0.1, 3.0, len(guide.location)))
-    steps = [taken for request in requests for taken in objective.descend(request, generator, descent, [0.01])]
-    assert objective.route == f"batched densities, {'compiled' if compiling else 'recorded'}"
-    return [(step.elbo, step.gap, step.dropped) for step, _ in steps], descent.values()[0], guide
+            parameter.add_(shake * torch.randn_like(parameter))
+    stepper = Stepper(model, guide, *args, compile=compile)
+    stepper.adam.set_scale(guide.location, torch.linspace(0.1, 3.0, len(guide.location)))
+    return stepper
 
 
-def test_compiled_steps_are_the_recorded_ones():
-    torch.set_default_dtype(torch.float64)
-    requests = [Request(4, path=True, power=0.5 + 0.1 * step) for step in range(5)]
-    (recorded_steps, one, _), (compiled_steps, other, guide) = (
-        descended(schools, DATA, compiling, requests) for compiling in (False, True)
-    )
-    for step, expected in zip(compiled_steps, recorded_steps, strict=True):
-        assert step == pytest.approx(expected, rel=1e-9)
-    assert_close(other, one, rtol=1e-9, atol=1e-9)
-    assert_close(flatten(list(guide.parameters())).detach(), other, rtol=0, atol=0)
+def take(stepper, options, together=1):
+    """Take one step for each of the options, several in one call where neighbors are equal; return their numbers."""
+    rows, calls = [], []
+    while len(rows) < len(options):
+        same = [other for other in options[len(rows) : len(rows) + together] if other == options[len(rows)]]
+        outcomes = stepper.loop.advance(options[len(rows)], [0.01] * len(same))
+        rows += [(evaluation.elbo, evaluation.gap, evaluation.num_dropped) for evaluation, _ in outcomes]
+        calls.append(len(outcomes))
+    return rows, calls
 
 
-def test_compiled_steps_leave_out_the_same_particles():
-    torch.set_default_dtype(torch.float64)
-    data = torch.tensor([[1.0, 0.5], [-0.5, 0.3]]).double()
-    requests = [Request(4, path=False)] * 10
-    (recorded_steps, one, _), (compiled_steps, other, _) = (
-        descended(correlated, (data,), compiling, requests, 0.0) for compiling in (False, True)
-    )
-    assert [step[2] for step in recorded_steps] == [step[2] for step in compiled_steps]
-    assert 0 < sum(step[2] > 0 for step in compiled_steps) < 10
-    assert_close(other, one, rtol=1e-9, atol=1e-9)
+def assert_same_steps(stepper, other, rows, other_rows):
+    for row, expected in zip(rows, other_rows, strict=True):
+        assert row == pytest.approx(expected, rel=1e-9)
+    assert_close(stepper.adam.snapshot(), other.adam.snapshot(), rtol=1e-9, atol=1e-9)
 
 
-def test_with_many_parameters_steps_are_taken_one_by_one(monkeypatch):
-    monkeypatch.setattr(compiled, "FEW_PARAMETERS", 0)
-    torch.set_default_dtype(torch.float64)
-    requests = [Request(4, path=False)] * 5
-    (one_by_one, expected, _), (found, other, _) = (
-        descended(schools, DATA, compiling, requests) for compiling in (False, True)
-    )
-    for step, wanted in zip(found, one_by_one, strict=True):
-        assert step == pytest.approx(wanted, rel=1e-9)
-    assert_close(other, expected, rtol=1e-9, atol=1e-9)
+@pytest.mark.parametrize("form", [LoopedSteps, CompiledSteps])
+def test_compiled_steps_are_the_recorded_ones(form, monkeypatch):
+    monkeypatch.setattr(step_loop, "compile_steps", form)
+    options = [StepOptions(4, path_gradient=True, power=0.5 + 0.1 * step) for step in range(5)]
+    recorded, compiled = (make_stepper(schools, DATA, compile, shake=1.0) for compile in (False, True))
+    (rows, _), (expected, _) = take(compiled, options), take(recorded, options)
+    assert (recorded.route.kind, compiled.route.kind) == ("recorded", "compiled")
+    assert_same_steps(compiled, recorded, rows, expected)
+    parameters = flatten(list(compiled.guide.parameters())).detach()
+    assert_close(parameters, compiled.adam.snapshot()[0], rtol=0, atol=0)
 
 
-def test_a_call_takes_many_compiled_steps_and_stops_where_one_cannot_be_taken():
-    torch.set_default_dtype(torch.float64)
-    data = torch.tensor([[1.0, 0.5], [-0.5, 0.3]])
-    request = Request(4, path=False)
-    (one_by_one, expected, _) = descended(correlated, (data,), False, [request] * 60, 0.0)
-    torch.manual_seed(3)
-    guide = fg.AutoPlanar(correlated, depth=1, init_scale=0.6)
-    guide(data)
-    objective = DensityObjective(Program.inspect(correlated, guide, (data,)), True)
-    descent, generator = Descent(objective.parameters.values()), torch.Generator().manual_seed(0)
-    descent.measure(guide.location, torch.linspace(0.1, 3.0, len(guide.location)))
-    found, calls = [], []
-    while len(found) < 60:
-        taken = objective.descend(request, generator, descent, [0.01] * (60 - len(found)))
-        found += [(step.elbo, step.gap, step.dropped) for step, _ in taken]
-        calls.append(len(taken))
-    assert objective.route == "batched densities, compiled"
+def test_one_call_takes_many_compiled_steps_and_stops_before_one_that_is_not_finite():
+    options = [StepOptions(4, path_gradient=False)] * 60
+    recorded, compiled = (make_stepper(correlated, MATRICES, compile) for compile in (False, True))
+    (expected, _), (rows, calls) = take(recorded, options), take(compiled, options, together=60)
+    assert compiled.route.kind == "compiled"
     assert max(calls) > 3
-    assert all(parameter._version > 1 for parameter in guide.parameters())
-    assert sum(step[2] > 0 for step in found) in range(1, len(calls) + 1)
-    for step, other in zip(found, one_by_one, strict=True):
-        assert step == pytest.approx(other, rel=1e-9)
-    assert_close(descent.values()[0], expected, rtol=1e-9, atol=1e-9)
+    assert all(parameter._version > 1 for parameter in compiled.guide.parameters())
+    assert sum(num_dropped > 0 for _, _, num_dropped in rows) in range(1, len(calls) + 1)
+    assert_same_steps(compiled, recorded, rows, expected)
+    assert torch.equal(compiled.generator.get_state(), recorded.generator.get_state())  # later steps see the same noise
 
 
 def test_a_compiled_fit_takes_the_steps_of_a_recorded_one():
-    torch.set_default_dtype(torch.float64)
     settings = {"steps": 330, "num_particles": 4, "progress": False}
-    recorded_fit, compiled_fit = (
-        fg.fit(schools, fg.AutoPlanar(schools, depth=1), *DATA, compile=compiling, **settings)
-        for compiling in (False, True)
+    recorded, compiled = (
+        fg.fit(schools, fg.AutoPlanar(schools, depth=1), *DATA, compile=compile, **settings)
+        for compile in (False, True)
     )
-    assert compiled_fit.route == "batched densities, compiled"
-    assert compiled_fit.steps == recorded_fit.steps
-    assert compiled_fit.elbo_history == pytest.approx(recorded_fit.elbo_history, rel=1e-6)
+    assert (recorded.route.kind, compiled.route.kind) == ("recorded", "compiled")
+    assert compiled.steps == recorded.steps
+    assert compiled.elbo_history == pytest.approx(recorded.elbo_history, rel=1e-6)
+
+
+# -- the form of compiled steps ----------------------------------------------------------------------------------------
+
+
+def quadratic(size):
+    """A recorded step down a parabola in many parameters."""
+    parameter, one = torch.zeros(size, requires_grad=True), torch.ones(())
+
+    def function(noise, power):
+        loss = power * (parameter - noise.mean()).square().mean()
+        return torch.stack([-loss.detach(), noise.sum()]), *torch.autograd.grad(loss, parameter)
+
+    recording = record(function, torch.randn(4), one, check=(torch.randn(4), one), parameters=[parameter])
+    return recording, FlatAdam([parameter]), torch.randn(4), one
+
+
+@pytest.fixture
+def _without_compiler(monkeypatch):
+    """Run traced graphs as they are."""
+    monkeypatch.setattr(compiled_steps, "_compile", lambda graph, inputs: graph)
+
+
+@pytest.mark.usefixtures("_without_compiler")
+@pytest.mark.parametrize(("num_parameters", "form"), [(2**17, LoopedSteps), (2**17 + 1, CompiledSteps)])
+def test_the_compiled_function_loops_over_steps_of_few_parameters(num_parameters, form):
+    inputs = quadratic(num_parameters)
+    compiled = compile_steps(*inputs)
+    assert type(compiled) is form
+    assert (compiled.steps_per_call > 1) == (form is LoopedSteps)
+
+
+@pytest.mark.usefixtures("_without_compiler")
+def test_where_a_loop_cannot_be_compiled_single_steps_are(monkeypatch):
+    def fail(*_):
+        raise RuntimeError("no loops here")
+
+    monkeypatch.setattr(compiled_steps, "LoopedSteps", fail)
+    assert type(compile_steps(*quadratic(3))) is CompiledSteps
+
+
+# -- CUDA graphs -------------------------------------------------------------------------------------------------------
 
 
 class Graph:
-    """What a CUDA graph does, by running the function once more."""
+    """A stand-in for a CUDA graph, which runs the captured function again."""
 
     def replay(self):
-        for place, value in zip(self.found, self.run(*self.places), strict=True):
+        for place, value in zip(self.outputs, self.run(*self.inputs), strict=True):
             place.copy_(value)
 
 
 @pytest.fixture
 def _stand_in_for_graphs(monkeypatch):
-    """The first descent is as before when steps have been captured from it, which takes a step with this stand-in."""
+    """Capturing takes a step with this stand-in, so the state of the optimizer is restored after it."""
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", lambda graph: contextlib.nullcontext())
 
-    def capture(recording, descent, *inputs):
-        (before,) = ([value.clone() for value in state] for state in descent.state())
-        steps = CapturedSteps(recording, descent, *inputs)
-        steps.graph.found, steps.graph.run, steps.graph.places = steps.found, steps._one_by_one, steps.places
-        for value, old in zip(descent.state()[0], before, strict=True):
+    def capture(recording, adam, *inputs):
+        (before,) = ([value.clone() for value in state] for state in adam.state())
+        steps = CapturedSteps(recording, adam, *inputs)
+        graph = steps.graph
+        graph.run, graph.inputs, graph.outputs = steps._unrolled, steps.static_inputs, steps.static_outputs
+        for value, old in zip(adam.state()[0], before, strict=True):
             value.copy_(old)
         return steps
 
-    monkeypatch.setattr(objectives, "attempts", lambda _: [capture])
+    monkeypatch.setattr(step_loop, "compile_steps", capture)
 
 
 @pytest.mark.usefixtures("_stand_in_for_graphs")
 @pytest.mark.parametrize("model", [schools, correlated])
-def test_captured_steps_work_at_fixed_places_and_stop_where_one_cannot_be_taken(model):
-    """Also fewer steps than were captured, at other step sizes and powers."""
-    torch.set_default_dtype(torch.float64)
-    data = DATA if model is schools else (torch.tensor([[1.0, 0.5], [-0.5, 0.3]]).double(),)
-    requests = [Request(4, path=False, power=power) for power in (0.7, 0.8, 1.0) for _ in range(20)]
-    (one_by_one, expected, _) = descended(model, data, False, requests, 0.0)
-    torch.manual_seed(3)
-    guide = fg.AutoPlanar(model, depth=1, init_scale=0.6)
-    guide(*data)
-    objective = DensityObjective(Program.inspect(model, guide, data), True)
-    descent, generator = Descent(objective.parameters.values()), torch.Generator().manual_seed(0)
-    descent.measure(guide.location, torch.linspace(0.1, 3.0, len(guide.location)))
-    found, calls = [], []
-    while len(found) < 60:
-        left = 20 - len(found) % 20
-        taken = objective.descend(requests[len(found)], generator, descent, [0.01] * left)
-        found += [(step.elbo, step.gap, step.dropped) for step, _ in taken]
-        calls.append(len(taken))
-    assert not objective.why_not_compiled
+def test_captured_steps_use_fixed_memory_and_stop_before_one_that_is_not_finite(model):
+    """Also fewer steps than were captured, at other powers."""
+    data = DATA if model is schools else MATRICES
+    options = [StepOptions(4, path_gradient=False, power=power) for power in (0.7, 0.8, 1.0) for _ in range(20)]
+    recorded, captured = (make_stepper(model, data, compile) for compile in (False, True))
+    (expected, _), (rows, calls) = take(recorded, options), take(captured, options, together=20)
+    assert captured.route.kind == "compiled"
     assert len(calls) == 3 if model is schools else 3 < len(calls) < 60
-    for step, other in zip(found, one_by_one, strict=True):
-        assert step == pytest.approx(other, rel=1e-9)
-    assert_close(descent.values()[0], expected, rtol=1e-9, atol=1e-9)
+    assert_same_steps(captured, recorded, rows, expected)
+
+
+# -- where steps are not taken or not compiled -------------------------------------------------------------------------
 
 
 def steep(zero):
@@ -171,27 +182,22 @@ def steep(zero):
     pyro.factor("root", (zero * x).abs().sqrt())
 
 
-@pytest.mark.parametrize("compiling", [False, True], ids=["recorded", "compiled"])
-def test_a_finite_bound_without_a_finite_gradient_is_not_followed(compiling):
-    guide, zero = fg.AutoPlanar(steep, depth=1), torch.zeros(())
-    guide(zero)
-    objective = DensityObjective(Program.inspect(steep, guide, (zero,)), compiling)
-    descent, generator = Descent(objective.parameters.values()), torch.Generator().manual_seed(0)
-    before = descent.values()[0]
-    ((step, followed),) = objective.descend(Request(4), generator, descent, [0.1])
-    assert objective.route == f"batched densities, {'compiled' if compiling else 'recorded'}"
-    assert math.isfinite(step.elbo)
-    assert not followed
-    assert_close(descent.values()[0], before, rtol=0, atol=0)
+@pytest.mark.parametrize("compile", [False, True])
+def test_no_step_is_taken_where_the_bound_is_finite_and_its_gradient_is_not(compile):
+    stepper = Stepper(steep, fg.AutoPlanar(steep, depth=1), torch.zeros(()), compile=compile, num_particles=4)
+    before = stepper.adam.snapshot()
+    assert math.isfinite(stepper.step())
+    assert_close(stepper.adam.snapshot(), before, rtol=0, atol=0)
 
 
 def test_a_compiler_that_fails_is_reported_and_the_fit_goes_on(monkeypatch):
-    def fails(*_, **__):
+    def fail(*_, **__):
         raise RuntimeError("no compiler here")
 
-    monkeypatch.setattr(torch._inductor, "compile", fails)
+    monkeypatch.setattr(torch._inductor, "compile", fail)
     result = fg.fit(schools, fg.AutoPlanar(schools), *DATA, steps=20, compile=True, progress=False)
-    assert result.route == "batched densities, recorded (not compiled: no compiler here)"
+    assert result.route.kind == "recorded"
+    assert "no compiler here" in result.route.reason
     assert result.steps == 20
 
 

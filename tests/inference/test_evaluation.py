@@ -14,7 +14,7 @@ import pyro_flowguides as fg
 from pyro_flowguides.inference import run
 from pyro_flowguides.inference.density_objective import DensityObjective
 from pyro_flowguides.inference.evaluation import evaluate
-from pyro_flowguides.inference.steps import Request
+from pyro_flowguides.inference.objective import StepOptions
 from pyro_flowguides.programs import chunking as _chunks
 from pyro_flowguides.programs.program import Program
 
@@ -45,7 +45,7 @@ def objective_of(program):
 
 @torch.no_grad()
 def whole(objective, particles, importance):
-    return objective(Request(particles, False, importance=importance), torch.Generator().manual_seed(0))
+    return objective(StepOptions(particles, False, importance=importance), torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize("at_once", [1, 40, 100])
@@ -64,7 +64,7 @@ def test_particles_that_are_not_finite_do_not_count(monkeypatch):
     expected = whole(objective, 1000, 1)
     monkeypatch.setattr(_chunks, "_CHUNK_NUMBERS", 3 * DIM * 16)
     found = evaluate(objective, 1000)
-    assert 100 < found.dropped == expected.dropped < 900
+    assert 100 < found.num_dropped == expected.num_dropped < 900
     assert (found.elbo, found.gap) == pytest.approx((expected.elbo, expected.gap), rel=1e-12)
 
 
@@ -75,7 +75,7 @@ def test_nothing_finite_is_no_number(monkeypatch):
         objective.guide.transform.parts[-1].loc.fill_(math.nan)
     found = evaluate(objective, 100)
     assert math.isnan(found.elbo)
-    assert found.dropped == 100
+    assert found.num_dropped == 100
 
 
 def test_no_large_batch_in_many_dimensions():
@@ -109,5 +109,5 @@ def test_what_the_steps_held_is_gone_when_the_fit_is_judged(monkeypatch):
     monkeypatch.setattr(run, "make_objective", made)
     monkeypatch.setattr(module, "diagnose_program", judged)
     result = fg.fit(model, fg.AutoPlanar(model), steps=5, num_particles=4, progress=False)
-    assert result.unjudged == "not now"
+    assert result.why_no_verdict == "not now"
     assert left == [None]

@@ -206,8 +206,8 @@ def test_particles_that_are_not_finite_are_dropped_and_the_fit_survives():
     guide()
     before = [p.detach().clone() for p in guide.parameters()]
     result = fit(cliff, guide, steps=60, warm_start=False)
-    assert result.dropped > 10
-    assert f"{result.dropped} particles dropped" in str(result)
+    assert result.num_dropped > 10
+    assert f"{result.num_dropped} particles dropped" in str(result)
     assert all(math.isfinite(value) for value in result.elbo_history)
     assert all(bool(p.isfinite().all()) for p in guide.parameters())
     assert sum((p - q).abs().sum() for p, q in zip(guide.parameters(), before, strict=True)) > 0.1

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 import pyro_flowguides as fg
 from pyro_flowguides.inference.density_objective import DensityObjective, make_objective
-from pyro_flowguides.inference.steps import Request
+from pyro_flowguides.inference.objective import StepOptions
 from pyro_flowguides.inference.trace_objective import TraceObjective
 from pyro_flowguides.programs.program import Program
 
@@ -50,7 +50,7 @@ def objective(model=gaussian):
 def test_bounds_lie_in_order_below_the_evidence():
     bound, generator = objective(), torch.Generator().manual_seed(0)
     with torch.no_grad():
-        found = [bound(Request(40_000, False, 1.0, k), generator).elbo for k in (1, 2, 8, 100)]
+        found = [bound(StepOptions(40_000, False, 1.0, k), generator).elbo for k in (1, 2, 8, 100)]
     assert found[0] < found[1] - 0.02 < found[2] - 0.04 < found[3]
     assert LOG_Z - 0.05 < found[3] < LOG_Z + 0.01
 
@@ -61,7 +61,7 @@ def test_importance_bound_is_the_log_mean_weight_of_each_group():
     z, log_q = bound.draw(bound.noise(12, generator))
     expected = ((bound.density(z) - log_q).reshape(3, 4).logsumexp(-1) - math.log(4)).mean()
     for path in (False, True):
-        step = bound(Request(12, path, 1.0, 4), torch.Generator().manual_seed(0))
+        step = bound(StepOptions(12, path, 1.0, 4), torch.Generator().manual_seed(0))
         assert step.elbo == pytest.approx(float(expected.detach()), abs=1e-10)
 
 
@@ -77,7 +77,7 @@ def gradients(bound, request, repeats, seed):
 
 def test_plain_importance_gradient_is_autograds():
     bound = objective()
-    found = gradients(bound, Request(12, False, 1.0, 4), 1, 0)[0]
+    found = gradients(bound, StepOptions(12, False, 1.0, 4), 1, 0)[0]
     z, log_q = bound.draw(bound.noise(12, torch.Generator().manual_seed(0)))
     loss = -((bound.density(z) - log_q).reshape(3, 4).logsumexp(-1)).mean()
     expected = torch.autograd.grad(loss, list(bound.parameters.values()))
@@ -88,8 +88,8 @@ def test_plain_importance_gradient_is_autograds():
 def test_doubly_reparametrized_gradient_is_unbiased(model):
     """The model's own parameters follow the plain weights: squared ones would be biased."""
     bound = objective(model)
-    doubly = gradients(bound, Request(2048, True, 1.0, 4), 40, 1)
-    plain = gradients(bound, Request(2048, False, 1.0, 4), 40, 2)
+    doubly = gradients(bound, StepOptions(2048, True, 1.0, 4), 40, 1)
+    plain = gradients(bound, StepOptions(2048, False, 1.0, 4), 40, 2)
     error = ((doubly.var(0) + plain.var(0)) / 40).sqrt()
     t = (doubly.mean(0) - plain.mean(0)) / error
     assert (plain.mean(0) / (plain.std(0) / 40**0.5)).abs().max() > 20  # there is something to be wrong about
@@ -106,15 +106,15 @@ def test_doubly_reparametrized_gradient_vanishes_at_the_solution():
         guide.transform.parts[1].logit.fill_(-1e4)  # normal tails
     guide.set_affine(Y / 2, math.sqrt(0.5) * torch.eye(2))
     bound = DensityObjective(Program.inspect(gaussian, guide))
-    assert gradients(bound, Request(64, True, 1.0, 8), 1, 0).abs().max() < 1e-10
-    assert gradients(bound, Request(64, False, 1.0, 8), 1, 0).abs().max() > 1e-3
+    assert gradients(bound, StepOptions(64, True, 1.0, 8), 1, 0).abs().max() < 1e-10
+    assert gradients(bound, StepOptions(64, False, 1.0, 8), 1, 0).abs().max() > 1e-3
 
 
 def test_tempering_scales_the_target_alone():
     bound = objective()
     z, log_q = bound.draw(bound.noise(16, torch.Generator().manual_seed(0)))
     expected = (0.3 * bound.density(z) - log_q).mean()
-    assert bound(Request(16, False, 0.3), torch.Generator().manual_seed(0)).elbo == pytest.approx(
+    assert bound(StepOptions(16, False, 0.3), torch.Generator().manual_seed(0)).elbo == pytest.approx(
         float(expected.detach())
     )
 
@@ -140,8 +140,8 @@ def test_particles_without_a_finite_weight_are_left_out_and_counted(path, import
     log_w = (bound.density(z) - log_q).detach()
     finite = log_w.isfinite()
     assert 0 < finite.sum() < 64
-    step = bound(Request(64, path, 1.0, importance), torch.Generator().manual_seed(0))
-    assert step.dropped == 64 - int(finite.sum())
+    step = bound(StepOptions(64, path, 1.0, importance), torch.Generator().manual_seed(0))
+    assert step.num_dropped == 64 - int(finite.sum())
     groups = torch.where(finite, log_w, -torch.inf).reshape(-1, importance).logsumexp(-1) - math.log(importance)
     assert step.elbo == pytest.approx(float(groups[groups.isfinite()].mean()), rel=1e-9)
     step.loss.backward()
@@ -157,9 +157,9 @@ def test_a_step_without_any_finite_particle_says_so():
 
     guide = fg.AutoFlow(lambda: pyro.sample("x", dist.Normal(0.0, 1.0)), "planar", depth=1)
     guide()
-    step = DensityObjective(Program.inspect(model, guide))(Request(8), torch.Generator())
+    step = DensityObjective(Program.inspect(model, guide))(StepOptions(8), torch.Generator())
     assert math.isnan(step.elbo)
-    assert step.dropped == 8
+    assert step.num_dropped == 8
 
 
 # -- guides of any kind ------------------------------------------------------------------------------------------------
@@ -183,7 +183,7 @@ def test_hand_written_guide():
     assert bound.vectorized
     assert bound.parameters.keys() == {"loc", "scale"}
     torch.manual_seed(0)
-    found = torch.tensor([bound(Request(100), torch.Generator()).elbo for _ in range(50)])
+    found = torch.tensor([bound(StepOptions(100), torch.Generator()).elbo for _ in range(50)])
     expected = hand_elbo(torch.tensor([0.5, 0.0]), torch.tensor([0.5, 2.0]))
     assert found.mean() == pytest.approx(expected, abs=4 * float(found.std()) / 50**0.5)
 
@@ -196,7 +196,7 @@ def test_pyros_guides(make):
     assert "not a flow guide" in bound.route
     assert bound.vectorized
     torch.manual_seed(0)
-    found = torch.tensor([bound(Request(100), torch.Generator()).elbo for _ in range(50)])
+    found = torch.tensor([bound(StepOptions(100), torch.Generator()).elbo for _ in range(50)])
     expected = hand_elbo(torch.zeros(2), torch.full((2,), 0.3))
     assert found.mean() == pytest.approx(expected, abs=4 * float(found.std()) / 50**0.5)
 
@@ -226,7 +226,7 @@ def test_lists_of_guides_take_the_route_of_traces():
     assert len(bound.parameters) == len(list(guide.parameters()))
 
 
-@pytest.mark.parametrize("request_", [Request(8, importance=4), Request(8, power=0.5)], ids=["importance", "power"])
+@pytest.mark.parametrize("request_", [StepOptions(8, importance=4), StepOptions(8, power=0.5)], ids=["importance", "power"])
 def test_what_traces_cannot_do_is_refused(request_):
     with pytest.raises(ValueError, match="need a flow guide"):
         make_objective(Program.inspect(gaussian, handwritten))(request_, torch.Generator())

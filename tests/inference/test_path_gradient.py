@@ -13,7 +13,7 @@ from torch.testing import assert_close
 import pyro_flowguides as fg
 from pyro_flowguides.guides.path_distribution import PathDistribution
 from pyro_flowguides.inference.density_objective import DensityObjective
-from pyro_flowguides.inference.steps import Request
+from pyro_flowguides.inference.objective import StepOptions
 from pyro_flowguides.programs.program import Program
 from pyro_flowguides.transforms import with_path_gradient
 
@@ -192,7 +192,7 @@ def test_unbiased_through_the_density_objective(flow):
 
     def estimates(path):
         def backward():
-            give_gradients(objective(Request(256, path=path), generator).loss, objective.parameters.values())
+            give_gradients(objective(StepOptions(256, path=path), generator).loss, objective.parameters.values())
 
         return repeated(guide, backward, 40)
 

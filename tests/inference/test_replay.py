@@ -12,9 +12,9 @@ from torch.testing import assert_close
 import pyro_flowguides as fg
 from pyro_flowguides.inference import replay as recording
 from pyro_flowguides.inference.density_objective import DensityObjective
-from pyro_flowguides.inference.flat_adam import Descent, flatten
+from pyro_flowguides.inference.flat_adam import FlatAdam, flatten
 from pyro_flowguides.inference.replay import NotRecordedError, Replay, record
-from pyro_flowguides.inference.steps import Request
+from pyro_flowguides.inference.objective import StepOptions
 from pyro_flowguides.programs.program import Program
 from tests.inference.models import DATA, correlated, schools
 
@@ -124,7 +124,7 @@ def test_with_the_same_noise_the_step_is_the_same_to_rounding(flow, path):
         for parameter in guide.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
     objective = DensityObjective(Program.inspect(schools, guide, DATA))
-    request = Request(16, path, power=0.7)
+    request = StepOptions(16, path, power=0.7)
     step, found = gradients(objective, request)
     assert objective.route == "batched densities, recorded"
     objective.why_not_recorded = "this test asks for it"
@@ -158,7 +158,7 @@ def test_what_a_recording_would_miss_is_noticed(watched):
     guide = fg.AutoPlanar(model, depth=1)
     guide()
     objective = DensityObjective(Program.inspect(model, guide))
-    step = objective(Request(4), torch.Generator().manual_seed(0))
+    step = objective(StepOptions(4), torch.Generator().manual_seed(0))
     assert "run anew at every step" in objective.route
     assert math.isfinite(step.elbo)
 
@@ -223,12 +223,12 @@ def test_particles_without_a_factorization_are_left_out_of_recorded_steps():
         DensityObjective(Program.inspect(correlated, guide, (data,))),
         torch.Generator().manual_seed(0),
     )
-    descent = Descent(objective.parameters.values())
+    descent = FlatAdam(objective.parameters.values())
     dropped = []
     for _ in range(20):
-        ((step, followed),) = objective.descend(Request(4, path=False), generator, descent, [1e-3])
-        dropped.append(step.dropped)
-        assert followed == (step.dropped < 4)
+        ((step, followed),) = objective.descend(StepOptions(4, path=False), generator, descent, [1e-3])
+        dropped.append(step.num_dropped)
+        assert followed == (step.num_dropped < 4)
     assert max(dropped) > 0
     assert min(dropped) == 0
     assert objective.route == "batched densities, recorded"
