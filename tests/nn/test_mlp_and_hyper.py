@@ -1,4 +1,4 @@
-"""MLPs that can be read and shifted from outside, and hypernetworks."""
+"""MLPs that can be read and shifted from outside, hypernetworks, and orders."""
 
 import copy
 import pickle
@@ -18,7 +18,7 @@ def randomize(net):
 
 @pytest.mark.parametrize("hidden_dims", [[], [8], [8, 5]], ids=str)
 @pytest.mark.parametrize("inputs", [0, 1, 4])
-def test_is_the_network_it_says(inputs, hidden_dims):
+def test_equals_a_stack_of_linear_layers(inputs, hidden_dims):
     net = randomize(MLP(inputs, hidden_dims, 3, activation=torch.tanh))
     layers = []
     for weight, bias in zip(net.weights, net.biases, strict=True):
@@ -31,11 +31,11 @@ def test_is_the_network_it_says(inputs, hidden_dims):
     if inputs:
         torch.testing.assert_close(net(x), torch.nn.Sequential(*layers[:-1])(x))
     else:
-        assert torch.equal(net(x), net(x)[0, 0].expand(2, 6, 3))  # of nothing it is a constant
+        assert torch.equal(net(x), net(x)[0, 0].expand(2, 6, 3))  # without inputs it is a constant
 
 
 @pytest.mark.parametrize("hidden_dims", [[], [8], [8, 8]], ids=str)
-def test_starts_at_zero_but_not_dead(hidden_dims):
+def test_starts_at_zero_with_a_gradient(hidden_dims):
     net = MLP(4, hidden_dims, 3)
     x = torch.randn(6, 4)
     assert not net(x).any()
@@ -47,7 +47,7 @@ def test_starts_at_zero_but_not_dead(hidden_dims):
 
 @pytest.mark.parametrize("inputs", [0, 4])
 def test_shifting_biases_is_a_projection_of_the_context(inputs):
-    """Batched biases equal a network that reads the context as further inputs of every layer."""
+    """Batched biases equal a network that reads the context as further inputs of the first layer."""
     net = randomize(MLP(inputs, [5], 2, activation=torch.tanh))
     projection = torch.randn(5, 3, dtype=torch.float64)
     context = torch.randn(7, 3, dtype=torch.float64)
@@ -60,7 +60,7 @@ def test_shifting_biases_is_a_projection_of_the_context(inputs):
     torch.testing.assert_close(net.run(x, folded), expected)
 
 
-def test_fold_gives_the_parameters_themselves_without_masks():
+def test_fold_returns_the_parameters_themselves_if_there_are_no_masks():
     net = MLP(3, [4], 2)
     folded = net.fold()
     assert folded["weight0"] is net.weights[0]
@@ -97,7 +97,7 @@ def test_hypernetwork_shapes(hidden_dims, batch):
 
 
 def test_hypernetwork_under_vmap():
-    """A scalar output of one context has no dimension at all."""
+    """Inside, a scalar output of one context has no dimension at all."""
     hyper = randomize(HyperNetwork(4, (8,), SHAPES))
     context = torch.randn(7, 4, dtype=torch.float64)
     for name, value in torch.func.vmap(hyper)(context).items():
@@ -105,7 +105,7 @@ def test_hypernetwork_under_vmap():
 
 
 @pytest.mark.parametrize("hidden_dims", [(), (8,)], ids=str)
-def test_hypernetwork_starts_at_zero_where_it_should(hidden_dims):
+def test_named_outputs_of_a_hypernetwork_start_at_zero(hidden_dims):
     context = torch.randn(50, 4)
     assert not any(value.any() for value in HyperNetwork(4, hidden_dims, SHAPES)(context).values())
     values = HyperNetwork(4, hidden_dims, SHAPES, zero=["u", "b"])(context)
@@ -145,14 +145,14 @@ def test_natural_order(order):
     assert torch.equal(as_permutation("owner", 3, order), torch.arange(3))
 
 
-def test_an_order_belongs_to_its_owner():
+def test_an_order_is_copied():
     order = torch.tensor([2, 0, 1])
     kept = as_permutation("owner", 3, order)
     order.zero_()
     assert kept.tolist() == [2, 0, 1]
 
 
-def test_orders_that_are_none():
+def test_invalid_orders():
     with pytest.raises(ValueError, match=r"owner: order must be a permutation of 0\.\.3, got \[0, 1, 2\]"):
         as_permutation("owner", 4, [0, 1, 2])
     with pytest.raises(ValueError, match="owner: order"):

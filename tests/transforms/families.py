@@ -1,7 +1,7 @@
-"""The families of the package, discovered: a new one is tested by every property of this folder without being named.
+"""The families of the package, discovered: every property in this folder is tested for a new family by itself.
 
-A *case* is a family as it is built by default, or with every option it shares with others set to something else
-(``[options]``): a random order, a bottleneck below D, four reflections, the other update.
+A *case* is a family as it is built by default, or with all options that it shares with others changed (``[options]``):
+a random order, a bottleneck below D, more reflections, the gated update.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from pyro_flowguides import transforms
 from pyro_flowguides.transforms import AmortizedFlow, Compose, ConditionalCompose, ConditionalFlow, ContextFlow, Flow
 
+#: Classes of the package that are not families.
 BASES = {AmortizedFlow, Compose, ConditionalCompose, ConditionalFlow, ContextFlow, Flow}
 CONTEXT_DIM = 3
 
-#: Options that families share, by name, with a value other than the default.
+#: Options that families share, by name, each with a value other than the default.
 OPTIONS: dict[str, Callable[[int], Any]] = {
     "order": torch.randperm,
     "permutation": torch.randperm,
@@ -49,7 +50,7 @@ class Case:
         return self.family.family if self.conditional else self.family
 
     def build(self, dim: int, scale: float | None = None, *, seed: int = 0, **extra: Any) -> Flow | ConditionalFlow:
-        """The module; with a scale all its parameters are drawn from N(0, scale²)."""
+        """Build the module; with a scale, draw all its parameters from N(0, scale²)."""
         with seeded(seed):
             options = {name: value(dim) for name, value in self.options.items()}
             takes_dim = "input_dim" in inspect.signature(self.formula).parameters
@@ -60,13 +61,13 @@ class Case:
     def flow(
         self, dim: int, scale: float | None = None, batch: tuple[int, ...] = (), *, seed: int = 0, **extra: Any
     ) -> Flow:
-        """A flow; a conditional one at a random context with this batch shape."""
+        """Build a flow; condition a conditional one on a random context with this batch shape."""
         return at_context(self.build(dim, scale, seed=seed, **extra), batch, seed=seed)
 
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Draws inside depend on the seed alone and leave the draws outside as they were."""
+    """Make draws inside depend on the seed alone, and leave draws outside as they were."""
     state = torch.get_rng_state()
     torch.default_generator.manual_seed(seed)
     try:
@@ -76,7 +77,7 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 def at_context(module: Flow | ConditionalFlow, batch: tuple[int, ...] = (), *, seed: int = 0) -> Flow:
-    """The module itself, or conditioned on a random context with this batch shape."""
+    """Return the flow, or condition the module on a random context with this batch shape."""
     if isinstance(module, Flow):
         return module
     with seeded(seed + 1):
@@ -117,8 +118,13 @@ DIMS = [1, 2, 3, 8, 32]
 SCALES = [0.01, 0.3, 1.0, 3.0]
 
 
+def as_under_tracing(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Call a function as compilers and functorch do: its control flow must not depend on values."""
+    return torch.func.vjp(function, x)[0]
+
+
 def jacobian(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """The autograd Jacobian ``(B, D, D)`` at points ``(B, D)``, by one pass over D copies of them."""
+    """Compute the Jacobian ``(B, D, D)`` at points ``(B, D)`` by autograd, in one pass over D copies of them."""
     dim = x.shape[-1]
     copies = x.detach().expand(dim, *x.shape).clone().requires_grad_()
     (rows,) = torch.autograd.grad(function(copies).diagonal(dim1=0, dim2=-1).sum(), copies)

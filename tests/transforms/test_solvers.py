@@ -91,7 +91,11 @@ def test_steps_are_counted_beforehand(k, most):
     """By the steepest slope of all; the dense grid above shows that they suffice."""
     k = torch.tensor([0.1, k, -0.1])
     assert count_newton_steps(k) <= most
-    assert count_newton_steps(k[:0]) == torch.func.vmap(lambda k: k * count_newton_steps(k))(torch.ones(1)) == MAX_NEWTON_STEPS
+    assert (
+        count_newton_steps(k[:0])
+        == torch.func.vmap(lambda k: k * count_newton_steps(k))(torch.ones(1))
+        == MAX_NEWTON_STEPS
+    )
 
 
 def test_not_a_number_stays_one():
