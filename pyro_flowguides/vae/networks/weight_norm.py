@@ -41,7 +41,7 @@ class WeightNorm(nn.Module):
         return v * factor.view(-1, *[1] * (v.dim() - 1))
 
     def output_moments(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Return mean and standard deviation of each output over a batch, for images over all pixels as well."""
+        """Return mean and standard deviation of each output over the batch and, for images, over all pixels."""
         return y.mean((0, 2, 3)), y.std((0, 2, 3))
 
     def forward(self, x: Tensor) -> Tensor:
