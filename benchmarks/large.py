@@ -30,10 +30,6 @@ from row_files import append_row, read_rows
 from speed_ours import make_model
 
 import pyro_flowguides as fg
-from pyro_flowguides.inference.density_objective import DensityObjective
-from pyro_flowguides.inference.flat_adam import Descent
-from pyro_flowguides.inference.steps import Request
-from pyro_flowguides.programs.program import Program
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -67,19 +63,21 @@ def steps(flow: str, dim: int, rounds: int) -> dict[str, float]:
     pyro.clear_param_store()
     model = make_model(dim)
     guide = fg.AutoFlow(model, flow, **FLOWS[flow])
-    guide()
-    objective = DensityObjective(Program.inspect(model, guide))
-    descent, generator = Descent(list(objective.parameters.values())), torch.Generator().manual_seed(0)
-    found: dict[str, float] = {"parameters": sum(value.numel() for value in guide.parameters())}
-    for name, path in (("step_ms", False), ("path_ms", True)):
+    measured: dict[str, float] = {}
+    for name, path_gradient in (("step_ms", False), ("path_ms", True)):
+        stepper = fg.inference.Stepper(
+            model, guide, num_particles=PARTICLES, lr=1e-3, path_gradient=path_gradient, compile=False
+        )
         times = []
         for round_ in range(rounds + 3):
             begin = time.process_time()
-            objective.descend(Request(PARTICLES, path), generator, descent, [1e-3])
+            stepper.step()
             if round_ >= 3:
                 times.append(1e3 * (time.process_time() - begin))
-        found[name] = statistics.median(times)
-    return found
+        measured[name] = statistics.median(times)
+        stepper.release()
+        del stepper  # and with it the moments of Adam
+    return {"parameters": sum(value.numel() for value in guide.parameters()), **measured}
 
 
 def whole_fit(flow: str, dim: int, rounds: int) -> dict[str, float]:

@@ -18,11 +18,9 @@ from speed_workers import Job, LeftOut, not_below
 from torch import Tensor
 
 import pyro_flowguides as fg
-from pyro_flowguides.inference.density_objective import DensityObjective
-from pyro_flowguides.inference.flat_adam import Descent
-from pyro_flowguides.inference.schedule import Schedule
-from pyro_flowguides.inference.steps import Request
-from pyro_flowguides.programs.program import Program
+
+#: Most steps that are taken in one call where they are compiled.
+STEPS_PER_CALL = 50
 
 Model = Callable[[], None]
 pyro.enable_validation(False)
@@ -57,21 +55,16 @@ def make_model(dim: int, target: str = "location") -> Model:
 
 
 def our_steps(dim: int, particles: int, hidden: int, compiling: bool = False) -> Job:
-    """The inner step of ``fit`` while it explores; compiled ones are taken many at a time where ``fit`` does so."""
+    """The step of ``fit`` while it explores; compiled steps are taken several in one call, as ``fit`` takes them."""
     model = make_model(dim)
     guide = fg.AutoIAF(model, hidden_dim=[hidden, hidden], num_transforms=FLOWS)
-    guide()
-    objective = DensityObjective(Program.inspect(model, guide), compiling)
-    descent = Descent(list(objective.parameters.values()))
-    request, generator = Request(particles, path=False), torch.Generator(objective.device).manual_seed(0)
-
-    def steps() -> int:
-        return len(objective.descend(request, generator, descent, [STEP_RATE] * Schedule.WINDOW))
-
-    together = steps()
-    if compiling and not objective.route.endswith(", compiled"):
-        raise LeftOut(objective.route)
-    return Job(steps, together)
+    stepper = fg.inference.Stepper(model, guide, num_particles=particles, lr=STEP_RATE, compile=compiling)
+    if not compiling:
+        return Job(stepper.step)
+    stepper.run(STEPS_PER_CALL)
+    if stepper.route.kind != "compiled":
+        raise LeftOut(str(stepper.route))
+    return Job(lambda: stepper.run(STEPS_PER_CALL), STEPS_PER_CALL)
 
 
 def pyro_steps(dim: int, particles: int, hidden: int) -> Job:

@@ -9,12 +9,12 @@ from pyro import poutine
 from pyro.infer import config_enumerate
 from pyro.infer.autoguide import AutoNormal, init_to_feasible
 from pyro.nn import PyroModule, PyroParam, PyroSample
-from pyro_flowguides.inference.steps import Request
 from torch.distributions import biject_to
 from torch.testing import assert_close
 
 import pyro_flowguides as fg
 from pyro_flowguides.inference.density_objective import DensityObjective, make_objective
+from pyro_flowguides.inference.objective import StepOptions
 from pyro_flowguides.inference.trace_objective import TraceObjective
 from pyro_flowguides.programs.batched_run import RunMode
 from pyro_flowguides.programs.layout import NotVectorizedError
@@ -124,7 +124,7 @@ def test_the_cheap_route_is_taken(model):
     guide()
     objective = make_objective(Program.inspect(model, guide))
     assert isinstance(objective, DensityObjective)
-    assert objective.route == "batched densities"
+    assert objective.route.kind == "batched"
 
 
 def test_minibatches_are_scaled_to_the_whole():
@@ -181,10 +181,10 @@ def test_enumerated_sites_are_summed_out(make):
     guide()
     objective = make_objective(Program.inspect(model, guide))
     assert isinstance(objective, TraceObjective)
-    assert objective.vectorized
+    assert objective.route.kind == "traced"
     with torch.no_grad():
         torch.manual_seed(0)
-        found = objective(Request(400), torch.Generator()).elbo
+        found = objective(StepOptions(400), torch.Generator()).elbo
         torch.manual_seed(0)
         x = torch.stack([guide()["x"] for _ in range(400)])
     # The same bound by hand: k summed out, log q from the spread of the draws, which are normal for both guides.
@@ -200,7 +200,7 @@ def test_an_enumerated_model_is_fitted_to_its_evidence():
     model = config_enumerate(mixture)
     guide = fg.AutoPlanar(poutine.block(model, hide=["k"]), depth=2)
     result = fg.fit(model, guide, steps=150, num_particles=16, lr=0.05, progress=False)
-    assert "summed out" in result.route
+    assert "summed out" in result.route.reason
     assert result.diagnosis.log_evidence == pytest.approx(float(MIXTURE_EVIDENCE.log()), abs=0.02)
     assert result.diagnosis.gap < 0.1
 
@@ -256,7 +256,7 @@ def test_models_for_one_particle_are_mapped_over_particles(make):
     assert_close(density(z), expected, rtol=1e-10, atol=1e-10)
     assert_close(torch.autograd.grad(density(z).sum(), z), torch.autograd.grad(expected.sum(), z))
     result = fg.fit(model, guide, steps=20, progress=False)
-    assert result.route == "batched densities, recorded"
+    assert result.route.kind == "recorded"
 
 
 def test_a_distribution_validates_again_after_its_density_was_taken():
@@ -292,8 +292,7 @@ def test_models_that_cannot_take_a_batch_are_run_one_particle_at_a_time(model):
     assert program.mode is RunMode.SINGLE
     objective = make_objective(program)
     assert isinstance(objective, TraceObjective)
-    assert not objective.vectorized
-    assert "one particle at a time" in objective.route
+    assert objective.route.kind == "sequential"
 
 
 @pytest.mark.parametrize(
@@ -304,11 +303,11 @@ def test_their_bound_is_right(make):
     guide = make(whole_sum)
     guide()
     objective = make_objective(Program.inspect(whole_sum, guide))
-    assert isinstance(objective, DensityObjective) or not objective.vectorized
+    assert isinstance(objective, DensityObjective) or objective.route.kind == "sequential"
     with torch.no_grad():
         torch.manual_seed(0)
         generator = torch.Generator().manual_seed(0)
-        found = torch.tensor([objective(Request(4), generator).elbo for _ in range(60)])
+        found = torch.tensor([objective(StepOptions(4), generator).elbo for _ in range(60)])
     # Both guides start at N(0, 0.01 I): E[log p - log q] in closed form.
     variance = 0.01
     entropy = 3 * 0.5 * (torch.tensor(2 * torch.pi * variance).log() + 1)
@@ -364,7 +363,7 @@ def test_parameters_of_the_model_are_trained_to_the_largest_evidence(make):
     model = make()
     guide = fg.AutoFlow(model, "planar", depth=1)
     result = fg.fit(model, guide, steps=200, num_particles=8, lr=0.1, progress=False)
-    assert result.route == "batched densities, recorded"
+    assert result.route.kind == "recorded"
     loc, scale = pyro.param("loc").detach(), pyro.param("scale").detach()
     assert float(loc) == pytest.approx(float(DATA.mean()), abs=0.05)
     # The evidence is N(mean | loc, 1 + s²/n) times a term in s alone: at loc = mean, maximize over s numerically.
