@@ -1,4 +1,4 @@
-"""Every flow and model on a GPU: as posterior and as prior, in one training step and in every inspection."""
+"""Every flow and model on a GPU, as posterior and as prior: training steps and all inspections."""
 
 import pyro
 import pytest
@@ -11,7 +11,7 @@ from pyro_flowguides.vae import LIKELIHOODS, MODELS, NETWORKS, ELBOLoss
 pytestmark = pytest.mark.gpu
 
 
-def step_and_look(vae, x):
+def take_steps_and_inspect(vae, x):
     vae, x = vae.to("cuda"), x.to("cuda")
     vae.initialize(x)
     optimizer = torch.optim.Adamax(vae.parameters(), lr=2e-3)
@@ -32,7 +32,7 @@ def step_and_look(vae, x):
 @pytest.mark.parametrize("model", ["vae", "iafvae"])
 def test_models_and_flows(model, flow):
     posterior = {"posterior": flow} if model == "vae" else {}
-    step_and_look(MODELS[model]((1, 8, 8), latent_dim=4, prior=flow, **posterior), torch.rand(6, 1, 8, 8))
+    take_steps_and_inspect(MODELS[model]((1, 8, 8), latent_dim=4, prior=flow, **posterior), torch.rand(6, 1, 8, 8))
 
 
 @pytest.mark.parametrize("network", NETWORKS)
@@ -40,17 +40,17 @@ def test_models_and_flows(model, flow):
 def test_networks_and_likelihoods(likelihood, network):
     shape = (3, 8, 8)
     x = torch.rand(6, *shape) if likelihood == "bernoulli" else torch.randint(0, 256, (6, *shape))
-    step_and_look(MODELS["vae"](shape, likelihood=likelihood, latent_dim=4, network=network), x)
+    take_steps_and_inspect(MODELS["vae"](shape, likelihood=likelihood, latent_dim=4, network=network), x)
 
 
 @pytest.mark.parametrize("model", MODELS)
 def test_every_model_with_its_defaults(model):
-    step_and_look(MODELS[model]((1, 8, 8), likelihood="bernoulli", latent_dim=4), torch.rand(6, 1, 8, 8))
+    take_steps_and_inspect(MODELS[model]((1, 8, 8), likelihood="bernoulli", latent_dim=4), torch.rand(6, 1, 8, 8))
 
 
 def test_a_vamp_prior():
     vae = MODELS["vae"]((6,), latent_dim=3, posterior="normal", prior="vamp", prior_options={"components": 5})
-    step_and_look(vae, torch.rand(6, 6))
+    take_steps_and_inspect(vae, torch.rand(6, 6))
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -1,11 +1,10 @@
-"""The training program: what it writes, what it refuses, and that nothing it does depends on interruptions."""
+"""The training program: results, errors, exact resumption and several processes."""
 
 import csv
 import dataclasses
 import functools
 import json
 import os
-import re
 import resource
 import signal
 import subprocess
@@ -19,14 +18,14 @@ import torch
 
 pytest.importorskip("lightning_fabric")
 pytest.importorskip("sklearn")
+pytest.importorskip("tensorboard")
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pyro_flowguides.inference import checkpoint as checkpoints
-from pyro_flowguides.vae import ELBOLoss
+from pyro_flowguides.vae import MODELS, Settings, TrainingDivergedError, load_images, load_model, train
 from pyro_flowguides.vae.__main__ import main
-from pyro_flowguides.vae.training import loop as training
-from pyro_flowguides.vae.training.data import load_images
-from pyro_flowguides.vae.training.loop import TrainingDivergedError, load_model, train
-from pyro_flowguides.vae.training.settings import Settings, parse
+from tests.vae.training.commands import command
 
 SMALL = {
     "model_options": {"hidden": [32]},
@@ -36,7 +35,7 @@ SMALL = {
     "batch_size": 200,
     "warmup": 0,
     "iw_images": 10,
-    "iw_samples": 20,
+    "num_iw_samples": 20,
     "accelerator": "cpu",
     "tensorboard": False,
     "progress": False,
@@ -47,24 +46,6 @@ def small(tmp_path, **changes):
     return Settings(**{**SMALL, "output": str(tmp_path / "run"), **changes})
 
 
-def command(settings):
-    """The command line of some settings."""
-    words = [sys.executable, "-m", "pyro_flowguides.vae"]
-    for setting in dataclasses.fields(settings):
-        value = getattr(settings, setting.name)
-        flag = "--" + setting.name.replace("_", "-")
-        if value is False and setting.default is True:
-            words.append(f"--no-{setting.name}")
-        elif value is True and setting.default is False:
-            words.append(flag)
-        elif setting.name == "shape" and value:
-            words += [flag, "x".join(map(str, value))]
-        elif not isinstance(value, bool | tuple):
-            words += [flag, json.dumps(value) if isinstance(value, dict) else str(value)]
-    return words
-
-
-ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
@@ -89,60 +70,17 @@ def assert_same(first, second, path="checkpoint"):
         assert first == second, path
 
 
-# -- the command line --------------------------------------------------------------------------------------------------
+def assert_improved(summary, tmp_path, skipped=0):
+    history = rows(tmp_path / "run")
+    assert history[-1]["valid_elbo"] > history[0]["valid_elbo"]
+    assert summary["skipped_steps"] == history[-1]["skipped"] == skipped
 
 
-def test_help_explains_every_setting(capsys):
-    with pytest.raises(SystemExit) as end:
-        parse(["--help"])
-    text = capsys.readouterr().out
-    assert end.value.code == 0
-    for setting in dataclasses.fields(Settings):
-        flag = f"--no-{setting.name}" if setting.default is True else "--" + setting.name.replace("_", "-")
-        assert flag in text
-        assert f"`{flag}`" in (ROOT / "docs" / "training.md").read_text()
-    assert "examples:" in text
-
-
-def test_no_arguments_are_the_defaults_and_every_setting_can_be_given():
-    assert parse([]) == Settings()
-    given = Settings(**SMALL, shape=(28, 20), overwrite=True, compile=True)
-    assert parse(command(given)[3:]) == given
-
-
-@pytest.mark.parametrize("model", ["vlae", "spatial_vlae"])
-def test_a_model_brings_its_published_settings_with_it(model):
-    settings = parse(["--model", model])
-    assert (settings.posterior, settings.prior, settings.network) == ("normal", "maf", "resnet")
-    assert (settings.latent_dim, settings.optimizer, settings.ema) == (64, "adamax", 0.998)
-    asked = parse(["--prior", "normal", "--model", model, "--latent-dim", "8"])
-    assert (asked.prior, asked.latent_dim, asked.optimizer) == ("normal", 8, "adamax")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--epochs", "0"], "--epochs must be at least 1, got 0"),
-        (["--ema", "1"], r"--ema must be in \[0, 1\), got 1.0"),
-        (["--learning-rate", "-1"], "--learning-rate must be positive"),
-        (["--posterior-options", "{depth: 2}"], "not JSON"),
-        (["--posterior-options", "[1]"], "expected a JSON object"),
-        (["--shape", "axb"], "expected sizes such as 28x20"),
-        (["--likelihood", "logistic", "--binarize", "static"], "--binarize must be none"),
-        (["--network", "transformer"], "invalid choice"),
-    ],
-)
-def test_bad_arguments(capsys, arguments, message):
-    with pytest.raises(SystemExit):
-        parse(arguments)
-    assert re.search(message, capsys.readouterr().err)
-
-
-# -- what a run does and leaves behind ---------------------------------------------------------------------------------
+# -- results -----------------------------------------------------------------------------------------------------------
 
 
 def test_a_run_learns_and_writes_everything(tmp_path, capsys):
-    settings = small(tmp_path, epochs=12, learning_rate=5e-3, warmup=4, tensorboard=True)
+    settings = small(tmp_path, epochs=12, lr=5e-3, warmup=4, tensorboard=True)
     assert main(command(settings)[3:]) == 0
     assert "test ELBO" in capsys.readouterr().out
     folder = tmp_path / "run"
@@ -157,21 +95,19 @@ def test_a_run_learns_and_writes_everything(tmp_path, capsys):
     for name in ("samples.png", "reconstructions.png", "curve.png"):
         assert (folder / name).read_bytes()[:4] == b"\x89PNG"
 
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(folder / "tensorboard")).Reload()
-    values = [event.value for event in events.Scalars("valid/elbo")]
-    assert values == pytest.approx([row["valid_elbo"] for row in history], rel=1e-6)
+    events = EventAccumulator(str(folder / "tensorboard")).Reload().Scalars("valid/elbo")
+    assert [event.step for event in events] == list(range(1, 13))
+    assert [event.value for event in events] == pytest.approx([row["valid_elbo"] for row in history], rel=1e-6)
 
 
-def test_the_bound_reported_is_that_of_the_saved_model(tmp_path):
+def test_the_reported_bound_is_that_of_the_saved_model(tmp_path):
     settings = small(tmp_path)
     summary = train(settings)
     vae, loaded = load_model(tmp_path / "run" / "best.pt")
     assert loaded == settings
     x = load_images().binarized().test.float()
     elbo = vae.terms(x, 200).elbo.mean().item()
-    assert elbo == pytest.approx(summary["test"]["elbo"], abs=0.3)  # sd of the 10-draw estimate is about 0.05
+    assert elbo == pytest.approx(summary["test"]["elbo"], abs=0.3)  # the sd of the 10-draw estimate is 0.05
 
 
 def test_grey_images_reach_the_likelihood_as_whole_numbers(tmp_path):
@@ -186,17 +122,11 @@ def test_grey_images_reach_the_likelihood_as_whole_numbers(tmp_path):
 @pytest.mark.parametrize("prior", ["vamp", "maf"])
 def test_learned_priors(tmp_path, prior):
     settings = small(tmp_path, prior=prior, posterior="planar", posterior_options={}, optimizer="adamax", epochs=2)
-    history_improves(train(settings), tmp_path)
-
-
-def history_improves(summary, tmp_path, skipped=0):
-    history = rows(tmp_path / "run")
-    assert history[-1]["valid_elbo"] > history[0]["valid_elbo"]
-    assert summary["skipped_steps"] == history[-1]["skipped"] == skipped
+    assert_improved(train(settings), tmp_path)
 
 
 def test_training_stops_early_when_nothing_improves(tmp_path):
-    summary = train(small(tmp_path, epochs=50, learning_rate=1e-30, patience=3))
+    summary = train(small(tmp_path, epochs=50, lr=1e-30, patience=3))
     assert (summary["epochs"], summary["best_epoch"]) == (4, 1)
     assert "did not improve for 3 epochs" in summary["reason"]
 
@@ -209,30 +139,52 @@ def test_mixed_precision_is_near_full_precision(tmp_path):
 
 
 def test_double_precision(tmp_path):
-    history_improves(train(small(tmp_path, precision="64-true")), tmp_path)
+    assert_improved(train(small(tmp_path, precision="64-true")), tmp_path)
     assert next(load_model(tmp_path / "run" / "best.pt")[0].parameters()).dtype == torch.float64
 
 
 def test_a_step_without_a_finite_gradient_is_skipped(tmp_path, monkeypatch):
-    class Flawed(ELBOLoss):
-        def forward(self, terms, step):
-            loss, metrics = super().forward(terms, step)
-            return loss * (float("nan") if step in (1, 2, 9) else 1.0), metrics
+    """With a model whose gradient is NaN at the steps 1, 2 and 9."""
 
-    monkeypatch.setitem(training.OBJECTIVES, "hard", Flawed)
-    history_improves(train(small(tmp_path)), tmp_path, skipped=3)
+    def flawed(*arguments, **options):
+        vae, steps = MODELS["vae"](*arguments, **options), iter(range(1000))
+        terms = vae.terms
+
+        def flawed_terms(x, num_samples=1):
+            result = terms(x, num_samples)
+            if torch.is_grad_enabled() and next(steps) in (1, 2, 9):
+                return result._replace(kl=torch.nan * result.kl)
+            return result
+
+        vae.terms = flawed_terms
+        return vae
+
+    monkeypatch.setitem(MODELS, "flawed", flawed)
+    assert_improved(train(small(tmp_path, model="flawed")), tmp_path, skipped=3)
 
 
 def test_too_many_steps_without_a_finite_gradient_end_the_run(tmp_path):
     with pytest.raises(TrainingDivergedError, match="not finite for 50 steps in a row"):
-        train(small(tmp_path, epochs=100, learning_rate=1e30))
+        train(small(tmp_path, epochs=100, lr=1e30))
+
+
+def test_a_missing_package_is_named(tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setattr("lightning_fabric.loggers.tensorboard._TENSORBOARD_AVAILABLE", False)
+        patch.setattr("lightning_fabric.loggers.tensorboard._TENSORBOARDX_AVAILABLE", False)
+        assert main(command(small(tmp_path, tensorboard=True))[3:]) == 1
+    error = capsys.readouterr().err
+    assert "error: TensorBoard logs need the package: pip install 'pyro-flowguides[vae]', or leave them out" in error
+    monkeypatch.setitem(sys.modules, "lightning_fabric", None)
+    with pytest.raises(ImportError, match=r"training needs Lightning Fabric: pip install 'pyro-flowguides\[vae\]'"):
+        train(small(tmp_path))
 
 
 # -- interruptions -----------------------------------------------------------------------------------------------------
 
 
 def kill_after_epochs(settings, epochs):
-    """Start the program and kill it as soon as it has written so many rows, in the middle of the next epoch."""
+    """Start the program, and kill it in the middle of the epoch after the given number of logged ones."""
     process = subprocess.Popen(command(settings), env=ENVIRONMENT, stderr=subprocess.PIPE)
     metrics, deadline = folder_of(settings) / "metrics.csv", time.monotonic() + 900
     while not metrics.exists() or metrics.read_text().count("\n") <= epochs:
@@ -253,10 +205,10 @@ def test_a_killed_run_continues_to_the_same_bits(tmp_path):
     changes = {"epochs": 1000, "batch_size": 20, "warmup": 2, "free_bits": 2.0, "free_bits_kind": "soft"}
     whole, broken = small(tmp_path / "whole", **changes), small(tmp_path / "broken", **changes)
     kill_after_epochs(broken, 2)
-    reached = checkpoints.load(folder_of(broken) / "last.pt")["counts"][0]
+    reached = checkpoints.load(folder_of(broken) / "last.pt")["progress"]["step"]
     assert 2 * 71 <= reached < 1000 * 71
     assert reached % 71 == 0
-    # Both go on to the epoch after the next, one of them from the start.
+    # Both train to the same later epoch, one of them from the start.
     end = reached // 71 + 2
     train(dataclasses.replace(broken, epochs=end))
     train(dataclasses.replace(whole, epochs=end))
@@ -264,7 +216,7 @@ def test_a_killed_run_continues_to_the_same_bits(tmp_path):
     assert rows(folder_of(whole)) == rows(folder_of(broken))
 
 
-def test_a_finished_run_is_reported_again_and_can_be_made_longer(tmp_path):
+def test_a_finished_run_is_reported_again_and_can_be_extended(tmp_path):
     settings = small(tmp_path)
     first, again = train(settings), train(settings)
     assert again["test"] == first["test"]
@@ -277,12 +229,12 @@ def test_a_folder_with_another_run_is_refused(tmp_path, capsys):
     settings = small(tmp_path, epochs=1)
     train(settings)
     before = (folder_of(settings) / "last.pt").read_bytes()
-    other = dataclasses.replace(settings, learning_rate=1e-4)
+    other = dataclasses.replace(settings, lr=1e-4)
     assert main(command(other)[3:]) == 1
-    assert "holds a run with other settings (learning_rate=0.002): choose another --output" in capsys.readouterr().err
+    assert "holds a run with other settings (lr=0.002): choose another --output" in capsys.readouterr().err
     assert (folder_of(settings) / "last.pt").read_bytes() == before
     train(dataclasses.replace(other, overwrite=True))
-    assert checkpoints.load(folder_of(settings) / "last.pt")["identity"]["learning_rate"] == 1e-4
+    assert checkpoints.load(folder_of(settings) / "last.pt")["identity"]["lr"] == 1e-4
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path, capsys):
@@ -296,12 +248,12 @@ def test_a_damaged_checkpoint_is_named(tmp_path, capsys):
         load_model(path)
 
 
-def test_a_full_disk_is_reported_and_the_last_checkpoint_intact(tmp_path):
+def test_a_full_disk_is_reported_and_the_last_checkpoint_is_intact(tmp_path):
     settings = small(tmp_path, epochs=2)
     train(dataclasses.replace(settings, epochs=1))
     last = folder_of(settings) / "last.pt"
     before = last.read_bytes()
-    limit = len(before) // 2  # a limit on the size of files fails in the same place as a full disk
+    limit = len(before) // 2  # writing fails at a file size limit as on a full disk
 
     def limit_files():
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
@@ -318,7 +270,7 @@ def test_a_full_disk_is_reported_and_the_last_checkpoint_intact(tmp_path):
     assert resumed["test"] == train(small(tmp_path / "whole", epochs=2))["test"]
 
 
-def test_a_folder_that_cannot_be_made_is_named(tmp_path, capsys):
+def test_a_folder_that_cannot_be_created_is_named(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert main(command(small(tmp_path, output=str(tmp_path / "file" / "run")))[3:]) == 1
     assert "could not write the output folder" in capsys.readouterr().err
@@ -328,35 +280,35 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path, capsys):
 
 
 def test_two_processes_have_the_losses_of_one(tmp_path):
-    changes = {"shards": 2, "free_bits": 2.0, "prior": "maf", "samples": 2}
+    changes = {"shards": 2, "free_bits": 2.0, "prior": "maf", "num_samples": 2}
     one, two = small(tmp_path / "one", **changes), small(tmp_path / "two", **changes, devices="2", strategy="ddp")
     train(one)
     done = subprocess.run(command(two), env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "distributed_backend=gloo" in done.stderr
     assert json.loads((folder_of(two) / "summary.json").read_text())["machine"]["processes"] == 2
-    for alone, together in zip(rows(folder_of(one)), rows(folder_of(two)), strict=True):
-        assert together == pytest.approx(alone, rel=1e-5)
+    for of_one, of_two in zip(rows(folder_of(one)), rows(folder_of(two)), strict=True):
+        assert of_two == pytest.approx(of_one, rel=1e-5)
     first, second = (checkpoints.load(folder_of(run) / "last.pt")["model"] for run in (one, two))
     for name, value in first.items():
         torch.testing.assert_close(second[name], value, rtol=1e-3, atol=1e-5)
 
 
-def test_shards_must_suit_the_processes_and_the_batch(tmp_path):
+def test_shards_must_divide_the_batch(tmp_path):
     with pytest.raises(ValueError, match="a batch of 200 images cannot be split into 3 equal shards"):
         train(small(tmp_path, shards=3))
 
 
 @pytest.mark.skipif(torch.__version__ < (2, 5), reason="its compiler fails")
-def test_compiling_changes_nothing_but_rounding(tmp_path, monkeypatch):
-    # The graph is captured and differentiated, but not turned into machine code, which takes a minute.
+def test_compiling_changes_only_rounding(tmp_path, monkeypatch):
+    # Capture and differentiate the graph, but do not generate machine code, which takes a minute.
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     changes = {"epochs": 1, "iw_images": 0, "shards": 2}
     eager, compiled = train(small(tmp_path / "eager", **changes)), train(small(tmp_path / "c", **changes, compile=True))
     assert compiled["test"]["elbo"] == pytest.approx(eager["test"]["elbo"], abs=1e-2)
 
 
-def test_a_compiler_that_fails_is_reported_and_training_goes_on(tmp_path, monkeypatch):
+def test_training_continues_without_a_compiler_that_fails(tmp_path, monkeypatch):
     def compile_(function):
         def fails(*_):
             raise AssertionError("no graph of this\nand much more")
@@ -366,7 +318,7 @@ def test_a_compiler_that_fails_is_reported_and_training_goes_on(tmp_path, monkey
     monkeypatch.setattr(torch, "compile", compile_)
     changes = {"epochs": 1, "iw_images": 0}
     eager = train(small(tmp_path / "eager", **changes))
-    with pytest.warns(UserWarning, match="train: goes on without compiling: no graph of this$"):
+    with pytest.warns(UserWarning, match="train: continues without compiling: AssertionError: no graph of this$"):
         compiled = train(small(tmp_path / "c", **changes, compile=True))
     assert compiled["test"] == eager["test"]
 
@@ -385,4 +337,4 @@ def test_real_images(tmp_path):
 def test_on_a_gpu(tmp_path, precision, compiled):
     summary = train(small(tmp_path, accelerator="cuda", precision=precision, compile=compiled, epochs=5))
     assert summary["machine"]["accelerator"] == "cuda"
-    history_improves(summary, tmp_path)
+    assert_improved(summary, tmp_path)

@@ -1,4 +1,4 @@
-"""Images from every source; what is wrong with a file is said with its name; batches depend on seed and step alone."""
+"""Images from every source, their fixed binarization, and errors that name the file."""
 
 import gzip
 
@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pyro_flowguides.vae.training.data import Feed, Images, load_images
+from pyro_flowguides.vae import Images, load_images
 
 
 def grey(count, height=6, width=6, seed=0):
@@ -71,9 +71,9 @@ def test_flat_rows_of_images_that_are_not_square_need_a_shape(npz):
 def test_a_missing_validation_split_is_held_out_of_the_training_images(npz):
     train = np.arange(50, dtype=np.uint8)[:, None, None] * np.ones((4, 4), np.uint8)
     images = load_images(npz(train=train, test=train[:3]))
-    together = torch.cat([images.train, images.valid])[:, 0, 0, 0]
+    values = torch.cat([images.train, images.valid])[:, 0, 0, 0]
     assert (len(images.train), len(images.valid)) == (45, 5)
-    assert together.sort().values.tolist() == list(range(50))
+    assert values.sort().values.tolist() == list(range(50))
 
 
 @pytest.mark.parametrize("compressed", [False, True])
@@ -122,7 +122,13 @@ def test_binarization_is_a_fixed_draw_with_the_grey_value_as_probability():
     assert torch.equal(drawn.train, images.binarized().train)
 
 
-# -- what is wrong is said ---------------------------------------------------------------------------------------------
+def test_the_binarized_digits_are_those_of_published_results():
+    images = load_images("digits")
+    assert images.fingerprint == "1e0457b5e7599578"
+    assert images.binarized().fingerprint == "c89347f6f8c896ae"
+
+
+# -- errors ------------------------------------------------------------------------------------------------------------
 
 
 def test_errors_of_npz_files(npz, tmp_path):
@@ -135,7 +141,7 @@ def test_errors_of_npz_files(npz, tmp_path):
         load_images(npz(train=good / 255, test=1.5 * np.eye(6)[None]))
     with pytest.raises(ValueError, match=r"\[train\]: some pixels are not finite"):
         load_images(npz(train=np.full((5, 4), np.nan), test=np.zeros((5, 4))))
-    with pytest.raises(ValueError, match=r"\[train\]: shape \(20,\) is not that of images"):
+    with pytest.raises(ValueError, match=r"\[train\]: an array of shape \(20,\) holds no images"):
         load_images(npz(train=good[:, 0, 0], test=good))
     with pytest.raises(ValueError, match=r"images of 'test' have shape \(1, 5, 5\), those of 'train' \(1, 6, 6\)"):
         load_images(npz(train=good, test=grey(3, 5, 5)))
@@ -154,7 +160,7 @@ def test_a_damaged_npz_file_is_named(npz, part):
     path = npz(train=grey(20), test=grey(5))
     content = path.read_bytes()
     path.write_bytes(content[: int(part * len(content))])
-    with pytest.raises(ValueError, match=r"images.npz: not an .npz file that can be read"):
+    with pytest.raises(ValueError, match=r"images.npz: not a readable .npz file"):
         load_images(path)
 
 
@@ -163,7 +169,7 @@ def test_a_flipped_byte_in_an_npz_file_is_found(npz):
     content = bytearray(path.read_bytes())
     content[400] ^= 0xFF
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"not an .npz file that can be read"):
+    with pytest.raises(ValueError, match=r"not a readable .npz file"):
         load_images(path)
 
 
@@ -176,10 +182,10 @@ def test_errors_of_idx_files(tmp_path):
     with pytest.raises(ValueError, match=r"t10k-images-idx3-ubyte.gz: cannot be read"):
         load_images(tmp_path)
     train.write_bytes(idx(grey(30))[:-1])
-    with pytest.raises(ValueError, match="announces 30 images of 6x6 but holds 1079 bytes"):
+    with pytest.raises(ValueError, match="announces 30 images of 6x6, but 1079 bytes"):
         load_images(tmp_path)
     train.write_bytes(b"\x00\x00\x08\x01" + bytes(40))
-    with pytest.raises(ValueError, match="not an IDX file of images: it begins with 00000801"):
+    with pytest.raises(ValueError, match="not an IDX file of images: its first bytes are 00000801"):
         load_images(tmp_path)
 
 
@@ -191,63 +197,15 @@ def test_errors_of_folders(tmp_path):
     with pytest.raises(ValueError, match=r"odd.png: 6x7 pixels, but 000.png has 6x6"):
         load_images(tmp_path)
     (tmp_path / "odd.png").write_bytes((tmp_path / "000.png").read_bytes()[:60])
-    with pytest.raises(ValueError, match=r"odd.png: not an image that can be read"):
+    with pytest.raises(ValueError, match=r"odd.png: not a readable image"):
         load_images(tmp_path)
     Image.fromarray(np.zeros((6, 6), np.uint16)).save(tmp_path / "odd.png")
-    with pytest.raises(ValueError, match="more than 8 bits a channel"):
+    with pytest.raises(ValueError, match="more than 8 bits per channel"):
         load_images(tmp_path)
     only = tmp_path / "splits"
     pictures(only / "test", grey(3))
-    with pytest.raises(ValueError, match="the split 'train' is missing: it has only test"):
+    with pytest.raises(ValueError, match="the split 'train' is missing; there is only test"):
         load_images(only)
     (tmp_path / "odd.txt").write_text("text")
     with pytest.raises(ValueError, match=r"odd.txt: expected an .npz file, or a folder"):
         load_images(tmp_path / "odd.txt")
-
-
-# -- batches -----------------------------------------------------------------------------------------------------------
-
-
-def numbered(count):
-    pixels = torch.arange(count, dtype=torch.uint8)[:, None, None, None].expand(-1, 1, 2, 2)
-    return Images(pixels, pixels[:3], pixels[:3], levels=256, name="numbers")
-
-
-def test_an_epoch_shows_every_image_once_in_a_new_order():
-    feed = Feed(numbered(30), batch_size=6, shards=2, seed=3)
-    epochs = [
-        torch.cat([feed.shard(step, part)[:, 0, 0, 0] for step in range(5 * e, 5 * e + 5) for part in range(2)])
-        for e in range(2)
-    ]
-    assert all(epoch.sort().values.tolist() == list(range(30)) for epoch in epochs)
-    assert epochs[0].tolist() != epochs[1].tolist()
-
-
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_a_shard_does_not_depend_on_what_was_asked_for_before(dynamic):
-    images = numbered(200)
-    feed = Feed(images, batch_size=20, shards=4, dynamic=dynamic, seed=1)
-    earlier = {(step, part): feed.shard(step, part) for step in (0, 7, 23) for part in range(4)}
-    fresh = Feed(images, batch_size=20, shards=4, dynamic=dynamic, seed=1)
-    for step, part in reversed(earlier):
-        assert torch.equal(fresh.shard(step, part), earlier[step, part])
-
-
-def test_dynamic_binarization_draws_anew_and_keeps_the_mean():
-    pixels = torch.full((50, 1, 40, 40), 64, dtype=torch.uint8)
-    feed = Feed(Images(pixels, pixels, pixels, levels=256, name="grey"), batch_size=50, dynamic=True)
-    first, second = feed.shard(0, 0), feed.shard(1, 0)
-    assert set(first.unique().tolist()) == {0, 1}
-    assert not torch.equal(first, second)
-    assert abs(first.double().mean() - 64 / 255) < 5 * 0.44 / 80000**0.5
-
-
-def test_the_order_depends_on_the_seed():
-    assert not torch.equal(*(Feed(numbered(100), batch_size=50, seed=seed).shard(0, 0) for seed in (0, 1)))
-
-
-def test_batches_that_cannot_be_made():
-    with pytest.raises(ValueError, match=r"batch size must lie in 1 … 30 \(training images\), got 31"):
-        Feed(numbered(30), batch_size=31)
-    with pytest.raises(ValueError, match="a batch of 10 images cannot be split into 4 equal shards"):
-        Feed(numbered(30), batch_size=10, shards=4)
