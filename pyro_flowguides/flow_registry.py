@@ -85,13 +85,16 @@ def register(title: str) -> Callable[[Callable[Concatenate[int, int, P], Layer]]
 
 
 def _check_signature(recipe: Recipe[...]) -> None:
-    first, *options = inspect.signature(recipe).parameters.values()
-    context = options.pop(0) if options else first
-    named = [first.name, context.name] == ["input_dim", "context_dim"] and context.default == 0
-    if not named or any(o.kind is not o.KEYWORD_ONLY or o.default is o.empty for o in options):
+    signature = inspect.signature(recipe)
+    sizes, options = list(signature.parameters.values())[:2], list(signature.parameters.values())[2:]
+    if (
+        [size.name for size in sizes] != ["input_dim", "context_dim"]
+        or sizes[1].default != 0
+        or any(option.kind is not option.KEYWORD_ONLY or option.default is option.empty for option in options)
+    ):
         raise ValueError(
             f"register: {recipe.__name__} must have the signature (input_dim, context_dim=0, *, option=default, ...), "
-            f"got {inspect.signature(recipe)}"
+            f"got {signature}"
         )
 
 

@@ -1,4 +1,4 @@
-"""Recipes: every property over the registry, so that a new line in it is tested by what is here."""
+"""Recipes: every property over the registry, so that a newly registered flow is tested without being named."""
 
 import copy
 import inspect
@@ -10,17 +10,19 @@ import torch
 
 import pyro_flowguides as fg
 from pyro_flowguides.flows import FLOWS, get_flow
+from pyro_flowguides.guides.flow_docs import parse_docstring
 from pyro_flowguides.transforms import Compose, ConditionalCompose, ConditionalFlow, Flow
+from tests.flow_variants import OPTIONS, find_variants
 from tests.transforms.families import CONTEXT_DIM, at_context, jacobian, randomize, seeded
 
-#: Recipes with one or the other of their own options.
-VARIANTS = {
-    **{(name, ""): (builder, {}) for name, builder in FLOWS.items()},
-    ("sylvester", "householder"): (fg.flows.sylvester, {"variant": "householder", "reflections": 2}),
-    ("sylvester", "triangular"): (fg.flows.sylvester, {"variant": "triangular"}),
-    ("sylvester", "bottleneck"): (fg.flows.sylvester, {"bottleneck": 1}),
-    ("iaf", "gated"): (fg.flows.iaf, {"update": "gated"}),
-    ("maf", "gated"): (fg.flows.maf, {"update": "gated"}),
+#: Registered flows, and those with options of their own.
+BUILDS = {
+    **{flow: (flow, {}) for flow in FLOWS},
+    **find_variants(
+        OPTIONS
+        | {"bottleneck": {"bottleneck": 1}, "reflections": {"variant": "householder", "reflections": 2}}
+        | {"degree": {"lowest_degree": 0}, "activation": {"activation": torch.tanh}}
+    ),
 }
 CONTEXTS = [pytest.param(0, id="plain"), pytest.param(CONTEXT_DIM, id="conditional")]
 
@@ -30,9 +32,10 @@ def _double_precision(_fresh_state):
     torch.set_default_dtype(torch.float64)
 
 
-@pytest.fixture(params=VARIANTS.values(), ids=["-".join(filter(None, key)) for key in VARIANTS])
+@pytest.fixture(params=BUILDS)
 def build(request):
-    builder, options = request.param
+    flow, options = BUILDS[request.param]
+    builder = FLOWS[flow]
 
     def build(dim, context_dim=0, scale=None, *, seed=0, **more):
         with seeded(seed):
@@ -75,7 +78,7 @@ def test_starts_at_the_identity(build, context_dim, dim):
 
 
 def target(z, context):
-    """Correlated, skewed and bent; shifted by the context where there is one."""
+    """Score a correlated, skewed and bent density, shifted by the context if there is one."""
     if context is not None:
         z = z - 0.5 * context[..., :1]
     bend = z[..., 1:] - 0.5 * z[..., :-1].square()
@@ -85,12 +88,12 @@ def target(z, context):
 @every_context
 @pytest.mark.parametrize("dim", [3])
 def test_no_parameter_is_stuck(build, context_dim, dim):
-    """Within four steps of Adam every entry of every parameter has had a gradient.
+    """Within four steps of Adam every entry of every parameter gets a gradient.
 
     Exempt are entries that the formulas never read: masked weights of a MADE; the diagonal of a Sylvester flow's pair
     of triangles (the diagonals are parameters of their own), which is all of it for a bottleneck of one; the last
-    column of a square orthogonal matrix, which the others determine up to its sign; and what shifts these in a
-    hypernetwork.
+    column of a square orthogonal matrix, which the others determine up to its sign; and the outputs of a hypernetwork
+    that shift these.
     """
     module = build(dim, context_dim)
     context = torch.randn(256, CONTEXT_DIM) if context_dim else None
@@ -115,7 +118,7 @@ def test_no_parameter_is_stuck(build, context_dim, dim):
 
 
 def count_never_read(module):
-    """How many entries of the parameters are exempt."""
+    """Count the entries of the parameters that are exempt."""
     count = 0
     for part in module.modules():
         masks = [value for key, value in part.named_buffers(recurse=False) if key.startswith("mask")]
@@ -131,7 +134,7 @@ def count_never_read(module):
 @every_context
 @pytest.mark.parametrize("name", FLOWS)
 def test_learns_a_simple_target(name, context_dim):
-    """A skewed, bent density in two dimensions: every recipe gets nearer, and none nearer than it can."""
+    """On a skewed, bent density in two dimensions the divergence of every recipe falls, and stays positive."""
     module = FLOWS[name](2, context_dim, depth=2)
     optimizer = torch.optim.Adam(module.parameters(), lr=2e-2)
 
@@ -151,12 +154,12 @@ def test_learns_a_simple_target(name, context_dim):
         optimizer.step()
     with torch.no_grad():
         after = divergence(*test_set).item()
-    assert -0.05 < after < before - 0.1  # the target is normalized, the divergence from it not negative
+    assert -0.05 < after < before - 0.1  # both densities are normalized
 
 
 @every_context
 def test_volume_can_change(build, context_dim):
-    """NICE included, by its last layer."""
+    """This includes NICE, whose last layer scales."""
     flow = at_context(build(3, context_dim, 0.3), (4,))
     assert flow.forward_and_ladj(torch.randn(4, 3))[1].abs().max() > 1e-3
 
@@ -216,7 +219,7 @@ def test_cuda(build, context_dim):
         torch.testing.assert_close(one.cpu(), other, rtol=1e-6, atol=1e-6)
 
 
-# -- the registry and errors -------------------------------------------------------------------------------------------
+# -- the registry ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", FLOWS)
@@ -224,11 +227,65 @@ def test_one_signature(name):
     parameters = inspect.signature(FLOWS[name]).parameters
     assert list(parameters)[:4] == ["input_dim", "context_dim", "depth", "hidden_dims"]
     assert [parameters[key].default for key in ("context_dim", "hidden_dims")] == [0, None]
-    assert parameters["depth"].kind is inspect.Parameter.KEYWORD_ONLY
+    assert {parameter.kind for parameter in list(parameters.values())[2:]} == {inspect.Parameter.KEYWORD_ONLY}
+    assert list(parse_docstring(FLOWS[name].__doc__).arguments) == list(parameters)
     assert getattr(fg.flows, name) is FLOWS[name]
     assert name in fg.flows.__all__
     assert isinstance(FLOWS[name](2), Flow)
     assert isinstance(FLOWS[name](2, 3), ConditionalFlow)
+
+
+@pytest.fixture
+def registered():
+    """Remove the flows that a test registers."""
+    before = dict(FLOWS)
+    yield
+    FLOWS.clear()
+    FLOWS.update(before)
+
+
+def test_register_returns_the_builder_itself(registered):
+    def shear(input_dim, context_dim=0, *, depth=2):
+        return fg.flows.planar(input_dim, context_dim, depth=depth)
+
+    assert fg.flows.register("Shear")(shear) is shear
+    assert FLOWS["shear"] is get_flow("shear") is shear
+    assert shear.title == "Shear"
+    assert "shear" not in fg.flows.__all__
+
+
+@pytest.mark.parametrize(
+    "builder",
+    [
+        lambda: None,
+        lambda dim, context_dim=0: None,
+        lambda input_dim: None,
+        lambda input_dim, context_dim: None,
+        lambda input_dim, context_dim=0, depth=3: None,
+        lambda input_dim, context_dim=0, *, depth: None,
+        lambda input_dim, context_dim=0, **options: None,
+    ],
+)
+def test_register_refuses_another_signature(registered, builder):
+    with pytest.raises(ValueError, match=r"must have the signature \(input_dim, context_dim=0, \*, option=default"):
+        fg.flows.register("Other")(builder)
+    assert "<lambda>" not in FLOWS
+
+
+def test_register_refuses_used_names_and_titles(registered):
+    def planar(input_dim, context_dim=0):
+        return fg.transforms.Planar(input_dim)
+
+    with pytest.raises(ValueError, match=r"the name 'planar' belongs to pyro_flowguides\.flows\.planar"):
+        fg.flows.register("Other")(planar)
+    planar.__name__ = "plane"
+    with pytest.raises(ValueError, match="the title 'RealNVP' belongs to the flow 'realnvp'"):
+        fg.flows.register("RealNVP")(planar)
+    with pytest.raises(ValueError, match="part of a class name, such as 'RealNVP', got 'Real NVP'"):
+        fg.flows.register("Real NVP")(planar)
+    assert FLOWS["planar"] is fg.flows.planar
+    fg.flows.register("Plane")(planar)
+    assert FLOWS["plane"] is planar
 
 
 def test_get_flow():
@@ -240,11 +297,14 @@ def test_get_flow():
     ("typo", "nearest"),
     [("plannar", "planar"), ("IAF", "iaf"), ("real_nvp", "realnvp"), ("sylvster", "sylvester"), ("xyz", "")],
 )
-def test_unknown_name_names_the_nearest(typo, nearest):
+def test_an_unknown_name_gets_the_nearest(typo, nearest):
     with pytest.raises(
         ValueError, match=f"unknown flow '{typo}': did you mean '{nearest}.*Known flows: planar, radial"
     ):
         get_flow(typo)
+
+
+# -- errors ------------------------------------------------------------------------------------------------------------
 
 
 @every_context
@@ -269,15 +329,23 @@ def test_unknown_variants():
         fg.flows.sylvester(3, variant="orthogonl")
     with pytest.raises(ValueError, match=r"bottleneck must lie in 1\.\.3, got 4"):
         fg.flows.sylvester(3, bottleneck=4)
+    with pytest.raises(ValueError, match="the variant 'triangular' has no reflections"):
+        fg.flows.sylvester(3, variant="triangular", reflections=4)
     with pytest.raises(ValueError, match="update must be one of"):
         fg.flows.iaf(3, update="gate")
     with pytest.raises(TypeError, match="nonsense"):
         fg.flows.planar(3, nonsense=1)
 
 
-def test_layers_alternate_their_order():
-    for name in ("iaf", "maf", "nice", "realnvp"):
-        first, second = list(FLOWS[name](4, depth=2).parts)[:2]
-        buffers = dict(first.named_buffers())
-        changed = [key for key, value in second.named_buffers() if not torch.equal(value, buffers[key])]
-        assert changed, name
+@pytest.mark.parametrize("name", FLOWS)
+def test_layers_alternate_their_order(name):
+    first, second = list(FLOWS[name](4, depth=2).parts)[:2]
+    buffers = dict(first.named_buffers())
+    changed = [key for key, value in second.named_buffers() if not torch.equal(value, buffers[key])]
+    takes_order = "order" in inspect.signature(type(first)).parameters
+    assert bool(changed) == takes_order
+
+
+def test_some_layers_have_an_order():
+    ordered = [name for name in FLOWS if "order" in inspect.signature(type(FLOWS[name](4).parts[0])).parameters]
+    assert {"iaf", "realnvp"} <= set(ordered) < set(FLOWS)

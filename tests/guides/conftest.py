@@ -1,4 +1,4 @@
-"""What the tests of the guides share: a clean parameter store, a fixed seed and Pyro's validation."""
+"""Fixtures of the guides' tests: a clean parameter store, a fixed seed and Pyro's validation."""
 
 import pyro
 import pytest
@@ -17,7 +17,7 @@ def _validated():
 
 @pytest.fixture(params=KINDS)
 def make(request):
-    """``make(model, **options)``: a small guide of every kind."""
+    """Return ``make(model, **options)``, which builds a small guide of one kind."""
 
     def make_kind(model, **options):
         return make_guide(request.param, model, **options)

@@ -1,4 +1,4 @@
-"""Every guide gives every ELBO of Pyro the right number and trains under it, vectorized or not, traced or not."""
+"""Every ELBO of Pyro has the right value for every guide and trains it, vectorized or not, traced or not."""
 
 import functools
 import math
@@ -33,7 +33,7 @@ PARTICLES = 4
 
 
 def log_weights(guide, noise):
-    """log p - log q at the images of the noise, both by hand: q by the Jacobian that autograd finds."""
+    """Compute log p - log q at the draws of the noise by hand, log q from the Jacobian by autograd."""
     flow = guide.get_transform()
     latents, log_q = [], []
     for row in noise:
@@ -50,7 +50,7 @@ def shaken(make, **options):
 
 
 @pytest.mark.parametrize("vectorize", [False, True], ids=["sequential", "vectorized"])
-def test_loss_is_the_number_computed_by_hand(make, vectorize):
+def test_loss_is_the_one_computed_by_hand(make, vectorize):
     guide = shaken(make)
     pyro.set_rng_seed(3)
     rows = [torch.randn(5, dtype=F64) for _ in range(PARTICLES)]
@@ -82,7 +82,7 @@ def test_training_moves_every_parameter_and_lowers_the_loss(make, elbo):
 
 
 def loss_and_gradients(elbo, guide, runs=1):
-    """Of the last of several runs under one seed."""
+    """Return those of the last of several runs, all after one seed."""
     pyro.set_rng_seed(11)
     for _ in range(runs):
         guide.zero_grad()
@@ -95,12 +95,12 @@ def test_jit_gives_the_same_loss_and_gradients(make, elbo):
     guide = shaken(make, depth=1)
     options = {"num_particles": 2, "vectorize_particles": True, "max_plate_nesting": 1}
     plain, jit = ELBOS[elbo](**options), JIT[elbo](**options, ignore_jit_warnings=True)
-    # Pyro traces JitTraceMeanField_ELBO anew at every call: a run to find parameters, one to trace, one that counts.
+    # Pyro traces JitTraceMeanField_ELBO at every call: one run finds parameters, one traces, and the third counts.
     runs = 3 if elbo == "TraceMeanField" else 1
-    # TorchScript's own optimizer takes seconds, and fails at times on what it has profiled in another test.
+    # The optimizer of TorchScript takes seconds, and sometimes fails on profiles from other tests.
     with torch.jit.optimized_execution(False):
         jit.loss_and_grads(schools, guide, SCHOOLS)
         for _ in range(3 if elbo == "Trace" else 1):  # TorchScript rewrites a program at its second and third run
-            shake(guide, 0.1)  # other parameters than those the program was traced with
+            shake(guide, 0.1)  # use other parameters than in tracing
             found, expected = loss_and_gradients(jit, guide), loss_and_gradients(plain, guide, runs)
             assert_close(found, expected, rtol=1e-7, atol=1e-9)

@@ -1,4 +1,4 @@
-"""What a guide cannot serve it says: which site, which shape, and what to do instead."""
+"""Errors name the site, the shape and the remedy."""
 
 import pickle
 import re
@@ -17,7 +17,7 @@ from tests.guides.zoo import KINDS, draw, make_guide, number, regression, regres
 
 
 def says(*parts):
-    """A pattern for all parts in this order."""
+    """Return a pattern for all parts in this order."""
     return "(?s)" + ".*".join(re.escape(part) for part in parts)
 
 
@@ -105,7 +105,7 @@ def test_shapes_change_between_calls():
     assert guide(torch.ones(4))["local"].shape == (4,)
 
 
-def test_more_observations_are_no_other_structure():
+def test_more_observations_leave_the_structure_unchanged():
     guide = fg.AutoIAF(regression, depth=1)
     guide(*regression_data(4))
     assert guide(*regression_data(9)).keys() == {"slope", "scale"}
@@ -215,7 +215,7 @@ def test_init_scale_not_positive(scale):
 
 def test_unknown_option():
     with pytest.raises(TypeError, match="no_such_option"):
-        fg.AutoPlanar(wide(2), no_such_option=1)()
+        fg.AutoPlanar(wide(2), no_such_option=1)
 
 
 # -- parameters before the model has run -------------------------------------------------------------------------------
@@ -250,7 +250,7 @@ def test_errors_of_the_model_itself_are_not_disguised():
         fg.AutoIAF(model).state_dict()
 
 
-# -- what was saved for something else ---------------------------------------------------------------------------------
+# -- files of other guides ---------------------------------------------------------------------------------------------
 
 
 def test_param_store_of_another_latent_dimension(tmp_path):
@@ -291,13 +291,13 @@ def test_unpickled_without_its_model():
         uncalled(torch.zeros(2))
     guide(torch.zeros(2))
     called = pickle.loads(pickle.dumps(guide))
-    assert draw(called, torch.zeros(3)), "what is already set up needs no model"
+    assert draw(called, torch.zeros(3)), "a guide that is set up draws without its model"
 
 
-# -- what looks wrong and is not ---------------------------------------------------------------------------------------
+# -- models that are served after all ----------------------------------------------------------------------------------
 
 
-def test_deterministic_sites_factors_and_blocked_sites_are_no_structure():
+def test_deterministic_sites_factors_and_blocked_sites_may_change():
     def model(flag):
         x = pyro.sample("x", dist.Normal(0.0, 1.0))
         pyro.deterministic("square", x**2)
@@ -310,7 +310,7 @@ def test_deterministic_sites_factors_and_blocked_sites_are_no_structure():
 
 
 def test_a_model_that_fails_away_from_its_start_is_served():
-    """The structure is probed at a few points; those at which the model cannot run are passed over."""
+    """The structure is compared at a few points, except those at which the model cannot run."""
 
     def model():
         x = pyro.sample("x", dist.Normal(number(0.0), 1.0))

@@ -45,7 +45,7 @@ def test_guides_trained_in_turns_do_not_disturb_each_other(make):
 
 
 def test_one_optimizer_trains_two_guides(make):
-    """A pyro.optim object keeps its state by parameter name."""
+    """A pyro.optim object keeps its state by parameter name, so names must differ."""
     expected = trained_alone(make, 1), trained_alone(make, 2)
     pyro.clear_param_store()
     optimizer, found = pyro.optim.Adam({"lr": 0.01}), []
@@ -121,7 +121,7 @@ def test_different_flows_and_pyros_guides_side_by_side():
 
 
 def test_store_holds_the_guides_own_tensors(make):
-    """What an optimizer steps through the store is what the guide draws with."""
+    """The tensors that an optimizer updates through the store are those that the guide draws with."""
     guides = [make(schools), make(schools)]
     for guide in guides:
         train(schools, guide, 1, SCHOOLS)

@@ -1,4 +1,4 @@
-"""The affine part of a guide as a diagonal and a few directions: what it is in many dimensions, and how it is set."""
+"""The affine part of a guide in many dimensions: a diagonal and a few directions."""
 
 import pyro
 import pyro.distributions as dist
@@ -14,7 +14,7 @@ BEYOND = FULL_RANK_LIMIT + 1
 
 
 def wide_guide(dim):
-    """A guide that is the Gaussian of its affine part: its couplings start at the identity, its tails are normal."""
+    """Return a guide that is the Gaussian of its affine part: couplings at the identity, normal tails."""
 
     def model():
         pyro.sample("z", dist.Normal(torch.zeros(dim), 1.0).to_event(1))
@@ -48,7 +48,7 @@ def test_set_low_rank_affine(dim):
     assert_close(guide.get_posterior().log_prob(x), expected.log_prob(x))
 
 
-def test_the_full_set_affine_leaves_no_stretch_behind():
+def test_set_affine_removes_the_stretch():
     guide = wide_guide(BEYOND)
     directions = torch.linalg.qr(torch.randn(BEYOND, 2)).Q
     guide.set_low_rank_affine(torch.ones(BEYOND), torch.ones(BEYOND), directions, torch.ones(2))

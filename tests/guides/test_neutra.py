@@ -1,4 +1,4 @@
-"""Neural transport: NUTS in the space that a trained guide has straightened."""
+"""Neural transport: NUTS in the space of a trained guide's base distribution."""
 
 import pyro
 import pyro.distributions as dist
@@ -13,14 +13,14 @@ from tests.guides.zoo import F64, SCHOOLS, make_guide, number, schools, schools_
 
 
 def skewed(y):
-    """A posterior on the half line, with known moments: Gamma(2 + 3, 1 + sum y)."""
+    """A model with a posterior on the half line with known moments: Gamma(2 + 3, 1 + sum y)."""
     rate = pyro.sample("rate", dist.Gamma(number(2.0), number(1.0)))
     with pyro.plate("data", len(y)):
         pyro.sample("y", dist.Exponential(rate), obs=y)
 
 
-def test_potential_is_the_log_joint_seen_through_the_flow(make):
-    """By initialize_model, as MCMC does it."""
+def test_potential_is_the_log_joint_of_the_transformed_model(make):
+    """Take the potential from initialize_model, as MCMC does."""
     guide = make(schools)
     guide.setup(SCHOOLS)
     shake(guide)
@@ -59,7 +59,7 @@ def sample(guide, y, num_samples, **options):
     nuts = NUTS(neutra.reparam(skewed), **options)
     mcmc = MCMC(nuts, num_samples=num_samples, warmup_steps=max(10, num_samples // 3), disable_progbar=True)
     mcmc.run(y)
-    # MCMC puts the draws in front, the model's plate stands between.
+    # The dimension of the draws comes first, then that of the model's plate.
     return neutra.transform_sample(mcmc.get_samples()["rate_shared_latent"].unsqueeze(-2))["rate"]
 
 

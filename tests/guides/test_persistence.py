@@ -1,4 +1,4 @@
-"""A guide is a module like any other: dtypes, optimizers, state_dict, parameter store, copies, files, at any time."""
+"""A guide is a module like any other: dtypes, optimizers, state_dict, parameter store, copies and files."""
 
 import copy
 import io
@@ -70,7 +70,7 @@ def test_conversion(make, convert, before):
 
 @pytest.mark.parametrize("before", [True, False], ids=["before the first call", "after"])
 def test_move(make, before):
-    """To the device that every machine has beside the CPU, on which nothing is computed."""
+    """Move to the meta device, which every machine has."""
     guide = make(without_arguments)
     if not before:
         guide()
@@ -141,7 +141,7 @@ def test_creating_a_guide_runs_nothing():
 
 
 def test_module_local_params(make):
-    """With Pyro's setting parameters live in their modules, are trained by torch, and the store stays empty."""
+    """With this setting of Pyro's, parameters stay in their modules, torch trains them, and the store stays empty."""
     x, y = regression_data()
     with pyro.settings.context(module_local_params=True):
         guide = make(regression)
@@ -238,7 +238,7 @@ for kind in KINDS:
 
 
 def test_everything_saved_is_restored_in_a_fresh_process(tmp_path):
-    """By the parameter store, by state_dict and by a pickle of the whole guide."""
+    """Restore by the parameter store, by state_dict and by a pickle of the whole guide."""
     expected = {}
     for kind in KINDS:
         pyro.clear_param_store()
@@ -357,7 +357,7 @@ def test_copy_after_a_call_with_gradients(make, passage):
 
 @pytest.mark.parametrize("called", [False, True], ids=["uncalled", "called"])
 def test_pickle_of_a_guide_for_a_local_model(make, called):
-    """A local function cannot be pickled: the guide comes without it, draws, and is given it back."""
+    """A local function cannot be pickled: the guide comes without it, draws, and gets it back by assignment."""
 
     def model():
         pyro.sample("x", dist.ImproperUniform(dist.constraints.positive, (), ()))

@@ -1,4 +1,4 @@
-"""What the guides find where the answer is known, in short plain SVI."""
+"""Known posteriors, fitted by short runs of plain SVI."""
 
 import math
 
@@ -13,7 +13,7 @@ from tests.guides.zoo import F64, fit, make_guide, number
 
 
 def elbo(model, guide, draws=4000):
-    """Estimate and standard error, with the log weights of independent draws."""
+    """Return the estimate and its standard error, from the log weights of independent draws."""
     loss = Trace_ELBO(num_particles=draws // 10, vectorize_particles=True, max_plate_nesting=1)
     with torch.no_grad():
         parts = torch.tensor([-loss.loss(model, guide) for _ in range(10)], dtype=F64)
@@ -34,7 +34,7 @@ def linear():
 
 
 def linear_answer():
-    """log Z and the posterior's mean and covariance."""
+    """Return log Z and the mean and covariance of the posterior."""
     covariance = FEATURES @ FEATURES.mT + NOISE**2 * torch.eye(len(TARGET), dtype=F64)
     log_z = dist.MultivariateNormal(torch.zeros(len(TARGET), dtype=F64), covariance).log_prob(TARGET)
     posterior = (torch.eye(2, dtype=F64) + FEATURES.mT @ FEATURES / NOISE**2).inverse()
@@ -58,7 +58,7 @@ def test_correlated_gaussian_posterior(make):
 
 
 def banana():
-    """x ~ N(0, 1), y | x ~ N(x², 0.3): normalized, so log Z = 0."""
+    """Draw x ~ N(0, 1), y | x ~ N(x², 0.3): normalized, so log Z = 0."""
     x = pyro.sample("x", dist.Normal(number(0.0), 1.0))
     pyro.sample("y", dist.Normal(x**2, 0.3))
 
@@ -91,13 +91,12 @@ def test_banana_is_fitted_clearly_better_than_by_a_gaussian(kind, options, lr, g
 
 
 def narrow():
-    """A prior at 100 with sd 0.1 and a posterior with sd 0.001."""
+    """A model with a prior at 100 with sd 0.1 and a posterior with sd 0.001."""
     x = pyro.sample("x", dist.Normal(number(100.0), 0.1))
     pyro.sample("y", dist.Normal(x, 0.001), obs=number(100.05))
 
 
 def test_guide_starts_near_a_prior_far_from_the_origin(make):
-    """FIELD 16: the start is taken from the prior, wherever it lies."""
     guide = make(narrow)
     guide.setup()
     with torch.no_grad():
@@ -108,7 +107,6 @@ def test_guide_starts_near_a_prior_far_from_the_origin(make):
 
 @pytest.mark.parametrize("kind", ["iaf", "nice"])
 def test_guide_reaches_a_scale_below_any_clip(kind):
-    """FIELD 22."""
     precision = 1 / 0.1**2 + 1 / 0.001**2
     mean, sd = (100.0 / 0.1**2 + 100.05 / 0.001**2) / precision, precision**-0.5
     log_z = dist.Normal(number(100.0), math.hypot(0.1, 0.001)).log_prob(number(100.05)).item()

@@ -25,8 +25,8 @@ from tests.guides.zoo import (
 
 
 @pytest.mark.parametrize("parallel", [False, True], ids=["sequential", "parallel"])
-def test_predictive_gives_what_it_gives_for_a_gaussian_guide(make, parallel):
-    """The guide was trained with data; prediction runs the model without, also for another number of rows."""
+def test_predictive_has_the_shapes_of_a_gaussian_guide(make, parallel):
+    """The guide was trained with data; prediction runs the model without them, also for another number of rows."""
     x, y = regression_data()
     new = torch.randn(9)
 
@@ -107,7 +107,7 @@ def test_quantiles_increase(make):
         assert (value.diff(dim=0) > 0).all()
 
 
-def test_quantiles_and_median_use_no_random_numbers_and_never_change(make):
+def test_quantiles_and_median_are_deterministic(make):
     guide = make(schools)
     guide.setup(SCHOOLS)
     before = torch.get_rng_state()
@@ -120,7 +120,7 @@ def test_quantiles_and_median_use_no_random_numbers_and_never_change(make):
 
 
 def test_quantiles_are_those_of_a_known_posterior(make):
-    """At the start the guide is Gaussian: N(1, 0.5) for x, and so for log s."""
+    """The initial guide is Gaussian: N(1, 0.5) for x, and the same for log s."""
 
     def model():
         pyro.sample("x", dist.Normal(number(1.0), 1.0))
@@ -138,7 +138,7 @@ def test_quantiles_are_those_of_a_known_posterior(make):
 
 @pytest.mark.slow
 def test_quantiles_of_many_dimensions():
-    """More numbers than torch.quantile takes at once."""
+    """There are more numbers than torch.quantile accepts."""
     guide = make_guide("nice", wide(4200), init_loc_fn=init_to_mean, depth=1)
     low, high = guide.quantiles([0.1587, 0.8413])["x"]
     assert_close((high - low) / 2, torch.full((4200,), 0.1), atol=0.02, rtol=0)

@@ -1,4 +1,4 @@
-"""Every kind of site, every composition of models and guides that Pyro's autoguides serve."""
+"""Sites of every kind, and every composition of models and guides that Pyro's autoguides serve."""
 
 import math
 
@@ -13,7 +13,6 @@ from pyro.infer.autoguide import (
     AutoDelta,
     AutoDiscreteParallel,
     AutoGuideList,
-    AutoIAFNormal,
     AutoNormal,
     init_to_mean,
 )
@@ -57,7 +56,7 @@ def test_draws_lie_in_the_support_and_carry_their_density(site):
     value, latent = trace.nodes["x"]["value"], trace.nodes["_AutoFlow_latent"]["value"]
     assert value.shape == prior.shape()
     assert prior.support.check(value).all()
-    # The site's density is that of the latent over the volume that the map to the support gives it.
+    # The density of the site is that of the latent vector divided by the Jacobian of the map to the support.
     to_support = torch.distributions.biject_to(prior.support)
     free = latent.reshape(to_support.inverse_shape(prior.shape()))
     expected = -to_support.log_abs_det_jacobian(free, value).sum()
@@ -78,7 +77,7 @@ def test_all_sites_at_once_train_under_every_guide(make):
 
 
 @pytest.mark.parametrize("init_loc_fn", ["feasible", "mean", "median", "sample", "uniform"])
-def test_guide_starts_where_its_initialization_says(make, init_loc_fn):
+def test_initial_location(make, init_loc_fn):
     chosen = {}
 
     def remember(site):
@@ -105,7 +104,7 @@ def test_initial_scale_is_the_standard_deviation_of_every_coordinate(make):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_latent_dimension(kind):
-    """Every flow has a form for D = 1: it draws, scores, inverts, trains and takes quantiles."""
+    """In one dimension every guide draws, scores, inverts, trains and has quantiles."""
     posterior_mean, posterior_sd = 1.0 * 4 / 5, (4 / 5) ** 0.5
 
     def model():
@@ -122,7 +121,7 @@ def test_one_latent_dimension(kind):
 
 
 def test_subsampled_observations(make):
-    """A plate that holds data only may be subsampled; batches of several sizes go through one guide."""
+    """A plate of observations may be subsampled; one guide serves batches of several sizes."""
     data = torch.randn(20) + 3.0
 
     def model(batch_size):
@@ -215,7 +214,7 @@ MIXTURE = torch.tensor([0.0, 1.0, 10.0, 11.0, 12.0])
 
 
 def test_guide_list_of_four_kinds_under_enumeration(make):
-    """A flow beside a Delta, a Normal and an enumerated discrete site, all trained in one guide."""
+    """A flow, a Delta, a Normal and an enumerated discrete site train in one guide."""
     guide = AutoGuideList(mixture)
     guide.append(make(poutine.block(mixture, expose=["locs"])))
     guide.append(AutoDelta(poutine.block(mixture, expose=["weights"])))
@@ -265,59 +264,12 @@ def test_two_flows_in_one_list_are_independent_of_each_other(make):
     assert_close(guide.median(), {"x": torch.zeros(2), "y": torch.ones(2)}, atol=5e-3, rtol=0)
 
 
-# -- the named classes -------------------------------------------------------------------------------------------------
-
-
-def named_classes():
-    return {cls.flow: cls for cls in vars(fg).values() if isinstance(cls, type) and hasattr(cls, "flow")}
-
-
-def test_every_registered_flow_has_a_class_of_its_own():
-    assert named_classes().keys() == fg.flows.FLOWS.keys()
-
-
-@pytest.mark.parametrize("flow", fg.flows.FLOWS)
-def test_the_named_class_is_autoflow_with_its_flow(flow):
-    options = {"depth": 2, "init_scale": 0.3}
-    guides = []
-    for build in (lambda: named_classes()[flow](wide(3), **options), lambda: fg.AutoFlow(wide(3), flow, **options)):
-        pyro.set_rng_seed(0)
-        guides.append(build())
-        guides[-1].setup()
-    assert_close(values(guides[0]), values(guides[1]), rtol=0, atol=0)
-    assert "depth" in guides[0]._flow_options
-
-
-def test_options_reach_the_builder():
-    guide = fg.AutoSylvester(wide(4), variant="triangular", bottleneck=2, depth=3)
-    guide.setup()
-    layers = list(guide.get_transform().parts[0].parts)
-    assert [type(layer).__name__ for layer in layers] == ["TriangularSylvester"] * 3
-
-
-def test_the_options_of_pyros_iaf_guide_are_understood():
-    guide = fg.AutoIAF(wide(4), [7, 9], init_to_mean, 2)
-    guide.setup()
-    layers = list(guide.get_transform().parts[0].parts)
-    assert [layer.conditioner.hidden_dims for layer in layers] == [(7, 9)] * 2
-    same_by_name = fg.AutoIAF(wide(4), hidden_dim=[7, 9], num_transforms=2)
-    assert same_by_name.state_dict().keys() == guide.state_dict().keys()
-
-
-def test_every_option_of_pyros_iaf_guide_is_taken():
-    options = {"stable": True, "sigmoid_bias": 1.0, "log_scale_min_clip": -3.0, "log_scale_max_clip": 2.0}
-    theirs = AutoIAFNormal(wide(2), [8], num_transforms=2, **options)
-    with pytest.warns(UserWarning, match="has no effect") as found:
-        ours = fg.AutoIAF(wide(2), [8], num_transforms=2, **options)
-    assert [str(warning.message).split()[1] for warning in found] == sorted(options.keys() - {"stable"})
-    for guide in (theirs, ours):
-        train(wide(2), guide, 2)
-    assert [layer.update for layer in ours.get_transform().parts[0].parts] == ["gated"] * 2
+# -- the affine part and the builder -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dim", [4, 301], ids=["full rank", "diagonal"])
 def test_set_affine(dim):
-    """What a warm start sets: the guide is then that Gaussian, full-rank up to 300 dimensions."""
+    """A warm start makes the guide a Gaussian, full-rank up to 300 dimensions."""
     guide = make_guide("nice", wide(dim), depth=1)
     guide.setup()
     with torch.no_grad():
@@ -333,7 +285,7 @@ def test_set_affine(dim):
     assert_close(guide.get_posterior().log_prob(x), expected, rtol=1e-4, atol=1e-3)
 
 
-def test_a_builder_stands_for_a_name():
+def test_a_builder_in_place_of_a_name():
     guide = fg.AutoFlow(wide(3), fg.flows.iaf, depth=1)
     guide.setup()
     assert len(guide.get_transform().parts[0].parts) == 1

@@ -1,6 +1,6 @@
 """The guides and the models under test.
 
-``KINDS`` are all registered flows, so that a new one is tested by being registered, and the variants of some.
+``KINDS`` are all registered flows and their variants, so that a newly registered flow is tested without being named.
 """
 
 import math
@@ -11,14 +11,11 @@ import torch
 from pyro.infer import SVI, Trace_ELBO
 
 import pyro_flowguides as fg
+from tests.flow_variants import find_variants
 
 F64 = torch.float64
 SMALL = {"depth": 2, "hidden_dims": [8]}
-VARIANTS = {
-    "sylvester-householder": ("sylvester", {"variant": "householder"}),
-    "sylvester-triangular": ("sylvester", {"variant": "triangular"}),
-    "iaf-gated": ("iaf", {"update": "gated"}),
-}
+VARIANTS = find_variants()
 KINDS = [*fg.flows.FLOWS, *VARIANTS]
 
 
@@ -28,7 +25,7 @@ def make_guide(kind, model, **options):
 
 
 def shake(guide, size=0.3):
-    """Move all parameters away from where they start, so that a wrong formula shows."""
+    """Move all parameters away from their start, so that a wrong formula shows."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in guide.parameters():
@@ -43,7 +40,7 @@ def train(model, guide, steps, *args, lr=0.01, elbo=None, **kwargs):
 
 
 def fit(model, guide, steps, lr=0.05, particles=8):
-    """Plain SVI; the step size decays along half a cosine."""
+    """Fit by plain SVI; the learning rate decays along half a cosine."""
     optimizer = pyro.optim.CosineAnnealingLR(
         {"optimizer": torch.optim.Adam, "optim_args": {"lr": lr, "betas": (0.9, 0.99)}, "T_max": steps}
     )
@@ -56,17 +53,17 @@ def fit(model, guide, steps, lr=0.05, particles=8):
 
 
 def values(module):
-    """The parameters by name, copied."""
+    """Copy the parameters by name."""
     return {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
 
 
 def same(one, other):
-    """Whether two dictionaries of tensors are equal."""
+    """Tell whether two dictionaries of tensors are equal."""
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 def draw(guide, *args, seed=7):
-    """One draw under a seed of its own, after a first that sets the guide up if need be."""
+    """Draw once under this seed, after a first draw that sets the guide up if necessary."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         guide(*args)
         torch.manual_seed(seed)
@@ -84,7 +81,7 @@ SCHOOLS = torch.tensor([2.8, 0.8, -0.3], dtype=F64)
 
 
 def schools(y):
-    """Five latent dimensions, constrained and local ones among them."""
+    """A model with five latent dimensions, some constrained, some local."""
     mu = pyro.sample("mu", dist.Normal(number(0.0), 2.0))
     tau = pyro.sample("tau", dist.HalfCauchy(number(2.0)))
     with pyro.plate("schools", 3):
@@ -93,7 +90,7 @@ def schools(y):
 
 
 def schools_log_density(z, y):
-    """log p(y, z) of :func:`schools` at unconstrained z ``(..., 5)``, written out by hand."""
+    """Compute log p(y, z) of :func:`schools` at unconstrained z ``(..., 5)`` by hand."""
     mu, log_tau, theta = z[..., 0], z[..., 1], z[..., 2:]
     tau = log_tau.exp()
 
@@ -106,7 +103,7 @@ def schools_log_density(z, y):
 
 
 def regression(x, y=None):
-    """The usual kind: without ``y`` it predicts."""
+    """Regress y on x; without ``y``, predict it."""
     slope = pyro.sample("slope", dist.Normal(0.0, 1.0))
     scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
     with pyro.plate("data", len(x)):
@@ -119,14 +116,14 @@ def regression_data(n=6):
 
 
 def without_arguments():
-    """Three latent dimensions in float32, no arguments."""
+    """A model with three latent dimensions in float32 and no arguments."""
     x = pyro.sample("x", dist.Normal(1.0, 2.0))
     with pyro.plate("pair", 2):
         pyro.sample("s", dist.LogNormal(x, 1.0))
 
 
 def wide(dim):
-    """A model with ``dim`` latent dimensions and no arguments."""
+    """Return a model with ``dim`` latent dimensions and no arguments."""
 
     def model():
         return pyro.sample("x", dist.Normal(torch.zeros(dim), 1.0).to_event(1))

@@ -1,7 +1,6 @@
-"""FIELD.md, section 1: what users of Pyro's flow guide suffer from, by number, and that ours is right.
+"""Defects that users report of Pyro's flow guide ``AutoIAFNormal``, and the right behavior of ``AutoIAF``.
 
-Each test shows the defect on ``AutoIAFNormal`` beside our ``AutoIAF``. If the part about Pyro fails after an upgrade,
-Pyro has mended it: drop that part and keep ours.
+If the part of a test about Pyro fails after an upgrade, Pyro has repaired the defect: drop that part and keep ours.
 """
 
 import copy
@@ -35,7 +34,7 @@ def moved(guide, start):
 
 
 @pytest.mark.parametrize(("guide_class", "trains"), [(AutoIAFNormal, False), (AutoIAF, True)])
-def test_field_02_a_second_guide_trains(guide_class, trains):
+def test_a_second_guide_trains(guide_class, trains):
     train(wide(3), guide_class(wide(3)), 1)
     second = guide_class(wide(3))
     second()
@@ -45,7 +44,7 @@ def test_field_02_a_second_guide_trains(guide_class, trains):
 
 
 @pytest.mark.parametrize(("guide_class", "restored"), [(AutoIAFNormal, False), (AutoIAF, True)])
-def test_field_03_the_parameter_store_restores_a_fresh_guide(guide_class, restored, tmp_path):
+def test_the_parameter_store_restores_a_fresh_guide(guide_class, restored, tmp_path):
     guide = guide_class(wide(3))
     train(wide(3), guide, 5, lr=0.1)
     expected = draw(guide)
@@ -57,7 +56,7 @@ def test_field_03_the_parameter_store_restores_a_fresh_guide(guide_class, restor
     assert same(draw(fresh), expected) == restored
 
 
-def test_field_06_a_subsampled_local_plate_is_refused():
+def test_a_subsampled_local_plate_is_refused():
     def model():
         pyro.sample("scale", dist.LogNormal(0.0, 1.0))
         with pyro.plate("data", 10, subsample_size=3):
@@ -75,12 +74,12 @@ def in_float64():
 
 
 @pytest.mark.parametrize(("guide_class", "right"), [(AutoIAFNormal, False), (AutoIAF, True)])
-def test_field_09_dtypes_follow_the_model_and_the_conversion(guide_class, right):
+def test_dtypes_follow_the_model_and_the_conversion(guide_class, right):
     assert (guide_class(in_float64)()["x"].dtype == F64) == right
     assert (guide_class(wide(2)).double()()["x"].dtype == F64) == right
 
 
-def test_field_10_parameters_exist_before_the_first_call():
+def test_parameters_exist_before_the_first_call():
     with pytest.raises(ValueError, match="empty parameter list"):
         torch.optim.Adam(AutoIAFNormal(wide(2)).parameters())
     trained = AutoIAFNormal(wide(2))
@@ -95,7 +94,7 @@ def test_field_10_parameters_exist_before_the_first_call():
     assert same(values(fresh), values(ours))
 
 
-def test_field_11_copies_at_any_time():
+def test_copies_at_any_time():
     theirs = AutoIAFNormal(wide(2))
     pickle.dumps(theirs)
     with pytest.raises(TypeError, match="'NoneType' object is not subscriptable"):
@@ -112,7 +111,7 @@ def test_field_11_copies_at_any_time():
         assert_close(draw(passage(ours)), draw(ours), rtol=0, atol=0)
 
 
-def test_field_12_jit_trace_elbo():
+def test_jit_trace_elbo():
     theirs = AutoIAFNormal(wide(2))
     with pytest.raises(AssertionError):
         train(wide(2), theirs, 1, elbo=JitTrace_ELBO(ignore_jit_warnings=True))
@@ -130,7 +129,7 @@ def far_away():
     pyro.sample("y", dist.Normal(x, 0.1).to_event(1), obs=torch.tensor([100.0, -100.0]))
 
 
-def test_field_16_the_start_is_near_the_prior():
+def test_the_start_is_near_the_prior():
     def first_loss(guide):
         with torch.no_grad():
             return Trace_ELBO(num_particles=20, vectorize_particles=True, max_plate_nesting=0).loss(far_away, guide)
@@ -152,7 +151,7 @@ def improper():
     pyro.sample("y", dist.Normal(x, 1.0), obs=torch.tensor(2.0))
 
 
-def test_field_17_improper_priors_initialize():
+def test_improper_priors_initialize():
     with pytest.raises(NotImplementedError):
         AutoNormal(improper)()
     ours = AutoIAF(improper)
@@ -167,8 +166,8 @@ def moving_support():
 
 
 @pytest.mark.parametrize("elbo", [Trace_ELBO, TraceMeanField_ELBO, TraceGraph_ELBO])
-def test_field_20_the_path_gradient_vanishes_at_the_target(make, elbo):
-    """In every single draw, where the total gradient is noise."""
+def test_the_path_gradient_vanishes_at_the_target(make, elbo):
+    """It vanishes in every single draw, where the total gradient is noise."""
     target = shake(make(in_float64))
 
     def model():
@@ -184,7 +183,7 @@ def test_field_20_the_path_gradient_vanishes_at_the_target(make, elbo):
     assert largest_gradient(path_gradient=False) > 1e-2
 
 
-def test_field_21_a_support_that_moves_is_refused():
+def test_a_moving_support_is_refused():
     theirs = AutoIAFNormal(moving_support)
     with pyro.validation_enabled(False), torch.no_grad():
         draws = [theirs() for _ in range(200)]
@@ -193,8 +192,8 @@ def test_field_21_a_support_that_moves_is_refused():
         AutoIAF(moving_support)()
 
 
-def test_field_22_no_clip_of_the_scale():
-    """A layer of Pyro's flow cannot shrink below exp(-5); our guide starts, and stays, where it is told."""
+def test_no_clip_of_the_scale():
+    """A layer of Pyro's flow cannot shrink below exp(-5); our guide has any initial scale."""
     layer = dist.transforms.affine_autoregressive(2)
     x = torch.randn(1000, 2)
     with torch.no_grad():
@@ -207,13 +206,13 @@ def test_field_22_no_clip_of_the_scale():
     assert_close(spread, torch.full((2,), 1e-6, dtype=F64), rtol=0.1, atol=0)
 
 
-# -- works today, must keep working ------------------------------------------------------------------------------------
+# -- works in Pyro and must work here ----------------------------------------------------------------------------------
 
 N_DATA = 12
 
 
 def busy(batch_size=None):
-    """Simplex and LKJ sites, a local plate, and subsampled observations."""
+    """A model with simplex and LKJ sites, a local plate, and subsampled observations."""
     data = torch.linspace(-1.0, 1.0, N_DATA)
     weights = pyro.sample("weights", dist.Dirichlet(torch.ones(3)))
     factor = pyro.sample("factor", dist.LKJCholesky(2, torch.tensor(1.0)))
@@ -227,7 +226,7 @@ def busy(batch_size=None):
 
 @pytest.mark.parametrize("guide_class", [AutoIAFNormal, AutoIAF])
 @pytest.mark.parametrize("elbo", [Trace_ELBO, TraceMeanField_ELBO, TraceGraph_ELBO, TraceEnum_ELBO, RenyiELBO])
-def test_field_keeps_working_elbos_sites_and_subsampling(guide_class, elbo):
+def test_elbos_sites_and_subsampling_work(guide_class, elbo):
     options = {"strict_enumeration_warning": False} if elbo is TraceEnum_ELBO else {}
     guide = guide_class(busy)
     loss = elbo(num_particles=3, vectorize_particles=True, max_plate_nesting=1, **options)
@@ -235,7 +234,7 @@ def test_field_keeps_working_elbos_sites_and_subsampling(guide_class, elbo):
 
 
 @pytest.mark.parametrize("guide_class", [AutoIAFNormal, AutoIAF])
-def test_field_keeps_working_around_a_guide(guide_class):
+def test_around_a_guide(guide_class):
     def model():
         x = pyro.sample("x", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
         pyro.sample("y", dist.Normal(x.sum(-1), 1.0))
@@ -251,7 +250,7 @@ def test_field_keeps_working_around_a_guide(guide_class):
     assert pair().keys() == {"x", "y"}
 
 
-def test_field_keeps_working_one_latent_dimension():
+def test_one_latent_dimension():
     def model():
         pyro.sample("x", dist.Normal(number(2.0), 0.5))
 
@@ -260,12 +259,12 @@ def test_field_keeps_working_one_latent_dimension():
     assert abs(guide.median()["x"] - 2) < 0.2
 
 
-# -- not numbered there ------------------------------------------------------------------------------------------------
+# -- the density of constrained sites ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("guide_class", "right"), [(AutoIAFNormal, False), (AutoIAF, True)])
-def test_field_mean_field_elbo_counts_the_jacobian_of_constrained_sites(guide_class, right):
-    """Pyro's KL divergence from a Delta forgets its density: the ELBO is off by it, and so is its optimum."""
+def test_mean_field_elbo_counts_the_jacobian_of_constrained_sites(guide_class, right):
+    """Pyro's KL divergence of a Delta leaves its density out, which biases the ELBO and its optimum."""
 
     def model():
         pyro.sample("x", dist.LogNormal(number(3.0), 1.0).expand([2]).to_event(1))
