@@ -1,4 +1,4 @@
-"""A look beyond the guide: draws from a mixture of the guide and its widened self."""
+"""Defensive check of a guide: draws from a mixture of the guide and a widened copy of it."""
 
 from __future__ import annotations
 
@@ -18,12 +18,17 @@ from pyro_flowguides.programs.chunking import chunks
 from pyro_flowguides.programs.program import Program
 from pyro_flowguides.programs.types import Guide, Model
 
-_SEQUENTIAL_SHARE = 4
+__all__ = ["DefensiveCheck", "defensive_check", "defensive_log_weights", "weigh_own_and_widened"]
+
+#: If runs are draw by draw, the widened guide gets 1 / this many of the draws.
+_SLOW_REDUCTION = 4
+# A check is reliable up to this k-hat, or up to the larger one if the ESS is at least this fraction of the draws.
 _RELIABLE_KHAT = 0.7
 _RELIABLE_ESS = 200.0
 _FLAT_KHAT = 1.0
 _FLAT_ESS_FRACTION = 0.4
-_SURPRISING_SHARE = 0.01
+#: A draw is dominant only if it carries more than this share of the total weight.
+_DOMINANT_SHARE = 0.01
 
 
 def defensive_log_weights(
@@ -34,16 +39,16 @@ def defensive_log_weights(
     chunk_size: int | None = None,
     **kwargs: object,
 ) -> WeightedDraws | None:
-    r"""Draw from a mixture of a guide and its widened self, and weigh the draws.
+    r"""Draw from a mixture of a guide and a widened copy of it, and weigh the draws.
 
-    The scale of every Gaussian (or other location-scale) distribution in the guide, the base of its flows included, is
-    multiplied by a factor c > 1, which gives :math:`q_c`. S draws of each are weighted by
+    The widened guide :math:`q_c` multiplies the scale of every Gaussian (or other location-scale) distribution in the
+    guide, including the base of its flows, by a factor c > 1. S draws of each are weighted by
 
     .. math:: \log w_s = \log p(x, z_s) - \log \tfrac12 \big(q(z_s) + q_c(z_s)\big).
 
-    These weights are at most twice those of the guide's own draws, are calmer where the guide's tails are too light,
-    and see what lies next to the guide. c shrinks with the number of dimensions, so that a share of the widened
-    draws stays where the posterior is.
+    These weights are at most twice the weight :math:`p / q` of the same draw, vary less where the guide's tails are too
+    light, and reveal posterior mass next to the guide. c decreases with the number of dimensions, so that a fraction
+    of the widened draws stays within the posterior.
 
     Args:
         model: a Pyro model.
@@ -54,11 +59,13 @@ def defensive_log_weights(
         **kwargs: keyword arguments of model and guide.
 
     Returns:
-        2S weighted draws, or fewer where runs are slow; their ``log_q`` is the density of the mixture. ``None`` if no
-        distribution in the guide can be widened.
+        2S weighted draws, or fewer if runs are draw by draw; their ``log_q`` is the density of the mixture. ``None`` if
+        no distribution in the guide can be widened.
 
     Raises:
-        ValueError: as :func:`log_weights`.
+        ValueError: for the reasons that :func:`log_weights` gives.
+
+    Cost: 2 S runs of guide and model.
 
     References:
         T. Hesterberg (1995). Weighted average importance sampling and defensive mixture distributions. Technometrics
@@ -85,7 +92,7 @@ def defensive_log_weights(
     num_wide = _num_wide(own, num_samples)
     wide, wide_ratio = weigh_widened(program, widening, num_wide, chunk_size, from_widened=True)
     share = own.num_samples / (own.num_samples + wide.num_samples)
-    parts = _of_mixture(own, own_ratio, share), _of_mixture(wide, wide_ratio, share)
+    parts = _weigh_by_mixture(own, own_ratio, share), _weigh_by_mixture(wide, wide_ratio, share)
     return replace(
         parts[0],
         draws={name: torch.cat([part.draws[name] for part in parts]) for name in own.draws},
@@ -98,34 +105,36 @@ def defensive_log_weights(
 def weigh_own_and_widened(
     program: Program, widening: Widening, num_samples: int, chunk_size: int | None
 ) -> tuple[GuideSummary, SmoothedMoments | None]:
-    """What :func:`log_weights` and :func:`defensive_log_weights` find, the draws of the guide shared and none kept.
+    """Summarize the draws of :func:`log_weights` and :func:`defensive_log_weights` without keeping them.
+
+    Both use the same draws of the guide.
 
     Returns:
-        A summary of the guide's draws; the moments of the mixture, ``None`` if no distribution can be widened.
+        A summary of the guide's draws, and the moments of the mixture; ``None`` if no distribution can be widened.
     """
     own, mixture = GuideSummary(num_samples), None
-    for lot, log_ratio in _weighted_chunks(program, widening, num_samples, chunk_size):
-        own.add(lot.draws, lot.log_w)
+    for part, log_ratio in _weighted_chunks(program, widening, num_samples, chunk_size):
+        own.add(part.draws, part.log_w)
         if widening.sites:
-            mixture = mixture or _Mixture(num_samples, _num_wide(lot, num_samples))
-            mixture.add(lot, log_ratio)
+            mixture = mixture or _Mixture(num_samples, _num_wide(part, num_samples))
+            mixture.add(part, log_ratio)
     if mixture is None:
         return own, None
-    for lot, log_ratio in _weighted_chunks(program, widening, mixture.num_wide, chunk_size, from_widened=True):
-        mixture.add(lot, log_ratio)
-    return own, mixture.found
+    for part, log_ratio in _weighted_chunks(program, widening, mixture.num_wide, chunk_size, from_widened=True):
+        mixture.add(part, log_ratio)
+    return own, mixture.moments
 
 
 class _Mixture:
-    """What draws of a guide and of its widened self show together."""
+    """Moments of a mixture of draws of a guide and of the widened guide."""
 
     def __init__(self, num_own: int, num_wide: int) -> None:
         self.num_wide = num_wide
         self.share = num_own / (num_own + num_wide)
-        self.found = SmoothedMoments(num_own + num_wide)
+        self.moments = SmoothedMoments(num_own + num_wide)
 
-    def add(self, lot: WeightedDraws, log_ratio: Tensor) -> None:
-        self.found.add(lot.draws, _of_mixture(lot, log_ratio, self.share).log_w)
+    def add(self, part: WeightedDraws, log_ratio: Tensor) -> None:
+        self.moments.add(part.draws, _weigh_by_mixture(part, log_ratio, self.share).log_w)
 
 
 def _weighted_chunks(
@@ -137,12 +146,12 @@ def _weighted_chunks(
 
 
 def _num_wide(own: WeightedDraws, num_samples: int) -> int:
-    """The number of draws from the widened guide: fewer where runs are slow."""
-    return num_samples if own.vectorized else -(-num_samples // _SEQUENTIAL_SHARE)
+    """Return the number of draws from the widened guide: fewer if runs are draw by draw."""
+    return num_samples if own.vectorized else -(-num_samples // _SLOW_REDUCTION)
 
 
-def _of_mixture(weighted: WeightedDraws, log_ratio: Tensor, share: float) -> WeightedDraws:
-    """The draws, weighted as some of the mixture's, of which so large a share is from the guide itself."""
+def _weigh_by_mixture(weighted: WeightedDraws, log_ratio: Tensor, share: float) -> WeightedDraws:
+    """Weigh draws by the density of the mixture, in which the guide itself has the given share."""
     log_q = weighted.log_q
     log_mix = log_q + torch.logaddexp(torch.full_like(log_q, math.log(share)), log_ratio + math.log1p(-share))
     return replace(weighted, log_q=log_mix, log_w=log_weight(weighted.log_p, log_mix))
@@ -150,22 +159,22 @@ def _of_mixture(weighted: WeightedDraws, log_ratio: Tensor, share: float) -> Wei
 
 @dataclass(frozen=True)
 class DefensiveCheck:
-    """What the draws of :func:`defensive_log_weights` show, compared with the guide's own.
+    """Comparison of the draws of :func:`defensive_log_weights` with the guide's own draws.
 
     Attributes:
         widening_factor: factor by which the scales of the guide were multiplied.
         khat: tail index of the mixture's weights.
         ess: their effective sample size.
         num_samples: number of draws from the mixture.
-        largest_share: the largest of the weights, when they sum to one.
+        largest_share: the largest weight, as a fraction of their sum.
         log_evidence: estimate of log p(x).
         log_evidence_se: its standard error.
-        missed_mass: posterior mass that the guide's own weighted draws do not show, as a fraction: 1 − exp of the
-            difference of the two estimates of log p(x); 0 unless the difference exceeds three standard errors.
-        shift: largest difference between a mean here and one of the guide's draws in standard deviations, or between
-            the logarithms of two standard deviations.
-        weighted_shift: the same, compared with the guide's draws after weighting.
-        has_dominant_draw: whether a single draw weighs far more than any of the guide's own: the trace of a lost mode.
+        missed_mass: fraction of the posterior mass that the guide's own draws miss: 1 − p_own / p_mixture for the two
+            estimates of p(x); 0 unless their logarithms differ by more than three standard errors.
+        shift: largest difference from the means of the guide's draws, in standard deviations, or from the logarithms
+            of their standard deviations.
+        weighted_shift: the same after weighting the guide's draws.
+        has_dominant_draw: whether a single draw weighs far more than any of the guide's own: a sign of a missed mode.
     """
 
     widening_factor: float
@@ -182,7 +191,7 @@ class DefensiveCheck:
 
     @property
     def is_reliable(self) -> bool:
-        """Whether moments can be estimated from these draws."""
+        """Whether these draws estimate moments reliably."""
         limit = _RELIABLE_KHAT if self.ess < _FLAT_ESS_FRACTION * self.num_samples else _FLAT_KHAT
         return self.khat <= limit and self.ess >= _RELIABLE_ESS and not self.has_dominant_draw
 
@@ -206,7 +215,7 @@ def defensive_check(
     Args:
         own: summary of the guide's draws, some of whose weights are positive.
         corrected: moments of these draws after weighting.
-        mixture: what the mixture's draws have shown.
+        mixture: moments of the mixture's draws.
         widening_factor: factor by which the guide was widened.
 
     Returns:
@@ -217,9 +226,10 @@ def defensive_check(
     if ess == 0:
         return None
     smoothed, reference = mixture.smooth()
-    log_evidence, se = log_mean_weight(log_w)
-    own_log_evidence, own_se = log_mean_weight(own_log_w)
+    log_evidence, standard_error = log_mean_weight(log_w)
+    own_log_evidence, own_standard_error = log_mean_weight(own_log_w)
     excess = log_evidence - own_log_evidence
+    is_excess_clear = excess > 3 * math.hypot(standard_error, own_standard_error)
     share, own_share = _largest_share(log_w), _largest_share(own_log_w)
     return DefensiveCheck(
         widening_factor=widening_factor,
@@ -228,14 +238,15 @@ def defensive_check(
         num_samples=len(log_w),
         largest_share=share,
         log_evidence=log_evidence,
-        log_evidence_se=se,
-        missed_mass=1 - math.exp(-excess) if excess > 3 * math.hypot(se, own_se) else 0.0,
+        log_evidence_se=standard_error,
+        missed_mass=1 - math.exp(-excess) if is_excess_clear else 0.0,
         shift=max(moment_shift(own.unweighted, reference)[:2]),
         weighted_shift=max(moment_shift(corrected, reference)[:2]),
-        has_dominant_draw=share > max(_SURPRISING_SHARE, 3 * own_share, 20 / len(log_w)),
+        has_dominant_draw=share > max(_DOMINANT_SHARE, 3 * own_share, 20 / len(log_w)),
     )
 
 
 def _largest_share(log_w: Tensor) -> float:
+    """Return the largest weight as a fraction of the sum of all weights."""
     valid = log_w[~log_w.isnan()]
     return float((valid.max() - valid.logsumexp(0)).exp())

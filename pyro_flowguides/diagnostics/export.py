@@ -1,12 +1,12 @@
-"""A fitted guide as ArviZ data."""
+"""Export of a fitted guide to ArviZ."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import pyro
@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from pyro_flowguides.diagnostics import arviz_compat as _arviz
+from pyro_flowguides.diagnostics import arviz_compat
+from pyro_flowguides.diagnostics.arviz_compat import ArvizData
 from pyro_flowguides.diagnostics.resampling import resample as resample_draws
 from pyro_flowguides.diagnostics.weights import WeightedDraws, weigh
 from pyro_flowguides.programs.batched_run import RunMode
@@ -25,40 +26,42 @@ from pyro_flowguides.programs.program import Program
 from pyro_flowguides.programs.running import SampleObserved, evaluation
 from pyro_flowguides.programs.sites import SiteInfo
 from pyro_flowguides.programs.trace_density import scored_sites
-from pyro_flowguides.programs.types import Values
+from pyro_flowguides.programs.types import Guide, Model, Site, Values
 
 if TYPE_CHECKING:
     import xarray as xr
 
+__all__ = ["DatasetBuilder", "collect_groups", "describe_origin", "export_program", "to_inference_data"]
+
+#: Number of draws from the guide per resampled draw.
 _OVERSAMPLING = 4
 _SAMPLE_DIMS = ("chain", "draw")
 
 
 def to_inference_data(
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
-    *args: Any,
+    model: Model,
+    guide: Guide,
+    *args: object,
     num_samples: int = 1000,
     resample: bool = False,
-    coords: Mapping[str, Sequence[Any]] | None = None,
-    **kwargs: Any,
-) -> Any:
-    """Draw from a guide and hand the draws to ArviZ, with all that its functions ask for.
+    coords: Mapping[str, Sequence[object]] | None = None,
+    **kwargs: object,
+) -> ArvizData:
+    """Draw from a guide, and export the draws to ArviZ.
 
-    The groups: ``posterior`` (latent and deterministic sites), ``sample_stats`` (``log_p``, ``log_q`` and
-    ``log_weights``), ``posterior_predictive``, ``log_likelihood`` (of each datum, so that ``az.loo`` runs),
-    ``observed_data``, ``prior`` and ``prior_predictive``. Dimensions that stand in a plate carry its name. What
-    cannot be had is left out, and the attributes of ``posterior`` say why: a prior cannot be drawn from if it is
-    improper, and the log likelihood of a datum is not defined where discrete sites are summed out. The predictive
-    distributions are those of new data, given the latent sites.
+    The groups are ``posterior`` (latent and deterministic sites), ``sample_stats`` (``log_p``, ``log_q`` and
+    ``log_weights``), ``posterior_predictive`` (new data given the latent sites), ``log_likelihood`` (of each datum, as
+    ``az.loo`` needs it), ``observed_data``, ``prior`` and ``prior_predictive``. Dimensions of a plate carry its name. A
+    group that is not available is left out, and the attributes of ``posterior`` give the reason: an improper prior has
+    no draws, and a datum has no log likelihood of its own if discrete sites are summed out.
 
     Args:
         model: a Pyro model.
         guide: any Pyro guide for it.
         *args: arguments of model and guide.
         num_samples: number of draws.
-        resample: whether to draw four times as many and resample them with Pareto-smoothed importance weights.
-        coords: labels of plates or other dimensions: name -> labels; integers if not given.
+        resample: whether to take four times as many draws and resample them with Pareto-smoothed importance weights.
+        coords: labels of plates or other dimensions: name -> labels; integers by default.
         **kwargs: keyword arguments of model and guide.
 
     Returns:
@@ -66,8 +69,8 @@ def to_inference_data(
 
     Raises:
         ImportError: if ArviZ is not installed.
-        ValueError: if labels are given for a dimension that does not exist or has another size, and as
-            :func:`log_weights`.
+        ValueError: if ``coords`` names a dimension that does not exist or has another size, and for the reasons that
+            :func:`log_weights` gives.
 
     References:
         R. Kumar, C. Carroll, A. Hartikainen, O. Martin (2019). ArviZ: a unified library for exploratory analysis of
@@ -94,36 +97,40 @@ def export_program(
     *,
     num_samples: int = 1000,
     resample: bool = False,
-    coords: Mapping[str, Sequence[Any]] | None = None,
-) -> Any:
-    """Draw from the guide of an inspected program and hand the draws to ArviZ; see :func:`to_inference_data`."""
+    coords: Mapping[str, Sequence[object]] | None = None,
+) -> ArvizData:
+    """Draw from the guide of an inspected program, and export the draws to ArviZ; see :func:`to_inference_data`."""
     weighted = weigh(program, num_samples * _OVERSAMPLING if resample else num_samples)
     if resample:
         weighted = resample_draws(weighted, num_samples)
-    groups, notes = _groups(program, weighted)
-    attrs = {**_provenance(program, num_samples, resample), **notes}
-    names = _Names(program, coords or {})
-    datasets = {group: names.dataset(group, values, attrs) for group, values in groups.items() if values}
-    names.check_labels()
-    return _arviz.build_tree(datasets, attrs)
+    groups, notes = collect_groups(program, weighted)
+    attrs = {**describe_origin(program, num_samples, resampled=resample), **notes}
+    builder = DatasetBuilder(program, coords or {})
+    datasets = {group: builder.dataset(group, values, attrs) for group, values in groups.items() if values}
+    builder.check_labels()
+    return arviz_compat.build_tree(datasets, attrs)
 
 
-# --- what goes into the groups --------------------------------------------------------------------------------------
+# --- the groups ------------------------------------------------------------------------------------------------------
 
 
-def _groups(program: Program, weighted: WeightedDraws) -> tuple[dict[str, Values], dict[str, str]]:
-    """The tensors of each group, with a leading dimension of draws except for the data; and what was left out."""
+def collect_groups(program: Program, weighted: WeightedDraws) -> tuple[dict[str, Values], dict[str, str]]:
+    """Collect the tensors of each group, with a leading dimension of draws except for the data.
+
+    Returns:
+        group -> site -> tensor, and group -> reason for those that are left out.
+    """
     notes: dict[str, str] = {}
     groups = {
         "posterior": dict(weighted.draws),
         "sample_stats": {"log_p": weighted.log_p, "log_q": weighted.log_q, "log_weights": weighted.log_w},
         "observed_data": {name: site.value for name, site in program.observed.items()},
     }
-    runs = _Runs(program, weighted)
+    runs = _ModelRuns(program, weighted)
     if program.enumerated:
         notes["log_likelihood"] = f"left out: sites {', '.join(program.enumerated)} are summed out"
     else:
-        collected = runs.given_data()
+        collected = runs.log_likelihood_and_deterministics()
         groups["posterior"] |= {name: collected[name] for name in program.deterministics}
         groups["log_likelihood"] = {name: collected[name] for name in program.observed}
     for group, draw in (("posterior_predictive", runs.posterior_predictive), ("prior_predictive", runs.prior)):
@@ -144,14 +151,14 @@ def _split_prior(program: Program, groups: dict[str, Values]) -> None:
         groups["prior_predictive"] = {name: drawn[name] for name in program.observed}
 
 
-class _Runs:
-    """Runs of the model over the draws: on all at once if that was found to be right, and else one by one."""
+class _ModelRuns:
+    """Runs of the model on the draws, in the mode in which the draws were weighed."""
 
     def __init__(self, program: Program, weighted: WeightedDraws) -> None:
         self.program, self.weighted = program, weighted
 
-    def given_data(self) -> Values:
-        """Log likelihood of each datum, and deterministic sites."""
+    def log_likelihood_and_deterministics(self) -> Values:
+        """Return the log likelihood of each datum and the deterministic sites."""
 
         def collect(trace: Trace, layout: Layout) -> Values:
             scored = dict(scored_sites(trace))
@@ -164,7 +171,7 @@ class _Runs:
         return self._run(self.weighted.draws, collect)
 
     def posterior_predictive(self) -> Values:
-        """New data, given the latent sites."""
+        """Draw new data given the latent sites."""
 
         def collect(trace: Trace, layout: Layout) -> Values:
             return _split_sites(trace, layout, self.program.observed)
@@ -172,7 +179,7 @@ class _Runs:
         return self._run(self.weighted.draws, collect, sample_observed=True)
 
     def prior(self) -> Values:
-        """Latent sites and data from the prior."""
+        """Draw latent sites and data from the prior."""
         _refuse_improper(self.program)
 
         def collect(trace: Trace, layout: Layout) -> Values:
@@ -195,7 +202,7 @@ class _Runs:
 
         try:
             return run(self.weighted.model_mode)
-        except (NotVectorizedError, RuntimeError):  # a distribution may draw what it can score at once only one by one
+        except (NotVectorizedError, RuntimeError):  # some distributions score many draws at once but cannot sample so
             if self.weighted.model_mode is RunMode.SINGLE:
                 raise
             return run(RunMode.SINGLE)
@@ -204,7 +211,7 @@ class _Runs:
 def _split_sites(trace: Trace, layout: Layout, sites: Mapping[str, SiteInfo]) -> Values:
     out = {}
     for name, site in sites.items():
-        value: Any = trace.nodes[name]["value"]
+        value = cast("Mapping[str, Site]", trace.nodes)[name]["value"]
         if layout.size is None and value.shape != site.shape:
             raise ValueError(f"a draw of site '{name}' has shape {tuple(value.shape)}, not {tuple(site.shape)}")
         out[name] = layout.split(value, site.shape)
@@ -217,19 +224,24 @@ def _refuse_improper(program: Program) -> None:
             raise NotImplementedError(f"the prior of site '{name}' is improper")
 
 
-# --- names and datasets ---------------------------------------------------------------------------------------------
+# --- datasets -------------------------------------------------------------------------------------------------------
 
 
-class _Names:
-    """Names and labels of dimensions."""
+class DatasetBuilder:
+    """Builder of xarray datasets that names the dimensions of all groups consistently.
 
-    def __init__(self, program: Program, labels: Mapping[str, Sequence[Any]]) -> None:
+    Args:
+        program: the program whose sites the datasets hold.
+        labels: dimension -> labels; integers by default.
+    """
+
+    def __init__(self, program: Program, labels: Mapping[str, Sequence[object]]) -> None:
         self.sites = program.latents | program.observed | program.deterministics
         self.labels = labels
-        self.used: dict[str, int] = {}
+        self._sizes: dict[str, int] = {}
 
     def dataset(self, group: str, values: Values, attrs: Mapping[str, str]) -> xr.Dataset:
-        """A group's tensors as a dataset."""
+        """Return the tensors of a group as a dataset."""
         import xarray as xr
 
         sample_dims = () if group == "observed_data" else _SAMPLE_DIMS
@@ -238,26 +250,23 @@ class _Names:
             array = _to_numpy(value)
             dims = (*sample_dims, *self._dims(name, is_density=group == "log_likelihood"))
             variables[name] = (dims, array[np.newaxis] if sample_dims else array)
-            self._use(dims, variables[name][1].shape)
+            self._sizes |= dict(zip(dims, variables[name][1].shape, strict=True))
         sizes = {dim: size for dims, array in variables.values() for dim, size in zip(dims, array.shape, strict=True)}
         coords = {dim: self._labels(dim, size) for dim, size in sizes.items()}
         return xr.Dataset(variables, coords=coords, attrs=dict(attrs))
 
     def check_labels(self) -> None:
-        """Raise if labels were given for a dimension that does not exist."""
+        """Refuse labels for a dimension that no dataset has."""
         for name in self.labels:
-            if name not in self.used:
-                raise ValueError(f"there is no dimension '{name}'; there are {', '.join(sorted(self.used))}")
+            if name not in self._sizes:
+                raise ValueError(f"coords: no dimension '{name}'; the dimensions are {', '.join(sorted(self._sizes))}")
 
-    def _use(self, dims: Sequence[str], shape: Sequence[int]) -> None:
-        self.used |= dict(zip(dims, shape, strict=True))
-
-    def _labels(self, dim: str, size: int) -> NDArray[Any]:
+    def _labels(self, dim: str, size: int) -> NDArray[np.generic]:
         labels = self.labels.get(dim)
         if labels is None:
             return np.arange(size)
         if len(labels) != size:
-            raise ValueError(f"{len(labels)} labels for dimension '{dim}' of size {size}")
+            raise ValueError(f"coords: {len(labels)} labels for dimension '{dim}' of size {size}")
         return np.asarray(labels)
 
     def _dims(self, name: str, *, is_density: bool) -> list[str]:
@@ -269,31 +278,32 @@ class _Names:
         dims = []
         for axis, size in enumerate(shape):
             plate = plates.get(axis)
-            dims.append(self._plate(plate.name, size) if plate and plate.size == size else f"{name}_dim_{axis}")
+            dims.append(self._plate_dim(plate.name, size) if plate and plate.size == size else f"{name}_dim_{axis}")
         return dims
 
-    def _plate(self, plate: str, size: int) -> str:
-        """A plate's name, made unlike those of sites, of draws, and of plates of another size."""
+    def _plate_dim(self, plate: str, size: int) -> str:
+        """Return a plate's name, changed if a site, a sample dimension or a plate of another size has the same."""
         name = f"{plate}_plate" if plate in self.sites or plate in _SAMPLE_DIMS else plate
-        return name if self.used.get(name, size) == size else f"{name}_{size}"
+        return name if self._sizes.get(name, size) == size else f"{name}_{size}"
 
 
-def _to_numpy(value: Tensor) -> NDArray[Any]:
+def _to_numpy(value: Tensor) -> NDArray[np.generic]:
     value = value.detach().cpu()
     if value.dtype in (torch.bfloat16, torch.float16):
         value = value.float()
     return np.array(value.numpy(), order="C")
 
 
-def _provenance(program: Program, num_samples: int, resampled: bool) -> dict[str, str]:
+def describe_origin(program: Program, num_samples: int, *, resampled: bool) -> dict[str, str]:
+    """Return attributes that record how the draws were made."""
     return {
         "created_at": datetime.now(timezone.utc).isoformat(),
         "inference_library": "pyro_flowguides",
         "inference_library_version": _version(),
         "pyro_version": pyro.__version__,
         "torch_version": str(torch.__version__),
-        "guide": _describe(program.guide),
-        "model": _describe(program.model),
+        "guide": _qualified_name(program.guide),
+        "model": _qualified_name(program.model),
         "num_samples": str(num_samples),
         "draws": "importance-resampled" if resampled else "from the guide",
     }
@@ -306,5 +316,5 @@ def _version() -> str:
         return str(getattr(sys.modules.get("pyro_flowguides"), "__version__", "unknown"))
 
 
-def _describe(program: Callable[..., Any]) -> str:
+def _qualified_name(program: Model | Guide) -> str:
     return str(getattr(program, "__qualname__", type(program).__qualname__))

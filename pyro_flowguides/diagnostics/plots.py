@@ -36,7 +36,7 @@ _NUM_MEDIANS = 400
 
 
 class HasElboHistory(Protocol):
-    """Any result with the ELBO at every step."""
+    """Result with the ELBO at every step."""
 
     @property
     def elbo_history(self) -> Sequence[float]:

@@ -141,7 +141,7 @@ def diagnose(
         ...     pyro.sample("x", dist.Normal(z, 1.0), obs=torch.tensor(2.0))
         >>> def guide(scale):
         ...     pyro.sample("z", dist.Normal(1.0, scale))
-        >>> diagnose(model, guide, 0.5**0.5).verdict  # the posterior itself
+        >>> diagnose(model, guide, 0.5**0.5).verdict  # the exact posterior
         'good'
         >>> diagnose(model, guide, 0.1).verdict  # much too narrow
         'do not trust'

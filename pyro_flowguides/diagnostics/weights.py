@@ -1,10 +1,9 @@
-"""Draws of a guide with their importance weights: what all other diagnostics are made of."""
+"""Draws of a guide with their importance weights, on which all other diagnostics build."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,28 +14,29 @@ from pyro_flowguides.programs.guide_draws import sample_guide
 from pyro_flowguides.programs.model_runs import score_model
 from pyro_flowguides.programs.program import Program
 from pyro_flowguides.programs.running import evaluation
+from pyro_flowguides.programs.types import Guide, Model, Values
 
 __all__ = ["WeightedDraws", "log_weight", "log_weights", "point_sites", "weigh", "weigh_widened"]
 
 
 @dataclass(frozen=True, eq=False)
 class WeightedDraws:
-    """Draws z of a guide q, weighted towards the posterior p(z | x) ∝ p(x, z).
+    """Draws z of a guide q, with importance weights for the posterior p(z | x) ∝ p(x, z).
 
-    The densities are on the CPU and in double precision; the draws keep their device and type.
+    The densities are in double precision on the CPU; the draws keep their device and type.
 
     Attributes:
-        draws: value of each latent site, constrained, without auxiliary sites: ``(S, *batch, *event)``.
-        log_p: log p(x, z), shape (S,); −inf where the model has no density.
+        draws: constrained value of each latent site, without auxiliary sites: ``(S, *batch, *event)``.
+        log_p: log p(x, z), shape (S,); −inf where the density is zero.
         log_q: log q(z), shape (S,).
         log_w: log p(x, z) − log q(z), shape (S,); −inf where p is zero, NaN where either density is undefined.
-        point_sites: continuous sites whose draws are all the same: the guide has no density there.
-        guide_note: why the guide was run draw by draw; empty if it was run on many draws at once.
+        point_sites: continuous sites where all draws are equal, so that the guide has no density.
+        guide_note: the reason why the guide ran draw by draw; empty if it ran on many draws at once.
         model_mode: how the model ran.
-        model_note: why the model did not run under a plate of draws; empty if it did.
+        model_note: the reason why the model did not run under a plate of draws; empty if it did.
     """
 
-    draws: dict[str, Tensor]
+    draws: Values
     log_p: Tensor
     log_q: Tensor
     log_w: Tensor
@@ -52,7 +52,7 @@ class WeightedDraws:
 
     @property
     def num_zero(self) -> int:
-        """Number of draws at which the model's density is zero."""
+        """Number of draws with zero density under the model."""
         return int(self.log_w.isneginf().sum())
 
     @property
@@ -62,41 +62,44 @@ class WeightedDraws:
 
     @property
     def vectorized(self) -> bool:
-        """Whether model and guide were run on many draws at once."""
+        """Whether both model and guide ran on many draws at once."""
         return not self.guide_note and self.model_mode is not RunMode.SINGLE
 
 
 def log_weights(
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
-    *args: Any,
+    model: Model,
+    guide: Guide,
+    *args: object,
     num_samples: int = 1000,
     chunk_size: int | None = None,
-    **kwargs: Any,
+    **kwargs: object,
 ) -> WeightedDraws:
     r"""Draw from a guide and weigh the draws.
 
     .. math:: \log w_s = \log p(x, z_s) - \log q(z_s), \qquad z_s \sim q
 
-    Model and guide run on many draws at once, under a plate outside all others. A few draws of each chunk, the
-    extreme ones among them, are then run by themselves; if shapes or numbers differ (a sum without a dimension, an
-    index from the left), the model is run as it is for one draw and mapped over the draws by ``torch.func.vmap``; if
-    that cannot be (a branch on a value), or it is the guide, everything that was affected is run draw by draw, which is
-    slow and right. Discrete sites of the model that are marked for parallel enumeration, and are not in the guide, are
-    summed out. Auxiliary sites of the guide count with their density, which is right when the other sites follow
-    from them one to one, as in Pyro's autoguides.
+    Model and guide run on many draws at once, under an outermost plate of draws. A few draws of each chunk, including
+    the extreme ones, also run one by one. If the results differ (due to a sum over all dimensions or an index from the
+    left), the model is mapped over the draws by ``torch.func.vmap``. If that fails (due to a branch on a value), or if
+    the guide's results differ, runs are draw by draw, which is slow but correct.
+
+    Discrete sites of the model that are marked for parallel enumeration and missing in the guide are summed out.
+    Auxiliary sites of the guide enter log q with their density. That is correct if the other sites are a one-to-one
+    function of them, as in Pyro's autoguides.
 
     Args:
         model: a Pyro model.
         guide: any Pyro guide for it.
         *args: arguments of model and guide.
         num_samples: number of draws S.
-        chunk_size: number of draws that are run together; chosen by the size of the sites if not given.
+        chunk_size: number of draws that run together; chosen by the size of the sites by default.
         **kwargs: keyword arguments of model and guide.
 
     Raises:
         ValueError: if S or the chunk size is not positive; if a plate is subsampled, since a weight needs the density
-            of all the data; if model and guide do not have the same latent sites.
+            of all the data; if model and guide differ in their latent sites.
+
+    Cost: S runs of guide and model, in chunks of some tens of MB.
 
     Example:
         >>> import pyro, torch, pyro.distributions as dist
@@ -104,7 +107,7 @@ def log_weights(
         >>> def model():
         ...     z = pyro.sample("z", dist.Normal(0.0, 1.0))
         ...     pyro.sample("x", dist.Normal(z, 1.0), obs=torch.tensor(2.0))
-        >>> def guide():  # the posterior itself
+        >>> def guide():  # the exact posterior
         ...     pyro.sample("z", dist.Normal(1.0, 0.5**0.5))
         >>> weighted = log_weights(model, guide, num_samples=100)
         >>> evidence = dist.Normal(0.0, 2.0**0.5).log_prob(torch.tensor(2.0))
@@ -127,25 +130,25 @@ def weigh_widened(
     *,
     from_widened: bool = False,
 ) -> tuple[WeightedDraws, Tensor]:
-    """Draw from a guide, or from its widened self, and weigh the draws.
+    """Draw from a guide or from the widened guide, and weigh the draws.
 
     Args:
         program: the program.
-        widening: how the guide is widened.
+        widening: the sites to widen and the factor.
         num_samples: number of draws S.
         chunk_size: number of draws that run together.
         from_widened: draw from the widened guide. ``log_q`` is the density of the guide itself in both cases.
 
     Returns:
-        The weighted draws, and the log density of the widened guide, less that of the guide itself, (S,).
+        The weighted draws, and the log density of the widened guide minus that of the guide itself, (S,).
     """
     program.check_full_density()
     size = program.default_chunk_size if chunk_size is None else chunk_size
     for name, number in (("num_samples", num_samples), ("chunk_size", size)):
         if number < 1:
-            raise ValueError(f"{name} must be positive, not {number}")
+            raise ValueError(f"{name} must be positive, got {number}")
     if not program.latents:
-        raise ValueError("model and guide share no latent site")
+        raise ValueError("model and guide have no latent site in common: there is nothing to weigh")
     with evaluation():
         widen = widening.handler(active=from_widened)
         drawn = sample_guide(program, num_samples, size, handlers=[widen], collect=widen.collect)
@@ -167,13 +170,13 @@ def weigh_widened(
 
 
 def log_weight(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """log p − log q: −inf where p is zero, NaN where either is undefined."""
+    """Return log p − log q: −inf where p is zero, NaN where either density is undefined."""
     is_valid = log_q.isfinite() & ~log_p.isnan() & ~log_p.isposinf()
     return torch.where(is_valid, log_p - log_q, torch.nan)
 
 
 def point_sites(program: Program, constant: Collection[str]) -> tuple[str, ...]:
-    """Those of the sites where all draws are the same at which they should not be."""
+    """Return the continuous sites among those with constant draws, unless the model itself fixes them to a point."""
     return tuple(
         name
         for name, site in program.latents.items()

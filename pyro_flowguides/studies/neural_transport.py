@@ -21,9 +21,8 @@ from pyro.poutine.plate_messenger import block_plate
 from torch import Tensor, nn
 from torch.distributions import biject_to
 
-from pyro_flowguides.diagnostics import WeightedDraws
-from pyro_flowguides.diagnostics import arviz_compat as _arviz
-from pyro_flowguides.diagnostics.export import _groups, _Names, _provenance
+from pyro_flowguides.diagnostics import WeightedDraws, arviz_compat
+from pyro_flowguides.diagnostics.export import DatasetBuilder, collect_groups, describe_origin
 from pyro_flowguides.inference.replay import NotRecordedError, Replay, record
 from pyro_flowguides.programs.layout import NotVectorizedError
 from pyro_flowguides.programs.model_runs import score_model
@@ -292,15 +291,17 @@ def _export(program: Program, guide: AutoContinuous, chains: Sequence[_Chain]) -
         scores = score_model(program, draws, program.default_chunk_size)
     log_p, none = scores.log_p, torch.zeros_like(scores.log_p)
     weighted = WeightedDraws(draws, log_p, log_p, none, model_mode=scores.mode, model_note=scores.note)
-    groups, notes = _groups(program, weighted)
+    groups, notes = collect_groups(program, weighted)
     stats = {name: torch.cat([chain.stats[name] for chain in chains]) for name in chains[0].stats}
     groups["sample_stats"] = stats | {"lp": log_p}
-    attrs = {**_provenance(program, num_samples, resampled=False), "draws": "NUTS in the guide's noise", **notes}
-    names = _Names(program, {})
+    attrs = {**describe_origin(program, num_samples, resampled=False), "draws": "NUTS in the guide's noise", **notes}
+    builder = DatasetBuilder(program, {})
     datasets = {
-        group: _by_chain(names.dataset(group, values, attrs), len(chains)) for group, values in groups.items() if values
+        group: _by_chain(builder.dataset(group, values, attrs), len(chains))
+        for group, values in groups.items()
+        if values
     }
-    return _arviz.build_tree(datasets, attrs)
+    return arviz_compat.build_tree(datasets, attrs)
 
 
 def _by_chain(dataset: xr.Dataset, num_chains: int) -> xr.Dataset:

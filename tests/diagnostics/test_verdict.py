@@ -299,7 +299,7 @@ def test_guides_without_a_scale_get_no_defensive_check() -> None:
     assert report.verdict == GOOD
 
 
-def test_models_that_cannot_take_many_draws_are_diagnosed() -> None:
+def test_models_written_for_one_draw_are_diagnosed() -> None:
     def model(data: Tensor) -> None:
         z = pyro.sample("z", dist.Normal(0.0, 2.0))
         pyro.factor("x", dist.Normal(z.unsqueeze(-1), 1.0).log_prob(data).sum())
