@@ -1,6 +1,12 @@
 """Configuration of the documentation build: `make docs`. It needs no network."""
 
+import sys
 from importlib.metadata import version as installed_version
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent / "_ext"))
+from flow_table import flow_table
+from measured_numbers import read_numbers
 
 project = "pyro_flowguides"
 author = "pyro_flowguides developers"
@@ -14,7 +20,8 @@ extensions = [
     "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
 ]
-exclude_patterns = ["_build"]
+# The tables are included by other pages.
+exclude_patterns = ["_build", "costs_table.md", "posteriordb_table.md"]
 
 # Each page documents what its package lists in `__all__`, in that order. A method is shown where it is documented:
 # docstrings that overridden methods would inherit from torch.nn.Module or torch.distributions are left out.
@@ -28,8 +35,9 @@ napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
 
-myst_enable_extensions = ["deflist", "dollarmath"]
+myst_enable_extensions = ["deflist", "dollarmath", "substitution"]
 myst_heading_anchors = 3
+myst_substitutions = {**read_numbers(), "flows": flow_table()}
 
 html_theme = "furo"
 html_title = f"pyro_flowguides {release}"
