@@ -9,7 +9,7 @@ from pyro import poutine
 from pyro.infer import RenyiELBO, Trace_ELBO
 
 from pyro_flowguides.vae import MODELS, ConvIAF, ELBOLoss
-from pyro_flowguides.vae.models.hierarchical import _Gaussian
+from pyro_flowguides.vae.models.ladder import Gaussian
 from tests.conftest import seed_everything
 from tests.transforms.families import jacobian, randomize
 
@@ -29,7 +29,7 @@ def step(reverse, scale=0.2):
 
 @orders
 def test_a_step_is_autoregressive(reverse):
-    """By autograd: in the stated order the Jacobian is lower triangular, and the place before is read."""
+    """In the stated order the Jacobian is lower triangular, and depends on the preceding coordinate."""
     iaf, x, context = step(reverse), torch.randn(2, *EVENT), torch.randn(2, 2, 4, 5)
 
     def flat(v):  # jacobian() sends copies of the batch through
@@ -66,8 +66,8 @@ def test_a_step_starts_at_the_identity_and_reads_its_context_everywhere(reverse)
 
 
 @orders
-def test_the_context_is_seen_in_its_place(reverse):
-    """Against the order it reaches as far as its own 3 × 3 window."""
+def test_the_context_acts_near_its_pixel(reverse):
+    """Against the order, it affects only its 3 × 3 window."""
     iaf, x, context = step(reverse), torch.zeros(1, 3, 9, 9), torch.zeros(1, 2, 9, 9)
     context[..., 4, 4] = 1
     changed = (iaf(x, context)[1] != iaf(x, torch.zeros_like(context))[1])[0].any(0)
@@ -79,10 +79,10 @@ def test_the_context_is_seen_in_its_place(reverse):
 
 
 def test_gaussians():
-    gaussian = _Gaussian.of(torch.randn(2, 6, 4, 5))
+    gaussian = Gaussian.from_statistics(torch.randn(2, 6, 4, 5))
     z = gaussian.draw(torch.randn(2, 3, 4, 5))
-    wanted = torch.distributions.Normal(gaussian.loc, gaussian.log_scale.exp()).log_prob(z)
-    torch.testing.assert_close(gaussian.log_prob(z), wanted)
+    expected = torch.distributions.Normal(gaussian.loc, gaussian.log_scale.exp()).log_prob(z)
+    torch.testing.assert_close(gaussian.log_prob(z), expected)
 
 
 # -- the model ---------------------------------------------------------------------------------------------------------
@@ -137,12 +137,12 @@ def test_draws_and_other_values_are_scored_alike():
 
 
 def test_the_prior_density_is_that_of_its_draws():
-    """The draw is a map of the noise, so that its density is the noise's over the Jacobian's determinant."""
+    """A draw is a map of noise; its density is that of the noise divided by the determinant of the Jacobian."""
     vae, _ = small((1, 4, 4), latent_dim=1, layers=2, scales=1, hidden=3)
     prior = vae.prior_distribution()
 
     def from_noise(noise):
-        z, parts = [], iter(noise.split(vae.decoder.sizes, -1))
+        z, parts = [], iter(noise.split(vae.decoder.latent_dims, -1))
         ladder = vae.decoder
 
         def choose(index, layer, state):
@@ -155,18 +155,18 @@ def test_the_prior_density_is_that_of_its_draws():
     noise = torch.randn(1, vae.latent_dim)
     z = from_noise(noise)
     j = torch.autograd.functional.jacobian(lambda e: from_noise(e)[0], noise)[:, 0]
-    wanted = torch.distributions.Normal(0.0, 1.0).log_prob(noise).sum(-1) - torch.linalg.slogdet(j).logabsdet
-    torch.testing.assert_close(prior.log_prob(z), wanted)
+    expected = torch.distributions.Normal(0.0, 1.0).log_prob(noise).sum(-1) - torch.linalg.slogdet(j).logabsdet
+    torch.testing.assert_close(prior.log_prob(z), expected)
 
 
 def test_groups_are_layers_and_channels():
-    """Moving the prior mean of one channel of the lowest layer changes one group's divergence."""
+    """A shift of the prior mean of one channel of the lowest layer changes the divergence of one group."""
     vae, x = small()
     lowest = vae.decoder.layers[-1]
     seed_everything(1)
     before = vae.terms(x).kl
     with torch.no_grad():
-        lowest.first.bias[1] += 10  # the first numbers are the locations of the prior, here of channel 1
+        lowest.first.bias[1] += 10  # channel 1 of the locations of the prior
     seed_everything(1)
     changed = (vae.terms(x).kl - before).abs().amax((0, 1)) > 1e-9
     assert changed.tolist() == [False] * 7 + [True]
@@ -195,8 +195,8 @@ def test_vectorized_particles():
     seed_everything(1)
     assert Trace_ELBO(**options).loss(vae.model, vae.guide, x) == pytest.approx(-elbo.mean(0).sum().item())
     seed_everything(1)
-    wanted = (math.log(3) - elbo.logsumexp(0)).sum()
-    assert RenyiELBO(alpha=0, **options).loss(vae.model, vae.guide, x) == pytest.approx(wanted.item())
+    expected = (math.log(3) - elbo.logsumexp(0)).sum()
+    assert RenyiELBO(alpha=0, **options).loss(vae.model, vae.guide, x) == pytest.approx(expected.item())
 
 
 def test_copies_have_their_own_prior():

@@ -1,4 +1,4 @@
-"""Every model, network, likelihood, posterior and prior by name: it runs, and everything is trained."""
+"""Every model, network, likelihood, posterior and prior by name: it runs, and every parameter is trained."""
 
 import pytest
 import torch
@@ -75,11 +75,11 @@ def test_a_training_step_compiles_to_one_graph(model):
     torch._dynamo.reset()
     compiled = torch.compile(vae.terms, backend="eager", fullgraph=True)
     seed_everything(1)
-    found = compiled(x).elbo
+    actual = compiled(x).elbo
     torch._dynamo.reset()
     seed_everything(1)
-    torch.testing.assert_close(found, vae.terms(x).elbo)
-    found.mean().backward()
+    torch.testing.assert_close(actual, vae.terms(x).elbo)
+    actual.mean().backward()
     assert all(parameter.grad is not None for parameter in vae.parameters())
 
 
@@ -96,9 +96,9 @@ def test_the_iaf_vae_has_gated_steps():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"posterior": "gaussian"}, "unknown posterior 'gaussian': known are normal, planar"),
-        ({"prior": "gaussian"}, "unknown prior 'gaussian': known are normal, vamp, planar"),
-        ({"network": "cnn"}, "unknown network 'cnn': known are mlp"),
+        ({"posterior": "gaussian"}, "unknown posterior 'gaussian'; known posteriors: normal, planar"),
+        ({"prior": "gaussian"}, "unknown prior 'gaussian'; known priors: normal, vamp, planar"),
+        ({"network": "cnn"}, "unknown network 'cnn'; known networks: mlp"),
         ({"likelihood": "gaussian"}, "unknown likelihood 'gaussian'"),
         ({"latent_dim": 0}, "latent_dim must be at least 1"),
         ({"hidden": []}, "at least one width"),
@@ -108,7 +108,7 @@ def test_the_iaf_vae_has_gated_steps():
         ({"network": "gated"}, r"data_shape must be \(channels, height, width\)"),
     ],
 )
-def test_what_cannot_be_built_says_so(options, message):
+def test_impossible_models_are_explained(options, message):
     with pytest.raises(ValueError, match=message):
         MODELS["vae"]((6,), **options)
 
@@ -121,11 +121,13 @@ def test_what_cannot_be_built_says_so(options, message):
         ({"network": "mlp"}, "the network must be 'resnet'"),
         ({"prior_options": {"depth": 2}}, "no options"),
         ({"posterior": "normal", "posterior_options": {"steps": 2}}, "no options"),
-        ({"posterior_options": {"steps": -1}}, "at least 1"),
+        ({"posterior_options": {"steps": -1}}, "steps must be at least 0, got -1"),
+        ({"scales": 0}, "scales must be at least 1, got 0"),
+        ({"layers": 0}, "layers must be at least 1, got 0"),
         ({"posterior_options": {"step_width": 2}}, "width must be at least the 4 channels"),
     ],
 )
-def test_the_hierarchical_vae_says_what_it_is_made_of(options, message):
+def test_impossible_hierarchical_models_are_explained(options, message):
     with pytest.raises(ValueError, match=message):
         MODELS["hierarchical"]((1, 8, 8), **{"latent_dim": 4, "hidden": 8, **options})
 

@@ -1,4 +1,4 @@
-"""The VAE: against exact answers, and the direct pass against the Pyro programs."""
+"""The VAE: exact answers, and the direct pass compared with the Pyro programs."""
 
 import copy
 import math
@@ -59,7 +59,7 @@ def test_importance_weights_correct_a_wrong_posterior(num_samples, chunk_size):
     assert ((vae.log_likelihood(x, num_samples, chunk_size) - exact).abs() < 4 * error).all()
 
 
-def test_the_bound_of_a_wide_posterior_is_short_by_its_divergence():
+def test_the_gap_of_a_wide_posterior_is_its_divergence():
     vae, marginal = linear_vae(NormalPosterior(), stretch=1.5)
     x = marginal.sample((20,))
     gap = (marginal.log_prob(x) - vae.terms(x, 2000).elbo.mean(0)).mean()
@@ -91,18 +91,18 @@ VECTORIZED = {"num_particles": 4, "vectorize_particles": True, "max_plate_nestin
 def test_elbos_of_pyro_are_the_mean_of_the_terms(elbo):
     vae, x = gated_image_vae(), torch.rand(5, 1, 4, 4)
     seed_everything(1)
-    wanted = -vae.terms(x, elbo.num_particles).elbo.mean(0).sum()
+    expected = -vae.terms(x, elbo.num_particles).elbo.mean(0).sum()
     seed_everything(1)
-    assert elbo.loss(vae.model, vae.guide, x) == pytest.approx(wanted.item(), rel=1e-10)
+    assert elbo.loss(vae.model, vae.guide, x) == pytest.approx(expected.item(), rel=1e-10)
 
 
 def test_renyi_elbo_is_the_importance_weighted_bound():
     vae, x = gated_image_vae(), torch.rand(5, 1, 4, 4)
     seed_everything(1)
-    wanted = (math.log(4) - vae.terms(x, 4).elbo.logsumexp(0)).sum()
+    expected = (math.log(4) - vae.terms(x, 4).elbo.logsumexp(0)).sum()
     seed_everything(1)
-    found = RenyiELBO(alpha=0, **VECTORIZED).loss(vae.model, vae.guide, x)
-    assert found == pytest.approx(wanted.item(), rel=1e-10)
+    actual = RenyiELBO(alpha=0, **VECTORIZED).loss(vae.model, vae.guide, x)
+    assert actual == pytest.approx(expected.item(), rel=1e-10)
 
 
 @pytest.mark.parametrize("path_gradient", [False, True])
@@ -113,8 +113,8 @@ def test_the_gradients_are_those_of_pyro(path_gradient):
     direct = torch.autograd.grad(-vae.terms(x).elbo.sum(), list(vae.parameters()))
     seed_everything(1)
     loss = Trace_ELBO().differentiable_loss(vae.model, vae.guide, x)
-    for found, wanted in zip(torch.autograd.grad(loss, list(vae.parameters())), direct, strict=True):
-        torch.testing.assert_close(found, wanted)
+    for actual, expected in zip(torch.autograd.grad(loss, list(vae.parameters())), direct, strict=True):
+        torch.testing.assert_close(actual, expected)
 
 
 def test_the_path_gradient_of_the_exact_posterior_is_zero():
@@ -139,7 +139,7 @@ def snapshot(module):
     return {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
 
 
-def moved(module, before):
+def changed_parameters(module, before):
     return {name for name, parameter in module.named_parameters() if not torch.equal(parameter, before[name])}
 
 
@@ -148,7 +148,7 @@ def test_svi_trains_encoder_flow_decoder_and_prior():
     randomize(vae, 0.1)
     before = snapshot(vae)
     train(vae, x)
-    assert moved(vae, before) == before.keys()
+    assert changed_parameters(vae, before) == before.keys()
 
 
 def test_two_models_of_one_process_are_independent():
@@ -156,13 +156,13 @@ def test_two_models_of_one_process_are_independent():
     train(first, x)
     trained, start = snapshot(first), snapshot(second)
     train(second, x)
-    assert moved(first, trained) == set()
-    assert moved(second, start)
+    assert changed_parameters(first, trained) == set()
+    assert changed_parameters(second, start)
     copied = copy.deepcopy(second)
     trained = snapshot(second)
     train(copied, x)
-    assert moved(second, trained) == set()
-    assert moved(copied, trained)
+    assert changed_parameters(second, trained) == set()
+    assert changed_parameters(copied, trained)
 
 
 def test_frozen_parameters_stay():
@@ -170,7 +170,7 @@ def test_frozen_parameters_stay():
     vae.decoder.requires_grad_(False)
     before = snapshot(vae)
     train(vae, x)
-    changed = moved(vae, before)
+    changed = changed_parameters(vae, before)
     assert any(name.startswith("encoder") for name in changed)
     assert not any(name.startswith("decoder") for name in changed)
 
@@ -184,7 +184,7 @@ def test_values_of_a_loaded_store_reach_a_new_model(tmp_path):
     fresh = small()
     fresh.guide(x)
     poutine.trace(fresh.guide).get_trace(x)
-    assert moved(fresh, snapshot(vae)) == set()
+    assert changed_parameters(fresh, snapshot(vae)) == set()
 
 
 def test_the_decoder_predicts_with_pyros_tools():
@@ -200,9 +200,9 @@ def test_pickle_and_state_dict():
     other.load_state_dict(vae.state_dict())
     for module in (again, other):
         seed_everything(1)
-        found = module.terms(x).elbo
+        actual = module.terms(x).elbo
         seed_everything(1)
-        torch.testing.assert_close(found, vae.terms(x).elbo)
+        torch.testing.assert_close(actual, vae.terms(x).elbo)
 
 
 @pytest.mark.parametrize("model", ["iafvae", "hierarchical", "vlae"])
@@ -223,7 +223,7 @@ def test_mixed_precision_computes_densities_in_single_precision(model, likelihoo
     assert (values != values.bfloat16().float()).any()
 
 
-# -- looking at a model ------------------------------------------------------------------------------------------------
+# -- inspection --------------------------------------------------------------------------------------------------------
 
 
 def test_active_units_are_those_that_vary_with_the_data():
@@ -248,8 +248,8 @@ def test_samples_of_the_linear_model_have_its_covariance():
 def test_reconstructions_are_means_at_posterior_draws():
     vae, marginal = linear_vae(NormalPosterior(), stretch=1e-6)
     x = marginal.sample((5,))
-    wanted = x @ vae.encoder.to_mean @ vae.decoder[0].weight.mT
-    torch.testing.assert_close(vae.reconstruct(x), wanted, atol=1e-4, rtol=0)
+    expected = x @ vae.encoder.to_mean @ vae.decoder[0].weight.mT
+    torch.testing.assert_close(vae.reconstruct(x), expected, atol=1e-4, rtol=0)
 
 
 def test_traversals_move_one_coordinate():
@@ -264,14 +264,14 @@ def test_traversals_move_one_coordinate():
     torch.testing.assert_close(slope, vae.decoder[0].weight.mT[[1, 0]].expand(5, 2, 3), atol=1e-5, rtol=0)
 
 
-# -- starting ----------------------------------------------------------------------------------------------------------
+# -- initialization ----------------------------------------------------------------------------------------------------
 
 
-def test_initialization_leaves_plain_networks_alone():
+def test_initialization_does_not_change_plain_networks():
     vae = small()
     before = snapshot(vae)
     vae.initialize(torch.rand(5, 1, 4, 4))
-    assert moved(vae, before) == set()
+    assert changed_parameters(vae, before) == set()
 
 
 def test_initialization_starts_pseudo_inputs_at_data():
@@ -297,7 +297,7 @@ def test_an_iaf_posterior_starts_with_the_deviation_of_the_encoder(depth):
 
 @pytest.mark.parametrize("shape", [(5, 4, 4), (5, 1, 4, 5), (1, 4, 4), (5, 16)])
 @pytest.mark.parametrize("method", ["terms", "model", "guide", "initialize", "log_likelihood", "reconstruct"])
-def test_data_of_another_shape_are_refused(method, shape):
+def test_data_of_a_wrong_shape_are_refused(method, shape):
     with pytest.raises(ValueError, match=r"expected data of shape \(B, 1, 4, 4\)"):
         getattr(small(), method)(torch.rand(*shape))
 

@@ -8,8 +8,17 @@ from pyro.infer import SVI, Trace_ELBO
 
 from pyro_flowguides.flows import FLOWS
 from pyro_flowguides.transforms import MaskedAutoregressive
-from pyro_flowguides.vae import DECODERS, MODELS, VLAE, AutoregressiveDistribution, ELBOLoss
-from pyro_flowguides.vae.training.data import load_images
+from pyro_flowguides.vae import (
+    DECODERS,
+    MODELS,
+    VLAE,
+    AutoregressiveDistribution,
+    ELBOLoss,
+    Settings,
+    load_images,
+    load_model,
+    train,
+)
 from tests.transforms.families import randomize
 
 SMALL = {"latent_dim": 4, "network": "mlp", "hidden": [16]}
@@ -165,7 +174,7 @@ def test_errors():
     with pytest.raises(ValueError, match='the network is "resnet"'):
         MODELS["spatial_vlae"]((1, 8, 8), latent_dim=4, network="mlp")
     vae = vlae()
-    with pytest.raises(ValueError, match="the network reads 4 maps, the decoder is missing"):
+    with pytest.raises(ValueError, match=r"network reads 4 maps, the decoder is missing"):
         VLAE(vae.encoder, None, vae.network, vae.pixels, vae.posterior, vae.prior, data_shape=(1, 4, 4))
     with pytest.raises(NotImplementedError, match="no parameters given z alone"):
         vae.decode(torch.zeros(4))
@@ -181,17 +190,15 @@ def test_every_convolutional_encoder_and_decoder(network):
 
 
 def test_the_training_program(tmp_path):
-    """One command trains it, goes on from where it was, and what it kept is the model, with its pictures."""
+    """The program trains it, continues an interrupted run, and saves the model and its pictures."""
     pytest.importorskip("lightning_fabric")
     pytest.importorskip("sklearn")
-    from pyro_flowguides.vae.training.loop import load_model, train
-    from pyro_flowguides.vae.training.settings import Settings
 
     def run(folder, epochs):
         network = {"hidden": [16], "decoder_options": {"filters": 4, "reach": 1, "depth": 2}}
         model = {"model": "vlae", "latent_dim": 4, "posterior": "normal", "prior": "maf", "model_options": network}
         fit = {"epochs": epochs, "batch_size": 200, "optimizer": "adamax", "free_bits": 0.64, "warmup": 0}
-        machine = {"accelerator": "cpu", "progress": False, "tensorboard": False, "iw_images": 5, "iw_samples": 10}
+        machine = {"accelerator": "cpu", "progress": False, "tensorboard": False, "iw_images": 5, "num_iw_samples": 10}
         prior = {"prior_options": {"hidden_dims": [16]}}
         return train(Settings(**model, **prior, **fit, **machine, output=str(tmp_path / folder)))
 
@@ -214,21 +221,21 @@ def test_a_training_step_compiles_to_one_graph(decoder):
     torch._dynamo.reset()
     compiled = torch.compile(vae.terms, backend="eager", fullgraph=True)
     pyro.set_rng_seed(1)
-    found = compiled(x).elbo
+    actual = compiled(x).elbo
     torch._dynamo.reset()
     pyro.set_rng_seed(1)
-    torch.testing.assert_close(found, vae.terms(x).elbo)
+    torch.testing.assert_close(actual, vae.terms(x).elbo)
 
 
 @pytest.mark.parametrize("decoder", [name for name in DECODERS if name != "wavenet"])
 def test_sixteen_bits(decoder):
-    """Scored and drawn in mixed precision, close to what single precision says."""
+    """Densities in mixed precision are close to those in single precision, and draws are binary."""
     vae, x = vlae(decoder=decoder).eval(), bits(3, 1, 4, 4)
     z = torch.randn(3, 4)
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
-        found, drawn = vae.conditional_log_prob(z, x), vae.generate(z)
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found, vae.conditional_log_prob(z, x), rtol=0, atol=0.2)
+        actual, drawn = vae.conditional_log_prob(z, x), vae.generate(z)
+    assert actual.dtype == torch.float32
+    torch.testing.assert_close(actual, vae.conditional_log_prob(z, x), rtol=0, atol=0.2)
     assert set(drawn.unique().tolist()) <= {0.0, 1.0}
 
 
@@ -237,8 +244,8 @@ def test_sixteen_bits(decoder):
 
 @pytest.mark.slow
 def test_the_published_recipe_uses_z():
-    """The recipe at 8×8, window and free bits scaled with the image: after a short training z carries well over twice
-    what the free bits give away, and the likelihood of a digit falls when it is decoded from the z of another."""
+    """The recipe at 8×8, with window and free bits scaled with the image. After a short training z carries well over
+    twice the free bits, and the likelihood of a digit falls if it is decoded from the z of another."""
     pytest.importorskip("sklearn")
     images = load_images("digits")
     train, test = (images.train >= 8).float(), (images.test >= 8).float()
@@ -248,9 +255,9 @@ def test_the_published_recipe_uses_z():
         (1, 8, 8), latent_dim=16, network="mlp", hidden=[200], prior_options=prior, decoder_options=decoder
     )
     vae.initialize(train[:100])
-    optimizer, objective = torch.optim.Adamax(vae.parameters(), lr=2e-3), ELBOLoss(free_bits=free_bits)
+    optimizer, loss_fn = torch.optim.Adamax(vae.parameters(), lr=2e-3), ELBOLoss(free_bits=free_bits)
     for step in range(350):
-        loss, _ = objective(vae.terms(train[torch.randint(len(train), (50,))]), step)
+        loss, _ = loss_fn(vae.terms(train[torch.randint(len(train), (50,))]), step)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
