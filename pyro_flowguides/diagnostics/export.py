@@ -19,7 +19,7 @@ from pyro_flowguides.diagnostics import arviz_compat
 from pyro_flowguides.diagnostics.arviz_compat import ArvizData
 from pyro_flowguides.diagnostics.resampling import resample as resample_draws
 from pyro_flowguides.diagnostics.weights import WeightedDraws, weigh
-from pyro_flowguides.programs.batched_run import RunMode
+from pyro_flowguides.programs.batched_run import RunMode, first_line
 from pyro_flowguides.programs.layout import Layout, NotVectorizedError
 from pyro_flowguides.programs.model_runs import Collect, run_model
 from pyro_flowguides.programs.program import Program
@@ -139,7 +139,7 @@ def collect_groups(program: Program, weighted: WeightedDraws) -> tuple[dict[str,
         try:
             groups[group] = draw()
         except (NotImplementedError, RuntimeError, ValueError) as error:
-            notes[group] = f"left out: {str(error).splitlines()[0]}"
+            notes[group] = f"left out: {first_line(error)}"
     _split_prior(program, groups)
     return groups, notes
 
