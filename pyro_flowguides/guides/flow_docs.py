@@ -20,6 +20,7 @@ from pyro_flowguides.transforms import Compose, Flow
 __all__ = ["Docstring", "FlowDescription", "describe_flow", "format_sections", "parse_docstring"]
 
 _SECTION = re.compile(r"^(Args|Attributes|Shapes|Returns|Raises|References|Example):$", re.MULTILINE)
+_ROLE = re.compile(r" \(:\w+:`[^`]*`\)")
 _ENTRY = re.compile(r"^(?=\S)", re.MULTILINE)
 
 
@@ -44,6 +45,32 @@ class Docstring:
         named = [entry.partition(":") for entry in entries if entry.strip()]
         return {name: text.strip() for name, _, text in named}
 
+    @property
+    def costs(self) -> tuple[str, str]:
+        """The costs of both directions, from the paragraph that begins with "Cost:".
+
+        It has one of the forms "X in both directions; the inverse adds Y", "forward, X; inverse, Y" and "X forward; Y
+        inverse", each with or without further sentences.
+
+        Raises:
+            ValueError: if there is no such paragraph or it has another form.
+        """
+        paragraphs = [" ".join(part.split()) for part in self.body.split("\n\n") if part.startswith("Cost:")]
+        sentence = re.split(r"\. |\.$", _ROLE.sub("", "".join(paragraphs)))[0].removeprefix("Cost: ")
+        clauses = sentence.split("; ")
+        both = [clause.partition("in both directions")[0].rstrip(", ") for clause in clauses if "in both d" in clause]
+        if both:
+            added = [clause.removeprefix("the inverse adds ") for clause in clauses if "the inverse adds" in clause]
+            return both[0], " and ".join(["the same", *added])
+        costs = {}
+        for direction in ("forward", "inverse"):
+            for clause in clauses:
+                if clause.startswith(f"{direction}, ") or clause.endswith(f" {direction}"):
+                    costs[direction] = clause.removeprefix(f"{direction}, ").removesuffix(f" {direction}")
+        if len(costs) < 2:
+            raise ValueError(f"the cost of each direction is not in the docstring: {self.summary!r}, {sentence!r}")
+        return costs["forward"], costs["inverse"]
+
 
 def parse_docstring(text: str | None) -> Docstring:
     """Split a docstring in Google style.
@@ -66,26 +93,24 @@ def format_sections(sections: Mapping[str, str]) -> str:
 
 @dataclass(frozen=True)
 class FlowDescription:
-    """What the docstrings of a builder and of the layers that it builds say.
+    """The docstrings of a builder and of the layers that it builds.
 
     Attributes:
         builder: the builder's docstring.
         layer: the class of the first layer of a flow without a context.
         layer_docs: the docstring of that class.
-        cost: the paragraph on the cost of each direction.
     """
 
     builder: Docstring
     layer: type[Flow]
     layer_docs: Docstring
-    cost: str
 
     @property
     def layer_path(self) -> str:
         """The dotted name of the layer's class, the public one if there is one."""
         name = self.layer.__name__
-        public = getattr(transforms, name, None) is self.layer
-        return f"{transforms.__name__ if public else self.layer.__module__}.{name}"
+        is_public = getattr(transforms, name, None) is self.layer
+        return f"{transforms.__name__ if is_public else self.layer.__module__}.{name}"
 
 
 def describe_flow(name: str) -> FlowDescription:
@@ -95,13 +120,12 @@ def describe_flow(name: str) -> FlowDescription:
         >>> from pyro_flowguides.guides.flow_docs import describe_flow
         >>> describe_flow("radial").layer.__name__
         'Radial'
+        >>> describe_flow("radial").layer_docs.costs
+        ('O(D)', 'the same')
     """
     recipe = FLOWS[name]
     layer = _first_layer(recipe)
-    docs = parse_docstring(layer.__doc__)
-    paragraphs = docs.body.split("\n\n")
-    cost = next((paragraph for paragraph in paragraphs if paragraph.startswith("Cost:")), "")
-    return FlowDescription(parse_docstring(recipe.__doc__), layer, docs, cost.removeprefix("Cost:").strip())
+    return FlowDescription(parse_docstring(recipe.__doc__), layer, parse_docstring(layer.__doc__))
 
 
 def _first_layer(builder: Builder) -> type[Flow]:
