@@ -1,11 +1,11 @@
-"""Time and memory of a fit against the number of latent variables: up to 10,000, with networks narrower than that.
+"""Time and memory of a fit for up to 10,000 latent variables, with narrow networks.
 
     python benchmarks/large.py
 
 A hierarchical normal model, flows of hidden width 64 and few directions, 8 particles, float32, one thread. For every
-flow and dimension one process takes steps of ``fit``, with the total and with the path gradient, and another runs
-``fit`` with 100 steps, warm start and diagnosis included. Memory is the most that the process held, beyond what it held
-after the same in 20 dimensions. Rows go to ``large.csv``; table and figure are made from it.
+flow and dimension, one process takes steps of ``fit``, with the total and with the path gradient, and another runs
+``fit`` with 100 steps, warm start and diagnosis included. Memory is the peak of the process beyond its peak after the
+same work in 20 dimensions. Rows go to ``large.csv``; table and figure are made from them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ import torch
 from machine import processor
 from row_files import append_row, read_rows
 from speed_ours import make_model
+from tables import markdown_table
 
 import pyro_flowguides as fg
 
@@ -37,14 +38,15 @@ import matplotlib.pyplot as plt
 DIMS = (100, 300, 1000, 3000, 10000)
 PARTICLES = 8
 FIT_STEPS = 100
-SMALL = 20
+#: Dimensions of the work that comes before the measured one, so that libraries are loaded.
+WARM_UP_DIM = 20
 FLOWS: dict[str, dict[str, Any]] = {
     "iaf": {},
     "planar": {},
     "sylvester": {"variant": "householder", "bottleneck": 8, "reflections": 8},
     "realnvp": {},
 }
-#: What is shown, by column of the rows.
+#: Titles of tables and panels, by column of the rows.
 PANELS = {
     "step_ms": "step, ms",
     "path_ms": "step with the path gradient, ms",
@@ -58,8 +60,8 @@ RESULTS = Path(__file__).parent / "results" / "large.csv"
 # -- one process -------------------------------------------------------------------------------------------------------
 
 
-def steps(flow: str, dim: int, rounds: int) -> dict[str, float]:
-    """Milliseconds of processor time of a step, by kind of gradient; and the number of parameters."""
+def time_steps(flow: str, dim: int, rounds: int) -> dict[str, float]:
+    """Return the processor milliseconds of a step by kind of gradient, and the number of parameters."""
     pyro.clear_param_store()
     model = make_model(dim)
     guide = fg.AutoFlow(model, flow, **FLOWS[flow])
@@ -69,19 +71,19 @@ def steps(flow: str, dim: int, rounds: int) -> dict[str, float]:
             model, guide, num_particles=PARTICLES, lr=1e-3, path_gradient=path_gradient, compile=False
         )
         times = []
-        for round_ in range(rounds + 3):
+        for place in range(rounds + 3):
             begin = time.process_time()
             stepper.step()
-            if round_ >= 3:
+            if place >= 3:  # the first three warm up
                 times.append(1e3 * (time.process_time() - begin))
         measured[name] = statistics.median(times)
         stepper.release()
-        del stepper  # and with it the moments of Adam
+        del stepper  # frees the moments of Adam
     return {"parameters": sum(value.numel() for value in guide.parameters()), **measured}
 
 
-def whole_fit(flow: str, dim: int, rounds: int) -> dict[str, float]:
-    """Seconds of processor time of a short fit."""
+def time_fit(flow: str, dim: int, rounds: int) -> dict[str, float]:
+    """Return the processor seconds of a short fit."""
     pyro.clear_param_store()
     model = make_model(dim)
     begin = time.process_time()
@@ -92,55 +94,57 @@ def whole_fit(flow: str, dim: int, rounds: int) -> dict[str, float]:
     return {"fit_s": time.process_time() - begin}
 
 
-KINDS: dict[str, Callable[[str, int, int], dict[str, float]]] = {"step": steps, "fit": whole_fit}
+KINDS: dict[str, Callable[[str, int, int], dict[str, float]]] = {"step": time_steps, "fit": time_fit}
 
 
-def held() -> float:
-    """The most memory that this process held so far, in MiB."""
+def peak_memory() -> float:
+    """Return the peak memory of this process so far, in MiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def worker(kind: str, flow: str, dim: int, rounds: int) -> None:
-    """Measure, and print what was found."""
+def work(kind: str, flow: str, dim: int, rounds: int) -> None:
+    """Measure in this process, and print the result as JSON."""
     torch.set_num_threads(1)
     pyro.enable_validation(False)
-    KINDS[kind](flow, SMALL, 1)
-    before = held()
-    found = KINDS[kind](flow, dim, rounds)
-    print(json.dumps({**found, f"{kind}_mib": held() - before}))
+    KINDS[kind](flow, WARM_UP_DIM, 1)
+    before = peak_memory()
+    result = KINDS[kind](flow, dim, rounds)
+    print(json.dumps({**result, f"{kind}_mib": peak_memory() - before}))
 
 
 def measure(flow: str, dim: int, rounds: int) -> dict[str, Any]:
+    """Return the row of a flow and a dimension, measured in processes of their own."""
     row: dict[str, Any] = {"flow": flow, "dim": dim}
     for kind in KINDS:
         command = [sys.executable, __file__, "--worker", kind, flow, str(dim), str(rounds)]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         row |= json.loads(done.stdout.splitlines()[-1])
-    return {key: round(value, 3) if isinstance(value, float) else value for key, value in row.items()}
+    rounded = {key: round(value, 3) if isinstance(value, float) else value for key, value in row.items()}
+    machine = f"torch {torch.__version__}, Pyro {pyro.__version__}, one thread on {processor()}"
+    return {**rounded, "date": datetime.date.today(), "machine": machine}
 
 
 # -- table and figure --------------------------------------------------------------------------------------------------
 
 
-def number(value: float) -> str:
-    """With three digits at least."""
+def format_number(value: float) -> str:
+    """Format a number with at least three digits."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def make_tables(rows: list[dict[str, Any]]) -> str:
+    """Return a table for every measured quantity: flows down, dimensions across."""
     dims = list(dict.fromkeys(row["dim"] for row in rows))
-    lines = []
-    for column, label in {"parameters": "parameters", **PANELS}.items():
-        lines += [f"| {label} | {' | '.join(f'D = {dim}' for dim in dims)} |", "|---" * (len(dims) + 1) + "|"]
-        for flow in FLOWS:
-            cells = {row["dim"]: number(float(row[column])) for row in rows if row["flow"] == flow}
-            lines.append(f"| {flow} | {' | '.join(cells.get(dim, '') for dim in dims)} |")
-        lines.append("")
-    return "\n".join(lines)
+    tables = []
+    for column, title in {"parameters": "parameters", **PANELS}.items():
+        cells = {(row["flow"], row["dim"]): format_number(float(row[column])) for row in rows}
+        lines = [[flow, *(cells.get((flow, dim), "") for dim in dims)] for flow in FLOWS]
+        tables.append(markdown_table([title, *(f"D = {dim}" for dim in dims)], lines))
+    return "\n\n".join(tables)
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """All numbers against D, both axes logarithmic, with lines of slope one to compare."""
+    """Plot all numbers against D, both axes logarithmic, with lines of slope one for comparison."""
     figure, axes = plt.subplots(2, 3, figsize=(10, 6.4))
     for axis, (column, label) in zip(axes.flat, PANELS.items(), strict=False):
         for flow in FLOWS:
@@ -159,33 +163,34 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     plt.close(figure)
 
 
-def report(path: Path) -> str:
+def write_report(path: Path) -> str:
+    """Write table and figure beside the CSV file, and return the text."""
     rows = read_rows(path)
-    about = f"{datetime.date.today()}, torch {torch.__version__}, Pyro {pyro.__version__}, one thread on {processor()}"
-    text = f"# Many latent variables\n\n{about}; {PARTICLES} particles, float32, processor time.\n\n{table(rows)}"
+    about = f"{rows[-1]['date']}, {rows[-1]['machine']}; {PARTICLES} particles, float32, processor time."
+    text = f"# Many latent variables\n\n{about}\n\n{make_tables(rows)}\n"
     path.with_suffix(".md").write_text(text, encoding="utf-8")
     draw(rows, path.with_suffix(".png"))
     return text
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dims", type=int, nargs="*", default=DIMS)
     parser.add_argument("--flows", nargs="*", default=list(FLOWS), choices=list(FLOWS))
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--output", type=Path, default=RESULTS, help="CSV file; rows that it has are kept")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="CSV file; its rows are kept")
     parser.add_argument("--worker", nargs=4, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.worker:
-        kind, flow, dim, rounds = arguments.worker
-        worker(kind, flow, int(dim), int(rounds))
+    options = parser.parse_args(argv)
+    if options.worker:
+        kind, flow, dim, rounds = options.worker
+        work(kind, flow, int(dim), int(rounds))
         return
-    done = {(row["flow"], int(row["dim"])) for row in read_rows(arguments.output)}
-    for flow in arguments.flows:
-        for dim in arguments.dims:
+    done = {(row["flow"], int(row["dim"])) for row in read_rows(options.output)}
+    for flow in options.flows:
+        for dim in options.dims:
             if (flow, dim) not in done:
-                append_row(arguments.output, measure(flow, dim, arguments.rounds))
-    print(report(arguments.output))
+                append_row(options.output, measure(flow, dim, options.rounds))
+    print(write_report(options.output))
 
 
 if __name__ == "__main__":

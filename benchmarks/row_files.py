@@ -24,11 +24,12 @@ def append_row(path: Path, row: Mapping[str, object]) -> None:
         ValueError: if the file has other columns than the row.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    columns = _columns(path) if path.is_file() else list(row)
+    if set(columns) != set(row):
+        raise ValueError(f"{path} has the columns {columns}, the new row {list(row)}: write to another file")
     is_new = not path.is_file()
-    if not is_new and _columns(path) != list(row):
-        raise ValueError(f"{path} has the columns {_columns(path)}, the new row {list(row)}: write to another file")
     with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(row))
+        writer = csv.DictWriter(file, columns)
         if is_new:
             writer.writeheader()
         writer.writerow(row)
