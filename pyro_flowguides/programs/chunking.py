@@ -1,4 +1,4 @@
-"""Many draws a part at a time, so that what is computed of them does not grow with their number."""
+"""Process many draws in chunks, so that memory does not grow with their number."""
 
 from __future__ import annotations
 
@@ -6,26 +6,31 @@ from collections.abc import Iterable, Iterator
 
 from torch import Tensor
 
-_CHUNK_NUMBERS = 2**22
+from pyro_flowguides.programs.types import Values
+
+__all__ = ["chunks", "gather", "per_chunk"]
+
+#: Numbers in a chunk: 16 MiB in single precision.
+CHUNK_NUMBERS = 2**22
 
 
 def per_chunk(numbers: int) -> int:
-    """How many items of so many numbers each are treated together: what holds 16 MiB in single precision, or one."""
-    return max(1, _CHUNK_NUMBERS // max(numbers, 1))
+    """Return how many items of a given number of numbers fit into a chunk, at least one."""
+    return max(1, CHUNK_NUMBERS // max(numbers, 1))
 
 
 def chunks(total: int, size: int) -> Iterator[slice]:
-    """Slices that cover so many items, each of at most the given size."""
+    """Yield slices of at most a given size that cover all items."""
     for start in range(0, total, size):
         yield slice(start, min(start + size, total))
 
 
-def gather(parts: Iterable[dict[str, Tensor]], total: int) -> dict[str, Tensor]:
-    """Put parts one behind the other, each as it comes: no part is kept, and nothing is held twice.
+def gather(parts: Iterable[Values], total: int) -> Values:
+    """Concatenate parts as they come, without keeping them or holding anything twice.
 
     Args:
         parts: named tensors, each ``(size of the part, ...)``.
-        total: sum of their sizes.
+        total: sum of the parts' sizes.
     """
     whole: dict[str, Tensor] = {}
     start = 0
