@@ -259,7 +259,7 @@ class Flow(TransformModule):
             self._memo = remember(self, x, y, ladj)
 
     def __getstate__(self) -> dict[str, object]:
-        return {**super().__getstate__(), "_memo": None}
+        return {**super().__getstate__(), "_memo": None, "_inv": None}  # a copy makes an inverse object of its own
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Flow:
         self._memo = None

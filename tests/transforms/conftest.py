@@ -1,4 +1,4 @@
-"""Transforms are tested in float64 unless a test says otherwise."""
+"""Transforms are tested in float64 by default."""
 
 import pytest
 import torch

@@ -1,7 +1,8 @@
-"""The cache: a draw is scored for nothing, and never with anything that has changed since."""
+"""The cache: scoring a draw costs nothing, and nothing that has changed since is ever used."""
 
 import copy
 import pickle
+import weakref
 
 import pyro.distributions as dist
 import pytest
@@ -15,25 +16,25 @@ DIM = 3
 TRAINED = [case for case in PARAMETRIC if not case.options]
 
 
-def sample_of(ways):
-    """Every way for the families that differ in how they depend on their parameters, the first way for all."""
+def first_for_all(changes):
+    """Pair the first change with all families, and every change with families that differ in reading parameters."""
     different = {"Planar", "MaskedAutoregressive", "ConditionalPlanar", "ConditionalInverseAutoregressive"}
     return [
-        pytest.param(case, way, id=f"{name(case)}-{getattr(way, '__name__', way)}")
+        pytest.param(case, change, id=f"{name(case)}-{getattr(change, '__name__', change)}")
         for case in TRAINED
-        for way in (ways if name(case) in different else ways[:1])
+        for change in (changes if name(case) in different else changes[:1])
     ]
 
 
 class count_calls:
-    """How often the formulas of a flow are evaluated."""
+    """Count the evaluations of a flow's formulas."""
 
     def __init__(self, flow, monkeypatch):
         self.calls = 0
         for direction in ("forward_and_ladj", "inverse_and_ladj"):
-            self.watch(flow, direction, monkeypatch)
+            self.spy(flow, direction, monkeypatch)
 
-    def watch(self, flow, direction, monkeypatch):
+    def spy(self, flow, direction, monkeypatch):
         call = getattr(flow, direction)
 
         def counted(value):
@@ -44,13 +45,13 @@ class count_calls:
 
 
 def truth(flow, x):
-    """Value and ladj of a twin that has never been called."""
+    """Return value and ladj of a twin that has never been called."""
     with torch.no_grad():
         return copy.deepcopy(flow).forward_and_ladj(x.detach().clone())
 
 
 def assert_fresh(flow, x, y):
-    """Whatever the flow says of x and y now is what its present state says; y need not be the image of x any more."""
+    """Check that all answers agree with the flow's present state; y need not be the image of x any more."""
     with torch.no_grad():
         image, ladj = truth(flow, x)
         back = copy.deepcopy(flow).inverse_and_ladj(y.detach().clone())[0]
@@ -60,17 +61,17 @@ def assert_fresh(flow, x, y):
 
 
 @pytest.mark.parametrize("case", CASES, ids=name)
-def test_own_draw_is_scored_without_another_evaluation(case, monkeypatch):
+def test_a_draw_is_scored_without_another_evaluation(case, monkeypatch):
     flow = case.flow(DIM, 0.5, (4,))
     base = dist.Normal(0.0, 1.0).expand([4, DIM]).to_event(1)
     d = dist.TransformedDistribution(base, [flow])
     counter = count_calls(flow, monkeypatch)
     z = d.rsample()
     assert counter.calls == 1
-    own = d.log_prob(z)
+    cached = d.log_prob(z)
     assert counter.calls == 1
-    torch.testing.assert_close(own, d.log_prob(z.clone()), rtol=1e-8, atol=1e-8)
-    assert counter.calls == 2  # a point not seen before costs one evaluation, which is then remembered too
+    torch.testing.assert_close(cached, d.log_prob(z.clone()), rtol=1e-8, atol=1e-8)
+    assert counter.calls == 2  # a new point costs one evaluation, which is then cached too
 
     x = torch.randn(4, DIM)
     y = flow(x)
@@ -97,7 +98,7 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize(("case", "optimizer"), sample_of(list(OPTIMIZERS)))
+@pytest.mark.parametrize(("case", "optimizer"), first_for_all(list(OPTIMIZERS)))
 def test_not_stale_after_an_optimizer_step(case, optimizer):
     flow = case.flow(DIM, 0.5, (4,))
     steps = OPTIMIZERS[optimizer]([p for p in flow.parameters() if p.numel()])
@@ -111,11 +112,11 @@ def test_not_stale_after_an_optimizer_step(case, optimizer):
     assert_fresh(flow, x, y)
     y = flow(x)
     steps.step(lambda: loss)
-    assert_fair_log_det(flow, x, y)
+    assert_log_det_of_present_state(flow, x, y)
 
 
-def assert_fair_log_det(flow, x, y):
-    """Of a pair that is none any more: the log-determinant at x, or at y where that is the fast direction."""
+def assert_log_det_of_present_state(flow, x, y):
+    """Check the ladj of what is no pair any more: it is that at x, or at y where that direction is the cheap one."""
     with torch.no_grad():
         at_x, at_y = truth(flow, x)[1], copy.deepcopy(flow).inverse_and_ladj(y.clone())[1]
         ladj = flow.log_abs_det_jacobian(x, y)
@@ -178,7 +179,7 @@ CHANGES = [
 ]
 
 
-@pytest.mark.parametrize(("case", "change"), sample_of(CHANGES))
+@pytest.mark.parametrize(("case", "change"), first_for_all(CHANGES))
 @pytest.mark.parametrize("direction", ["forward", "inverse"])
 def test_not_stale_after_a_change_in_place(case, direction, change):
     flow = case.flow(DIM, 0.4, (4,))
@@ -190,7 +191,7 @@ def test_not_stale_after_a_change_in_place(case, direction, change):
             y = x
             x = flow.inv(y)
     change(flow, x, y)
-    assert_fair_log_det(flow, x, y)
+    assert_log_det_of_present_state(flow, x, y)
     assert_fresh(flow, x, y)
 
 
@@ -208,20 +209,36 @@ def test_not_stale_after_a_change_of_the_context(case):
 
 
 @pytest.mark.parametrize("case", DEFAULT, ids=name)
-def test_nothing_is_remembered_across_copies_and_moves(case):
+def test_copies_do_not_contain_the_cached_pair(case):
     flow = case.flow(DIM, 0.5, (4,))
     x = torch.randn(4, DIM)
+    size = len(pickle.dumps(flow))
     y = flow(x)
-    for twin in (copy.copy(flow), copy.deepcopy(flow), pickle.loads(pickle.dumps(flow)), flow.with_cache(0)):
-        assert twin._memo is None
+    for twin in (copy.copy(flow), flow.with_cache(0)):
+        assert twin.inv(y) is not x
+    assert len(pickle.dumps(flow)) == size
+    copied = {}
+    copy.deepcopy(flow, copied)
+    assert not {id(x), id(y)} & copied.keys()
     assert flow.inv(y) is x
+
+
+@pytest.mark.parametrize("case", DEFAULT, ids=name)
+def test_moves_drop_the_cached_pair(case):
+    flow = case.flow(DIM, 0.5, (4,))
+    y = flow(torch.randn(4, DIM))
     assert flow.float().inv(y.float()).dtype == torch.float32
-    assert flow.double()._memo is None
+    y = flow.double()(torch.randn(4, DIM))
+    cached = weakref.ref(y)
+    del y
+    assert cached() is not None
+    flow.double()
+    assert cached() is None
 
 
 @pytest.mark.parametrize("case", TRAINED, ids=name)
 def test_a_draw_without_a_graph_is_scored_with_one(case):
-    """Forward KL, wake phase: z drawn under no_grad, log q(z) differentiated. A cached pair has no gradient to give."""
+    """Forward KL, wake phase: z is drawn under no_grad, log q(z) is differentiated. The cached pair has no gradient."""
     flow = case.flow(DIM, 0.5, (4,))
     parameters = [p for p in flow.parameters() if p.numel()]
     base = dist.Normal(0.0, 1.0).expand([4, DIM]).to_event(1)
@@ -236,14 +253,17 @@ def test_a_draw_without_a_graph_is_scored_with_one(case):
         if one is not None:
             torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-8)
 
-    flow.requires_grad_(False)
-    z = d.sample()
-    (memo,) = (flow._memo,)
-    d.log_prob(z)
-    assert flow._memo is memo  # nothing to differentiate: the pair will do
+
+@pytest.mark.parametrize("case", TRAINED, ids=name)
+def test_a_draw_without_a_graph_is_scored_from_the_cache_if_there_is_nothing_to_differentiate(case, monkeypatch):
+    flow = case.flow(DIM, 0.5, (4,)).requires_grad_(False)
+    d = dist.TransformedDistribution(dist.Normal(0.0, 1.0).expand([4, DIM]).to_event(1), [flow])
+    counter = count_calls(flow, monkeypatch)
+    d.log_prob(d.sample())
+    assert counter.calls == 1
 
 
-def test_a_draw_with_a_graph_is_scored_without_one(monkeypatch):
+def test_a_draw_with_a_graph_is_scored_without_one():
     flow = at_context(ConditionalPlanar(DIM, 3))
     x = torch.randn(4, DIM)
     y = flow(x)
@@ -251,10 +271,11 @@ def test_a_draw_with_a_graph_is_scored_without_one(monkeypatch):
         assert flow.inv(y) is x
 
 
-def test_the_cache_keeps_no_graph_alive_when_switched_off():
-    flow = Planar(DIM, cache_size=0)
-    flow(torch.randn(4, DIM))
-    assert flow._memo is None
+@pytest.mark.parametrize("cache_size", [0, 1])
+def test_without_a_cache_no_tensor_is_kept(cache_size):
+    flow = Planar(DIM, cache_size=cache_size)
+    image = weakref.ref(flow(torch.randn(4, DIM)))
+    assert (image() is None) == (cache_size == 0)
 
 
 def test_inference_mode():

@@ -1,7 +1,10 @@
-"""What each family promises by itself: where it starts, what it is called, what it refuses."""
+"""The promises of each family: where it starts, its names and documentation, what it refuses."""
 
+import doctest
 import inspect
 import math
+import pickle
+import pkgutil
 import re
 
 import pytest
@@ -9,6 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyro_flowguides import transforms as T
+from pyro_flowguides.transforms.docstrings import parse_docstring
 from tests.transforms.families import (
     CASES,
     CONDITIONAL,
@@ -20,13 +24,14 @@ from tests.transforms.families import (
     jacobian,
     name,
     randomize,
+    seeded,
 )
 
 
 @pytest.mark.parametrize("dim", DIMS)
 @pytest.mark.parametrize("case", [case for case in PARAMETRIC if "permutation" not in case.options], ids=name)
 def test_starts_at_the_identity(case, dim):
-    """Within 1e-2 for several draws of the initial weights, at any context. LULinear starts at its permutation."""
+    """Within 1e-2, for several draws of the initial weights, at any context. LULinear starts at its permutation."""
     for seed in range(5):
         flow = case.flow(dim, None, (200,), seed=seed)
         x = torch.randn(200, dim)
@@ -37,15 +42,15 @@ def test_starts_at_the_identity(case, dim):
 
 
 @pytest.mark.parametrize("case", [case for case in CONDITIONAL if "permutation" not in case.options], ids=name)
-def test_the_context_matters_after_a_few_steps_and_not_before(case):
+def test_the_context_matters_after_a_few_steps_but_not_at_the_start(case):
     module = case.build(3)
     x, contexts = torch.randn(20, 3), torch.randn(2, 1, CONTEXT_DIM)
 
-    def spread():
+    def difference():
         y, _ = module.condition(contexts).forward_and_ladj(x)
         return (y[0] - y[1]).abs().max().item()
 
-    assert spread() <= 1e-6
+    assert difference() <= 1e-6
     optimizer = torch.optim.Adam(module.parameters(), lr=1e-2)
     for _ in range(3):
         y, ladj = module.condition(contexts).forward_and_ladj(x)
@@ -54,12 +59,12 @@ def test_the_context_matters_after_a_few_steps_and_not_before(case):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert spread() > 1e-6
+    assert difference() > 1e-6
 
 
 @pytest.mark.parametrize("hidden_dims", [(), (1,)], ids=str)
 def test_a_step_of_adam_moves_amortized_parameters_by_the_root_of_the_number_of_features(hidden_dims):
-    """Constant features: n weights move by the learning rate each, and 1/sqrt(n) of their sum reaches the output."""
+    """At constant features n weights move by the learning rate each, and 1/sqrt(n) of their sum reaches the output."""
     moved = []
     for width in (16, 1600):
         hidden = [width for _ in hidden_dims]
@@ -75,27 +80,83 @@ def test_a_step_of_adam_moves_amortized_parameters_by_the_root_of_the_number_of_
     assert moved[1] == pytest.approx(10 * moved[0], rel=1e-3)
 
 
-def snake_case(name):
-    return re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
+def helper_name(case):
+    words = re.findall("[A-Z]+(?=[A-Z][a-z])|[A-Z][a-z]+", case.family.__name__)
+    return "_".join(words).lower()
 
 
 @pytest.mark.parametrize("case", DEFAULT, ids=name)
 def test_pyro_style_helper(case):
-    helper = getattr(T, snake_case(case.family.__name__))
-    assert snake_case(case.family.__name__) in T.__all__
-    arguments = (3, CONTEXT_DIM) if case.conditional else (3,)
-    module = helper(*arguments)
+    assert helper_name(case) in T.__all__
+    module = getattr(T, helper_name(case))(*((3, CONTEXT_DIM) if case.conditional else (3,)))
     assert isinstance(module, case.family)
     assert module.input_dim == 3
     assert str(module.input_dim) in repr(module)
 
 
-@pytest.mark.parametrize("case", [case for case in DEFAULT if next(case.build(2).parameters(), None) is not None])
+@pytest.mark.parametrize("case", [case for case in PARAMETRIC if not case.options], ids=name)
 def test_every_parametric_family_exists_in_both_forms(case):
-    other = (
-        case.family.__name__.removeprefix("Conditional") if case.conditional else f"Conditional{case.family.__name__}"
-    )
-    assert other in T.__all__
+    name = case.family.__name__
+    assert (name.removeprefix("Conditional") if case.conditional else f"Conditional{name}") in T.__all__
+
+
+def test_names_of_the_package():
+    """They are sorted, and none is that of a module of the package, which it would hide."""
+    assert T.__all__ == sorted(T.__all__)
+    modules = {module.name for module in pkgutil.iter_modules(T.__path__)}
+    assert {"flow", "families"} <= modules
+    assert not modules & set(T.__all__)
+
+
+@pytest.mark.parametrize("case", [case for case in CONDITIONAL if not case.options], ids=name)
+def test_a_conditional_class_shows_the_options_of_its_family(case):
+    """In its signature, with the defaults that it really has, and in its docstring."""
+    options = inspect.signature(case.formula).parameters.keys() - {"input_dim", "cache_size"}
+    parameters = inspect.signature(case.family).parameters
+    assert list(parameters)[:2] == ["input_dim", "context_dim"]
+    assert options <= parameters.keys()
+    arguments = parse_docstring(case.family.__doc__).arguments
+    assert arguments.keys() == parameters.keys()
+    assert all(arguments.values())
+    chosen = {option: parameters[option].default for option in options}
+    states = []
+    for given in (chosen, {}):
+        with seeded(0):
+            states.append(case.family(3, CONTEXT_DIM, **given).state_dict())
+    explicit, default = states
+    assert explicit.keys() == default.keys()
+    assert all(torch.equal(explicit[key], default[key]) for key in default)
+
+
+@pytest.mark.parametrize("case", [case for case in CONDITIONAL if not case.options], ids=name)
+def test_a_conditional_class_is_an_ordinary_class(case):
+    family = case.family
+    assert (family.__name__, family.__qualname__) == (f"Conditional{case.formula.__name__}",) * 2
+    assert family.__module__ == case.formula.__module__
+    assert issubclass(family, (T.AmortizedFlow, T.ContextFlow))
+    assert pickle.loads(pickle.dumps(family)) is family
+
+    class Derived(family):
+        def __init__(self, input_dim):
+            super().__init__(input_dim, CONTEXT_DIM)
+
+    module = Derived(3)
+    assert isinstance(module, family)
+    assert isinstance(module.flow, Derived.family)
+    assert list(inspect.signature(Derived).parameters) == ["input_dim"]
+    assert module.condition(torch.randn(4, CONTEXT_DIM))(torch.randn(4, 3)).shape == (4, 3)
+
+
+@pytest.mark.parametrize("case", DEFAULT, ids=name)
+def test_every_family_documents_its_cost_and_arguments_and_has_an_example(case):
+    """The examples run as doctests, those of conditional classes included."""
+    docs = parse_docstring(case.family.__doc__)
+    parameters = inspect.signature(case.family).parameters.keys() - {"cache_size"}
+    assert docs.arguments.keys() == parameters
+    assert "Cost: " in docs.body or case.family is T.Reverse
+    (example,) = doctest.DocTestFinder(recurse=False).find(case.family)
+    assert len(example.examples) >= 3
+    assert any(case.family.__name__ in line.source for line in example.examples)
 
 
 def test_random_permutations_differ():
@@ -131,7 +192,7 @@ def test_act_norm_initialize():
 
 
 @pytest.mark.parametrize("family", [T.ElementwiseAffine, T.LowerTriangularAffine])
-def test_affine_families_start_where_they_are_told(family):
+def test_affine_families_start_at_the_given_location_and_scale(family):
     loc, scale = torch.tensor([1.0, 2.0]), torch.tensor([0.5, 3.0])
     flow = family(2, loc=loc, scale=scale)
     x = torch.randn(5, 2)
@@ -140,7 +201,7 @@ def test_affine_families_start_where_they_are_told(family):
     torch.testing.assert_close(ladj, scale.log().sum().expand(5))
     with torch.no_grad():
         flow.loc.add_(1)
-    assert loc.tolist() == [1.0, 2.0]  # the flow keeps a copy
+    assert loc.tolist() == [1.0, 2.0]  # the flow has copied it
 
 
 def test_lower_triangular_affine_is_a_cholesky_factor():
@@ -153,7 +214,7 @@ def test_lower_triangular_affine_is_a_cholesky_factor():
 
 
 def test_radial_inverse_keeps_its_relative_accuracy_at_the_center():
-    """The quadratic for the radius is solved by the formula that does not cancel, for contractions and expansions."""
+    """The quadratic for the radius is solved without cancellation, for contractions and expansions."""
     for beta in (-3.0, 3.0, 1e9):
         flow = T.Radial(3)
         with torch.no_grad():
@@ -179,20 +240,20 @@ def test_householder_is_a_rotation():
 
 @pytest.mark.parametrize("family", [T.OrthogonalSylvester, T.HouseholderSylvester, T.TriangularSylvester])
 @pytest.mark.parametrize("bottleneck", [1, 2, 5])
-def test_sylvester_moves_points_within_the_span_of_orthonormal_columns(family, bottleneck):
+def test_sylvester_moves_points_within_a_subspace_and_reads_only_their_part_in_it(family, bottleneck):
     flow = randomize(family(5, bottleneck), 1.0)
-    theta = flow._orthonormal(flow.theta()) if family is T.OrthogonalSylvester else flow.theta()
-    columns = flow._synthesize(torch.eye(bottleneck), theta)
-    torch.testing.assert_close(columns @ columns.mT, torch.eye(bottleneck))
-    torch.testing.assert_close(flow._analyze(torch.eye(5), theta).mT, columns)
     x = torch.randn(20, 5)
     step = flow(x) - x
-    torch.testing.assert_close(step @ columns.mT @ columns, step)
     assert torch.linalg.matrix_rank(step) == bottleneck
+    columns = torch.linalg.svd(step).Vh[:bottleneck].mT
+    torch.testing.assert_close(step @ columns @ columns.mT, step)
+    across = torch.randn(20, 5)
+    across = across - across @ columns @ columns.mT
+    torch.testing.assert_close(flow(x + across) - (x + across), step)
 
 
 class Largest(TorchDispatchMode):
-    """The most elements that any tensor computed inside has."""
+    """Find the largest number of elements of a tensor that is computed inside."""
 
     elements = 0
 
@@ -209,21 +270,20 @@ class Largest(TorchDispatchMode):
     ("family", "options"), [("Householder", {}), ("HouseholderSylvester", {"bottleneck": 4})], ids=lambda value: value
 )
 def test_reflections_are_applied_to_vectors(family, options, conditional):
-    """No D × D matrix arises, forward, inverse or backward; a context's batch does not multiply one either."""
+    """No D × D matrix arises, forward, inverse or backward, nor one for every point of a context's batch."""
     dim, points = 100, 3
     if conditional:
-        with torch.device("meta"):  # the hypernetwork alone is larger
-            flow = getattr(T, family)(dim, reflections=4, **options)
-        theta = {key: torch.randn(points, *value.shape, requires_grad=True) for key, value in flow.theta().items()}
+        module = randomize(getattr(T, f"Conditional{family}")(dim, 1, reflections=4, **options), 0.3)
+        flow = module.condition(torch.randn(points, 1))
     else:
         flow = randomize(getattr(T, family)(dim, reflections=4, **options), 0.3)
-        theta = flow.theta()
     x = torch.randn(points, dim, requires_grad=True)
     with Largest() as largest:
-        y, ladj = flow._push(x, theta)
-        back, _ = flow._pull(y, theta)
+        y, ladj = flow.forward_and_ladj(x)
+        back, _ = flow.inverse_and_ladj(y)
         (back.sum() + y.sum() + ladj.sum()).backward()
-    assert points * dim <= largest.elements <= points * 4 * dim < dim * dim
+    parameters = sum(value.numel() for value in flow.formulas()[0].theta.values())
+    assert points * dim <= largest.elements <= (parameters if conditional else points * 4 * dim) < dim * dim
 
 
 def test_couplings_keep_the_first_half_of_their_order():
@@ -237,7 +297,7 @@ def test_couplings_keep_the_first_half_of_their_order():
         assert (j[[0, 1, 3]][:, [4, 2]] != 0).all()
 
 
-def test_gated_update_matches_its_formula_and_never_shuts():
+def test_the_gated_update_matches_its_formula_and_never_shuts():
     flow = randomize(T.InverseAutoregressive(2, [8], update="gated"), 0.7)
     x = torch.randn(6, 2)
     raw, shift = flow.conditioner(x).chunk(2, -1)
@@ -250,7 +310,7 @@ def test_gated_update_matches_its_formula_and_never_shuts():
 
 
 @pytest.mark.parametrize("update", ["affine", "gated", "shift"])
-def test_at_the_identity_the_shift_is_already_learned(update):
+def test_the_shift_has_a_gradient_at_the_start(update):
     flow = T.InverseAutoregressive(3, [8], update=update).double()
     x = torch.randn(6, 3, dtype=torch.float64)
     y, _ = flow.forward_and_ladj(x)
@@ -307,11 +367,11 @@ def test_context_of_the_wrong_width(case):
 
 @pytest.mark.parametrize("case", PLAIN, ids=name)
 @pytest.mark.parametrize("order", [[0, 1], [0, 0, 2], [1, 2, 3], [0, 1, 2, 3], [[0, 1, 2]]])
-def test_orders_that_are_none(case, order):
+def test_invalid_orders(case, order):
     accepted = inspect.signature(case.family).parameters
     for option in {"order", "permutation"} & set(accepted):
         if case.family is T.Permute and sorted(order) == list(range(len(order))):
-            continue  # whose dimension is that of its permutation
+            continue  # it has the dimension of its permutation
         with pytest.raises(ValueError, match=r"order must be a permutation of 0\.\."):
             case.family(*([3] if "input_dim" in accepted else []), **{option: order})
 
@@ -334,7 +394,7 @@ def test_options_out_of_range(case):
         case.family(*arguments, nonsense=1)
 
 
-def test_compositions_that_do_not_fit():
+def test_parts_that_do_not_fit_together():
     with pytest.raises(ValueError, match=r"Compose: the parts must share one input_dim, got \[2, 3\]"):
         T.Compose([T.Planar(2), T.Planar(3)])
     with pytest.raises(ValueError, match=r"Compose: .*no parts"):

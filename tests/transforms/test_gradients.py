@@ -10,7 +10,7 @@ from tests.transforms.families import CASES, CONTEXT_DIM, name
 
 
 def small(case):
-    """Options for a conditioner that finite differences can handle: few weights and no kink (ELU has one)."""
+    """Return options for a conditioner that suits finite differences: few weights and no kink (ELU has one)."""
     accepted = inspect.signature(case.formula).parameters
     return {key: value for key, value in {"hidden_dims": [5], "activation": torch.tanh}.items() if key in accepted}
 
@@ -36,13 +36,13 @@ def test_gradcheck(case, direction, dim):
             return getattr(module, direction)(value)
 
         inputs = (point, *parameters)
-    # In fast mode along random directions, which a wrong derivative meets almost surely.
+    # Fast mode checks random directions, along which a wrong derivative shows almost surely.
     assert gradcheck(outputs, inputs, fast_mode=True)
 
 
 @pytest.mark.parametrize("case", CASES, ids=name)
 def test_gradients_of_the_round_trip_cancel(case):
-    """x -> y -> x is the identity in its gradients too, and the value does not depend on the parameters."""
+    """x -> y -> x has the gradient of the identity, and none with respect to the parameters."""
     flow = case.flow(3, 0.5, (4,))
     x = torch.randn(4, 3, requires_grad=True)
     back, _ = flow.inverse_and_ladj(flow.forward_and_ladj(x)[0])
@@ -69,7 +69,7 @@ def test_gradients_are_finite_at_large_weights(case, scale):
 
 @pytest.mark.parametrize("case", CASES, ids=name)
 def test_gradients_are_finite_where_everything_is_zero(case):
-    """Zero parameters at a zero context and a zero input. Only a matrix without columns has no orthonormal factor."""
+    """At zero parameters, context and input; only columns, whose orthonormal factor is undefined at zero, are not."""
     module = case.build(3)
     with torch.no_grad():
         for key, parameter in module.named_parameters():

@@ -1,8 +1,8 @@
-"""Log-determinants and round trips, to 1e-8 at every dimension and every size of the weights.
+"""Log-determinants and round trips, to 1e-8 in every dimension and for weights of every size.
 
-The documented bound: rounding leaves in any map an error of a small multiple of eps (|y| + |J| |x|) in y, of |J⁻¹|
-times that in x, and of eps |J| |J⁻¹| in the determinant of J; an error above 1e-8 is accepted only below ten times
-that. Families that keep their conditioning at every weight get no such allowance.
+Rounding leaves in any map an error of a small multiple of eps (|y| + |J| |x|) in y, of |J⁻¹| times that in x, and of
+eps |J| |J⁻¹| in the determinant of J. An error above 1e-8 is accepted only below ten times this documented bound, and
+not at all for families that are well conditioned at every weight.
 """
 
 import copy
@@ -20,7 +20,7 @@ WELL_CONDITIONED = (AdditiveCoupling, AffineCoupling, Householder, Permute, Plan
 
 
 def every_size(test):
-    """Every family in every dimension; the test goes through the scales, its name says which failed."""
+    """Run a test for every family in every dimension; the test goes through the scales and names one that fails."""
     for mark in (pytest.mark.parametrize("dim", DIMS), pytest.mark.parametrize("case", CASES, ids=name)):
         test = mark(test)
     return test
@@ -31,7 +31,7 @@ def norm(vector):
 
 
 class Pair:
-    """Points, their images, and the size of the Jacobian between them (computed where an error exceeds 1e-8)."""
+    """Points, their images, and the size of the Jacobian between them, computed only if an error exceeds 1e-8."""
 
     def __init__(self, flow, x, y):
         self.flow, self.x, self.y = flow, x, y
@@ -43,7 +43,7 @@ class Pair:
         return jacobian(lambda v: self.flow.inverse_and_ladj(v)[0], self.y)
 
     def stretch(self):
-        """|J| and |J⁻¹|, each from the Jacobian of the direction that shows it better."""
+        """Return |J| and |J⁻¹|, each from the Jacobian of the direction that is more accurate for it."""
         s = torch.linalg.svdvals(self.forward_jacobian())
         t = torch.linalg.svdvals(self.inverse_jacobian())
         return torch.maximum(s[..., 0], 1 / t[..., -1]), torch.maximum(t[..., 0], 1 / s[..., -1])
@@ -80,25 +80,25 @@ def test_log_det_is_that_of_the_autograd_jacobian(case, dim):
             z, inverse_ladj = flow.inverse_and_ladj(w)
         assert ladj.shape == inverse_ladj.shape == (POINTS,)
 
-        pair, foreign = Pair(flow, x, y), Pair(flow, z, w)
+        forward, inverse = Pair(flow, x, y), Pair(flow, z, w)
         strict = issubclass(case.formula, WELL_CONDITIONED)
-        expected = torch.linalg.slogdet(pair.forward_jacobian()).logabsdet
+        expected = torch.linalg.slogdet(forward.forward_jacobian()).logabsdet
         error = (ladj - expected).abs() / (1 + expected.abs())
-        check(error, pair.error_in_determinant, f"forward, scale {scale}", strict=strict)
-        expected = -torch.linalg.slogdet(foreign.inverse_jacobian()).logabsdet
+        check(error, forward.error_in_determinant, f"forward, scale {scale}", strict=strict)
+        expected = -torch.linalg.slogdet(inverse.inverse_jacobian()).logabsdet
         error = (inverse_ladj - expected).abs() / (1 + expected.abs())
-        check(error, foreign.error_in_determinant, f"inverse, scale {scale}", strict=strict)
+        check(error, inverse.error_in_determinant, f"inverse, scale {scale}", strict=strict)
 
 
 @every_size
 def test_inverse_of_forward(case, dim):
     for scale in SCALES:
         flow = case.flow(dim, scale, (POINTS,))
-        stranger = copy.deepcopy(flow)
+        twin = copy.deepcopy(flow)  # without the cache
         x = torch.randn(POINTS, dim)
         with torch.no_grad():
             y, ladj = flow.forward_and_ladj(x)
-            back, inverse_ladj = stranger.inverse_and_ladj(y)
+            back, inverse_ladj = twin.inverse_and_ladj(y)
         strict = issubclass(case.formula, WELL_CONDITIONED)
         check(norm(back - x), Pair(flow, x, y).error_in_x, f"scale {scale}", strict=strict)
         if strict:
@@ -113,26 +113,26 @@ def test_forward_of_inverse(case, dim):
         y = 2 * torch.randn(POINTS, dim)
         with torch.no_grad():
             x, _ = copy.deepcopy(flow).inverse_and_ladj(y)
-            there, _ = flow.forward_and_ladj(x)
-        check(norm(there - y), Pair(flow, x, y).error_in_y, f"scale {scale}", strict=strict)
+            image, _ = flow.forward_and_ladj(x)
+        check(norm(image - y), Pair(flow, x, y).error_in_y, f"scale {scale}", strict=strict)
 
 
 @pytest.mark.parametrize("case", CASES, ids=name)
 def test_far_points_come_back(case):
-    """Points far outside anything a flow was trained on, relative to their size."""
+    """From far outside what a flow is trained on, relative to their size."""
     flow = case.flow(3, 0.3, (1,))
     for size in (1e-6, 1e3, 1e6):
         y = size * torch.tensor([[1.0, -0.3, 0.7], [-1.0, 1.0, -1.0], [1e-3, 1.0, 0.0]])
         with torch.no_grad():
             x, ladj = flow.inverse_and_ladj(y)
-            there, forward_ladj = flow.forward_and_ladj(x)
-        assert (norm(there - y) <= TOLERANCE * (1 + norm(y))).all()
+            image, forward_ladj = flow.forward_and_ladj(x)
+        assert (norm(image - y) <= TOLERANCE * (1 + norm(y))).all()
         assert ((ladj - forward_ladj).abs() <= 1e-6 * (1 + ladj.abs())).all()
 
 
 @pytest.mark.parametrize("case", CASES, ids=name)
 def test_the_log_det_is_not_trivial_at_these_sizes(case):
-    """Weights are large enough that a missing or a wrong log-determinant shows, except where it is zero by design."""
+    """Weights are large enough that a missing or wrong log-determinant shows, unless it is zero by design."""
     flow = case.flow(3, 1.0, (16,))
     ladj = flow.forward_and_ladj(torch.randn(16, 3))[1]
     volume_preserving = issubclass(case.formula, (AdditiveCoupling, Householder, Permute))

@@ -1,4 +1,4 @@
-"""The low-rank affine map: the Gaussian that it stands for, and how it is set."""
+"""The low-rank affine map: its Gaussian density, and how it is set."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ def pieces():
     return loc, scale, directions, torch.tensor([1.5, -2.0])
 
 
-def test_starts_at_the_diagonal_affine_map_exactly():
+def test_starts_exactly_at_the_diagonal_affine_map():
     loc, scale, x = torch.randn(DIM), torch.randn(DIM).exp(), torch.randn(5, DIM)
     flow = LowRankAffine(DIM, RANK, loc, scale)
     y, ladj = flow.forward_and_ladj(x)
@@ -24,8 +24,8 @@ def test_starts_at_the_diagonal_affine_map_exactly():
     assert torch.equal(ladj, scale.log().sum().expand(5))
 
 
-def test_is_the_gaussian_it_is_set_to(pieces):
-    """Fewer directions than columns: along the others nothing is stretched."""
+def test_has_the_gaussian_density_to_which_it_is_set(pieces):
+    """There are fewer directions than columns: nothing is stretched along the others."""
     loc, scale, directions, log_stretch = pieces
     flow = LowRankAffine(DIM, RANK)
     torch.nn.init.normal_(flow.log_stretch)
@@ -38,7 +38,7 @@ def test_is_the_gaussian_it_is_set_to(pieces):
     assert_close(log_q, target.log_prob(y), rtol=1e-10, atol=1e-10)
 
 
-def test_no_direction_is_a_diagonal(pieces):
+def test_without_directions_it_is_diagonal(pieces):
     loc, scale, directions, log_stretch = pieces
     flow = LowRankAffine(DIM, RANK)
     flow.assign(*pieces)
@@ -52,7 +52,7 @@ def test_rank_out_of_range(rank):
         LowRankAffine(DIM, rank)
 
 
-def test_what_it_cannot_be_set_to(pieces):
+def test_refuses_wrong_shapes_scales_and_directions(pieces):
     loc, scale, directions, log_stretch = pieces
     flow = LowRankAffine(DIM, RANK)
     with pytest.raises(ValueError, match=r"K at most 3, got \(7,\), \(7,\), \(7, 4\), \(4,\)"):

@@ -1,4 +1,4 @@
-"""Batch dimensions, broadcasting of contexts, and the places in torch and Pyro where a flow is put."""
+"""Batch dimensions, broadcasting of contexts, and flows inside torch's and Pyro's classes."""
 
 import copy
 
@@ -78,23 +78,23 @@ def test_contexts_broadcast_against_points(case, direction):
 
 @pytest.mark.parametrize("case", CASES, ids=name)
 def test_pyro_distribution(case):
-    """Shapes, and the density of a draw: by the cache, and without it as change of variables says."""
+    """Shapes, and the density of a draw: from the cache, and by the change of variables without it."""
     flow = case.flow(DIM, 0.3, (5,))
     batch = (5,) if case.conditional else ()
     d = dist.TransformedDistribution(base(), [flow])
     assert (d.batch_shape, d.event_shape) == (batch, (DIM,))
     z = d.rsample((2,))
     assert z.shape == (2, *batch, DIM)
-    own, foreign = d.log_prob(z), d.log_prob(z.clone())
-    assert own.shape == (2, *batch)
-    torch.testing.assert_close(own, foreign, rtol=1e-8, atol=1e-8)
+    cached, computed = d.log_prob(z), d.log_prob(z.clone())
+    assert cached.shape == (2, *batch)
+    torch.testing.assert_close(cached, computed, rtol=1e-8, atol=1e-8)
     x, ladj = copy.deepcopy(flow).inverse_and_ladj(z)
-    torch.testing.assert_close(own, base().log_prob(x) - ladj, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(cached, base().log_prob(x) - ladj, rtol=1e-8, atol=1e-8)
     assert d.expand((7, *batch)).rsample().shape == (7, *batch, DIM)
 
 
 @pytest.mark.parametrize("case", CONDITIONAL, ids=name)
-def test_batch_shape_is_that_of_the_context(case):
+def test_the_batch_shape_is_that_of_the_context(case):
     module = case.build(DIM, 0.3)
     for contexts, batch in [((), ()), ((5,), ()), ((5,), (5,)), ((5,), (2, 5)), ((2, 1), (5,)), ((2, 5), ())]:
         flow = module.condition(torch.randn(*contexts, CONTEXT_DIM))
@@ -124,7 +124,7 @@ def test_inverse_object(case):
 
 
 @pytest.mark.parametrize("case", CASES, ids=name)
-def test_one_instance_at_two_places(case):
+def test_the_same_instance_twice(case):
     flow = case.flow(DIM, 0.3, (4,))
     x = torch.randn(4, DIM)
     once, first = flow.forward_and_ladj(x)
@@ -163,7 +163,9 @@ def test_with_cache_shares_the_parameters(case):
     y = bare(x)
     torch.testing.assert_close(y, flow.forward_and_ladj(x)[0])
     assert bare.inv(y) is not x
-    assert bare.with_cache(1).inv.inv(x) is not None
+    cached = bare.with_cache(1)
+    assert cached.inv(cached(x)) is x
+    assert cached.inv.inv is cached
     with torch.no_grad():
         for parameter in flow.parameters():
             parameter.mul_(0.5)
@@ -174,7 +176,7 @@ def test_with_cache_shares_the_parameters(case):
 
 @pytest.mark.parametrize("case", PLAIN, ids=name)
 def test_compose(case):
-    """Value and ladj of a composition are those of its parts, in order; also nested, also backwards."""
+    """Value and ladj of a composition are those of its parts in order, also if nested, in both directions."""
     one, other = case.flow(DIM, 0.3, seed=1), randomize(Planar(DIM), 0.5)
     x = torch.randn(4, DIM)
     middle, first = one.forward_and_ladj(x)

@@ -1,4 +1,4 @@
-"""The scalar equation t + k tanh t = q, and the smooth bounds that keep k above -1."""
+"""The scalar equation t + k tanh t = q, and the smooth bounds that keep k above −1."""
 
 import math
 
@@ -29,7 +29,7 @@ def left_side(k, t):
 
 @properties
 @given(slopes, levels)
-def test_residual_is_down_to_rounding(k, q):
+def test_the_residual_is_of_the_size_of_rounding(k, q):
     k, q = number(k), number(q)
     t = tanh_root(k, q)
     scale = t.abs() + (k * t.tanh()).abs() + q.abs()
@@ -73,7 +73,7 @@ def test_gradients_are_those_of_the_implicit_function(k, q):
 @pytest.mark.parametrize("k", [-0.99, -0.5, 0.0, 2.0, 1e3, 1e6, 1e9])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_dense_grid_including_the_kink(k, dtype):
-    """Around q = k the left side bends from slope 1 + k to slope 1; fixed Newton steps, as under compile, suffice."""
+    """Around q = k the left side bends from slope 1 + k to slope 1. The fixed number of steps under vmap suffices."""
     q = torch.cat(
         [torch.linspace(-20, 20, 2001), k * (1 + torch.linspace(-0.1, 0.1, 2001)), torch.logspace(-30, 30, 601)]
     ).to(dtype)
@@ -87,8 +87,8 @@ def test_dense_grid_including_the_kink(k, dtype):
 @pytest.mark.parametrize(
     ("k", "most"), [(0.0, 4), (-0.5, 4), (1.0, 4), (-0.99, 7), (100.0, 8), (1e9, 22), (1e30, 24), (math.nan, 24)]
 )
-def test_steps_are_counted_beforehand(k, most):
-    """By the steepest slope of all; the dense grid above shows that they suffice."""
+def test_steps_are_counted_in_advance(k, most):
+    """For the most extreme slope; the dense grid above shows that they suffice."""
     k = torch.tensor([0.1, k, -0.1])
     assert count_newton_steps(k) <= most
     assert (
@@ -98,7 +98,7 @@ def test_steps_are_counted_beforehand(k, most):
     )
 
 
-def test_not_a_number_stays_one():
+def test_nan_stays_nan_and_spoils_no_other_element():
     k, q = torch.tensor([math.nan, 0.5, 0.5]), torch.tensor([1.0, math.nan, 1.0])
     assert tanh_root(k, q).isnan().tolist() == [True, True, False]
 

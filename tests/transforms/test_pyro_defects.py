@@ -1,4 +1,4 @@
-"""Defects of Pyro 1.9.2's own flows (FIELD.md, section 1) that could occur here, by their numbers there."""
+"""Defects of Pyro 1.9.2's own flows that could occur here. Docstrings say what happens there."""
 
 import copy
 import math
@@ -21,8 +21,8 @@ def standard_normal(dim):
 
 
 @pytest.mark.parametrize("family", SYLVESTER)
-def test_field_01_sylvester_log_det_at_large_weights(family):
-    """Off by 1.0 to 1.4 nats in five dimensions at N(0, 1) weights."""
+def test_sylvester_log_det_at_large_weights(family):
+    """It is off by 1.0 to 1.4 nats in five dimensions at N(0, 1) weights."""
     for seed in range(10):
         torch.default_generator.manual_seed(seed)
         flow, x = randomize(family(5), 1.0), torch.randn(20, 5)
@@ -31,15 +31,15 @@ def test_field_01_sylvester_log_det_at_large_weights(family):
 
 
 def banana(x):
-    """log of 0.05 times a normalized density: log Z = log 0.05."""
+    """Return the logarithm of 0.05 times a normalized density: log Z = log 0.05."""
     bend = x[..., 1:] - x[..., :-1].square()
     return dist.Normal(0.0, 1.0).log_prob(x[..., 0]) + dist.Normal(0.0, 0.5).log_prob(bend).sum(-1) + math.log(0.05)
 
 
 @pytest.mark.parametrize("variant", flows.SYLVESTER_VARIANTS)
 @pytest.mark.parametrize("trained", [False, True])
-def test_field_01_elbo_never_exceeds_log_z(variant, trained):
-    """A trained guide reported +6.20 where log Z was -1.88: training exploits any such gap, random weights show it."""
+def test_elbo_never_exceeds_log_z(variant, trained):
+    """A trained guide reports +6.20 where log Z is -1.88: training exploits any such error, random weights show it."""
     dim, log_z = 3, math.log(0.05)
     flow = flows.sylvester(dim, depth=3, variant=variant)
 
@@ -61,10 +61,10 @@ def test_field_01_elbo_never_exceeds_log_z(variant, trained):
     error = weights.std().item() / len(weights) ** 0.5
     assert weights.mean().item() <= log_z + 4 * error
     if trained:
-        assert weights.mean().item() >= log_z - 1.0  # it did learn something
+        assert weights.mean().item() >= log_z - 1.0  # it has learned
 
 
-def test_field_04_permutations_are_saved_and_moved():
+def test_permutations_are_saved_and_moved():
     one, other = T.permute(20), T.permute(20)
     x = torch.randn(3, 20)
     assert not torch.equal(one(x), other(x))
@@ -75,7 +75,7 @@ def test_field_04_permutations_are_saved_and_moved():
 
 
 @pytest.mark.parametrize("case", PARAMETRIC, ids=name)
-def test_field_05_no_stale_value_after_an_update_in_place(case):
+def test_no_stale_value_after_an_update_in_place(case):
     flow = case.flow(3, 0.5, (4,))
     x = torch.randn(4, 3)
     y = flow(x)
@@ -91,18 +91,18 @@ def test_field_05_no_stale_value_after_an_update_in_place(case):
 
 
 @pytest.mark.parametrize("kind", flows.FLOWS)
-def test_field_07_a_recipe_transforms_every_dimension(kind):
-    """A stack of couplings without a permutation between them left half of the dimensions as they were."""
+def test_a_recipe_transforms_every_dimension(kind):
+    """A stack of couplings without a permutation between them leaves half of the dimensions as they are."""
     flow = randomize(flows.FLOWS[kind](4), 0.5)
     x = torch.randn(50, 4)
     y, _ = flow.forward_and_ladj(x)
     assert ((y - x).abs().amax(0) > 1e-3).all()
     mixed = jacobian(lambda v: flow.forward_and_ladj(v)[0], x).abs().amax(0) > 1e-6
-    assert mixed.all()  # and lets every dimension reach every other
+    assert mixed.all()  # every dimension reaches every other
 
 
 @pytest.mark.parametrize("case", CASES, ids=name)
-def test_field_09_double_before_the_first_call(case):
+def test_double_before_the_first_call(case):
     torch.set_default_dtype(torch.float32)
     module = case.build(3).double()
     assert {p.dtype for p in module.parameters()} <= {torch.float64}
@@ -113,14 +113,14 @@ def test_field_09_double_before_the_first_call(case):
 
 
 @pytest.mark.parametrize("case", PARAMETRIC, ids=name)
-def test_field_10_parameters_exist_before_the_first_call(case):
+def test_parameters_exist_before_the_first_call(case):
     module = case.build(3, 0.5)
     assert torch.optim.Adam(module.parameters()).param_groups[0]["params"]
     case.build(3).load_state_dict(module.state_dict())
 
 
 @pytest.mark.parametrize("case", CASES, ids=name)
-def test_field_11_copies_before_and_after_a_call_with_gradients(case):
+def test_copies_before_and_after_a_call_with_gradients(case):
     flow = case.flow(3, 0.5, (4,))
     x = torch.randn(4, 3, requires_grad=True)
     uncalled = copy.deepcopy(flow), pickle.loads(pickle.dumps(flow))
@@ -128,12 +128,12 @@ def test_field_11_copies_before_and_after_a_call_with_gradients(case):
     called = copy.deepcopy(flow), pickle.loads(pickle.dumps(flow))
     for twin in (*uncalled, *called):
         assert torch.equal(twin(x), y)
-    assert torch.equal(flow(x), y)  # the original survived
+    assert torch.equal(flow(x), y)  # the original still works
 
 
 @pytest.mark.parametrize("case", CASES, ids=name)
-def test_field_13_every_flow_scores_foreign_points(case):
-    """No inverse, KeyErrors for a second use, with_cache(0) not implemented."""
+def test_every_flow_scores_points_that_are_not_its_draws(case):
+    """There is no inverse, a second use raises a KeyError, and with_cache(0) is not implemented."""
     flow = case.flow(3, 0.3, (4,))
     d = dist.TransformedDistribution(standard_normal(3), [flow])
     older = d.rsample().detach().clone()
@@ -150,8 +150,8 @@ def test_field_13_every_flow_scores_foreign_points(case):
     torch.testing.assert_close(chain.inv(chain(x).clone()), x, rtol=1e-8, atol=1e-8)
 
 
-def test_field_14_iaf_inverts_in_few_passes_and_in_its_own_dtype(monkeypatch):
-    """39.5 s for D = 1024 and 16 points, by one network pass per dimension."""
+def test_iaf_inverts_in_few_passes_and_in_its_own_dtype(monkeypatch):
+    """It takes 39.5 s for D = 1024 and 16 points, by one network pass per dimension."""
     flow = T.InverseAutoregressive(1024, [64])
     randomize(flow, 0.02)
     run, passes = flow.conditioner.run, []
@@ -170,7 +170,7 @@ def test_field_14_iaf_inverts_in_few_passes_and_in_its_own_dtype(monkeypatch):
 
 
 @pytest.mark.parametrize("case", CONDITIONAL, ids=name)
-def test_field_15_conditioned_flows_have_parameters_and_a_batch_shape(case):
+def test_conditioned_flows_have_parameters_and_a_batch_shape(case):
     module = case.build(3, 0.5)
     flow = module.condition(torch.randn(5, CONTEXT_DIM))
     assert {id(p) for p in flow.parameters()} == {id(p) for p in module.parameters()}
@@ -180,13 +180,13 @@ def test_field_15_conditioned_flows_have_parameters_and_a_batch_shape(case):
     assert d.log_prob(torch.randn(3)).shape == (5,)
 
 
-def test_field_15_sylvester_exists_conditionally():
+def test_sylvester_exists_conditionally():
     for family in SYLVESTER:
         assert f"Conditional{family.__name__}" in T.__all__
 
 
-def test_field_18_no_nan_at_zero_weights():
-    """Planar at w = 0 (and u = 0), Householder at a zero vector, radial at its center: values and gradients."""
+def test_no_nan_at_zero_weights():
+    """Values and gradients of planar at w = 0 and at u = 0, of Householder at zero vectors, of radial at its center."""
     x = torch.randn(4, 3)
     planar, householder, radial = T.Planar(3), T.Householder(3), randomize(T.Radial(3), 1.0)
     for parameter in ("w", "u"):
@@ -212,8 +212,8 @@ BOUNDED = (T.AffineCoupling, T.InverseAutoregressive, T.MaskedAutoregressive)
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if issubclass(case.formula, BOUNDED)], ids=name)
-def test_field_18_scales_are_bounded_smoothly(case):
-    """A hard clamp has no gradient beyond it, and a kink at it: along a line of growing weights neither is seen."""
+def test_scales_are_bounded_smoothly(case):
+    """A hard clamp has no gradient beyond its bound and a kink at it. Along a line of weights there is neither."""
     module = case.build(2, 0.0)
     conditioner = (module.flow if case.conditional else module).conditioner
     bias = conditioner.biases[-1]
