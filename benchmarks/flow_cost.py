@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import inspect
+import re
 import statistics
 import time
 from collections.abc import Callable
@@ -24,8 +25,9 @@ from torch import Tensor
 
 from pyro_flowguides import transforms
 from pyro_flowguides.flows import FLOWS
-from pyro_flowguides.guides.flow_docs import describe_flow, parse_docstring
+from pyro_flowguides.guides.flow_docs import describe_flow
 from pyro_flowguides.transforms import AmortizedFlow, Compose, ContextFlow, Flow
+from pyro_flowguides.transforms.docstrings import Docstring, parse_docstring
 
 __all__ = ["flow_rows", "layer_rows"]
 
@@ -68,7 +70,7 @@ def layer_rows() -> list[dict[str, str]]:
 def layer_facts(layer: type[Flow]) -> dict[str, str]:
     """Return class, cost of each direction, direction that takes one pass, way of the context, and reference."""
     docs = parse_docstring(layer.__doc__)
-    forward, inverse = (cost.replace("``", "`") for cost in docs.costs)  # Markdown has single ones
+    forward, inverse = split_costs(docs)
     return {
         "layer": layer.__name__,
         "forward": forward,
@@ -77,6 +79,33 @@ def layer_facts(layer: type[Flow]) -> dict[str, str]:
         "context": context_way(layer),
         "reference": " ".join(docs.sections.get("References", "").split()),
     }
+
+
+def split_costs(docs: Docstring) -> tuple[str, str]:
+    """Return the costs of both directions, from the paragraph of a layer's docstring that begins with "Cost:".
+
+    It has one of the forms "X in both directions; the inverse adds Y", "forward, X; inverse, Y" and "X forward; Y
+    inverse", each with or without further sentences.
+
+    Raises:
+        ValueError: if there is no such paragraph or it has another form.
+    """
+    paragraphs = [" ".join(part.split()) for part in docs.body.split("\n\n") if part.startswith("Cost:")]
+    text = re.sub(r" \(:\w+:`[^`]*`\)", "", "".join(paragraphs)).replace("``", "`")
+    sentence = re.split(r"\. |\.$", text)[0].removeprefix("Cost: ")
+    clauses = sentence.split("; ")
+    both = [clause.partition("in both directions")[0].rstrip(", ") for clause in clauses if "in both d" in clause]
+    if both:
+        added = [clause.removeprefix("the inverse adds ") for clause in clauses if "the inverse adds" in clause]
+        return both[0], " and ".join(["the same", *added])
+    costs = {}
+    for direction in ("forward", "inverse"):
+        for clause in clauses:
+            if clause.startswith(f"{direction}, ") or clause.endswith(f" {direction}"):
+                costs[direction] = clause.removeprefix(f"{direction}, ").removesuffix(f" {direction}")
+    if len(costs) < 2:
+        raise ValueError(f"the cost of each direction is not in the docstring: {docs.summary!r}, {sentence!r}")
+    return costs["forward"], costs["inverse"]
 
 
 def context_way(layer: type[Flow]) -> str:

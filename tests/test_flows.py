@@ -10,8 +10,8 @@ import torch
 
 import pyro_flowguides as fg
 from pyro_flowguides.flows import FLOWS, get_flow
-from pyro_flowguides.guides.flow_docs import parse_docstring
 from pyro_flowguides.transforms import Compose, ConditionalCompose, ConditionalFlow, Flow
+from pyro_flowguides.transforms.docstrings import parse_docstring
 from tests.flow_variants import OPTIONS, find_variants
 from tests.transforms.families import CONTEXT_DIM, at_context, jacobian, randomize, seeded
 

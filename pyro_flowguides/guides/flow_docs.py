@@ -5,10 +5,6 @@ The docstrings of the autoguides are made from them, and so are the tables of th
 
 from __future__ import annotations
 
-import inspect
-import re
-import textwrap
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -16,79 +12,9 @@ import torch
 from pyro_flowguides import transforms
 from pyro_flowguides.flows import FLOWS, Builder
 from pyro_flowguides.transforms import Compose, Flow
+from pyro_flowguides.transforms.docstrings import Docstring, parse_docstring
 
-__all__ = ["Docstring", "FlowDescription", "describe_flow", "format_sections", "parse_docstring"]
-
-_SECTION = re.compile(r"^(Args|Attributes|Shapes|Returns|Raises|References|Example):$", re.MULTILINE)
-_ROLE = re.compile(r" \(:\w+:`[^`]*`\)")
-_ENTRY = re.compile(r"^(?=\S)", re.MULTILINE)
-
-
-@dataclass(frozen=True)
-class Docstring:
-    """A docstring in parts.
-
-    Attributes:
-        summary: the first paragraph.
-        body: the other paragraphs before the first section.
-        sections: the text of each section by its title, without indentation.
-    """
-
-    summary: str
-    body: str
-    sections: Mapping[str, str]
-
-    @property
-    def arguments(self) -> dict[str, str]:
-        """The descriptions of the arguments by name."""
-        entries = _ENTRY.split(self.sections.get("Args", ""))
-        named = [entry.partition(":") for entry in entries if entry.strip()]
-        return {name: text.strip() for name, _, text in named}
-
-    @property
-    def costs(self) -> tuple[str, str]:
-        """The costs of both directions, from the paragraph that begins with "Cost:".
-
-        It has one of the forms "X in both directions; the inverse adds Y", "forward, X; inverse, Y" and "X forward; Y
-        inverse", each with or without further sentences.
-
-        Raises:
-            ValueError: if there is no such paragraph or it has another form.
-        """
-        paragraphs = [" ".join(part.split()) for part in self.body.split("\n\n") if part.startswith("Cost:")]
-        sentence = re.split(r"\. |\.$", _ROLE.sub("", "".join(paragraphs)))[0].removeprefix("Cost: ")
-        clauses = sentence.split("; ")
-        both = [clause.partition("in both directions")[0].rstrip(", ") for clause in clauses if "in both d" in clause]
-        if both:
-            added = [clause.removeprefix("the inverse adds ") for clause in clauses if "the inverse adds" in clause]
-            return both[0], " and ".join(["the same", *added])
-        costs = {}
-        for direction in ("forward", "inverse"):
-            for clause in clauses:
-                if clause.startswith(f"{direction}, ") or clause.endswith(f" {direction}"):
-                    costs[direction] = clause.removeprefix(f"{direction}, ").removesuffix(f" {direction}")
-        if len(costs) < 2:
-            raise ValueError(f"the cost of each direction is not in the docstring: {self.summary!r}, {sentence!r}")
-        return costs["forward"], costs["inverse"]
-
-
-def parse_docstring(text: str | None) -> Docstring:
-    """Split a docstring in Google style.
-
-    Example:
-        >>> from pyro_flowguides.guides.flow_docs import parse_docstring
-        >>> parse_docstring("Draw.\\n\\nArgs:\\n    scale: its width,\\n        positive.").arguments
-        {'scale': 'its width,\\n    positive.'}
-    """
-    head, *rest = _SECTION.split(inspect.cleandoc(text or ""))
-    summary, _, body = head.strip().partition("\n\n")
-    contents = [textwrap.dedent(content).strip("\n") for content in rest[1::2]]
-    return Docstring(summary, body, dict(zip(rest[::2], contents, strict=True)))
-
-
-def format_sections(sections: Mapping[str, str]) -> str:
-    """Join sections to the text of a docstring; leave out those without content."""
-    return "\n\n".join(f"{title}:\n{textwrap.indent(text, '    ')}" for title, text in sections.items() if text)
+__all__ = ["FlowDescription", "describe_flow"]
 
 
 @dataclass(frozen=True)
@@ -120,8 +46,6 @@ def describe_flow(name: str) -> FlowDescription:
         >>> from pyro_flowguides.guides.flow_docs import describe_flow
         >>> describe_flow("radial").layer.__name__
         'Radial'
-        >>> describe_flow("radial").layer_docs.costs
-        ('O(D)', 'the same')
     """
     recipe = FLOWS[name]
     layer = _first_layer(recipe)

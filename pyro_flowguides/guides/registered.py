@@ -15,8 +15,9 @@ from typing import Any, cast
 
 from pyro_flowguides.flows import FLOWS, Builder
 from pyro_flowguides.guides.autoflow import AutoFlow, RegisteredFlowGuide
-from pyro_flowguides.guides.flow_docs import describe_flow, format_sections, parse_docstring
+from pyro_flowguides.guides.flow_docs import describe_flow
 from pyro_flowguides.guides.pyro_iaf import PyroIAFGuide
+from pyro_flowguides.transforms.docstrings import format_sections, parse_docstring
 
 __all__ = ["find_guide", "guide_names"]
 

@@ -46,7 +46,7 @@ def parse_docstring(text: str | None) -> Docstring:
     """
     head, *rest = _SECTION.split(inspect.cleandoc(text or ""))
     summary, _, body = head.strip().partition("\n\n")
-    contents = (textwrap.dedent(content).strip("\n") for content in rest[1::2])
+    contents = [textwrap.dedent(content).strip("\n") for content in rest[1::2]]
     return Docstring(summary, body, dict(zip(rest[::2], contents, strict=True)))
 
 

@@ -14,7 +14,8 @@ from torch.testing import assert_close
 
 import pyro_flowguides as fg
 from pyro_flowguides.flows import FLOWS
-from pyro_flowguides.guides.flow_docs import describe_flow, parse_docstring
+from pyro_flowguides.guides.flow_docs import describe_flow
+from pyro_flowguides.transforms.docstrings import parse_docstring
 from tests.guides.zoo import draw, same, train, values, wide, without_arguments
 
 every_flow = pytest.mark.parametrize("flow", FLOWS)
