@@ -136,7 +136,7 @@ class AutoAmortizedFlow(LazyGuide):
         global_flow: str | Builder = "iaf",
         global_options: Mapping[str, Any] | None = None,
         condition_on_globals: bool = True,
-        init_loc_fn: Callable[[Site], Tensor] = init_to_median,
+        init_loc_fn: Callable[..., object] = init_to_median,
         init_scale: float = 0.1,
         path_gradient: bool = False,
         **flow_options: Any,

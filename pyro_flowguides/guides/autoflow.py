@@ -22,7 +22,7 @@ from pyro_flowguides.guides.path_distribution import PathDistribution
 from pyro_flowguides.programs import structure
 from pyro_flowguides.programs.running import isolated
 from pyro_flowguides.programs.sites import latent_sites
-from pyro_flowguides.programs.types import Args, Kwargs, Model, Site, Values
+from pyro_flowguides.programs.types import Args, Kwargs, Model, Values
 from pyro_flowguides.transforms import Compose, Flow, HeavyTail, LowerTriangularAffine, LowRankAffine
 from pyro_flowguides.transforms.algebra import stretch
 
@@ -95,7 +95,7 @@ class AutoFlow(LazyGuide, AutoContinuous):
         model: Model,
         flow: str | Builder,
         *,
-        init_loc_fn: Callable[[Site], Tensor] = init_to_median,
+        init_loc_fn: Callable[..., object] = init_to_median,
         init_scale: float = 0.1,
         path_gradient: bool = False,
         **flow_options: object,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -85,7 +84,7 @@ class FlowPosterior(nn.Module):
         flow: str | Builder = "iaf",
         *,
         path_gradient: bool = False,
-        **flow_options: Any,
+        **flow_options: object,
     ) -> None:
         super().__init__()
         if context_dim < 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -23,12 +24,12 @@ class InitialValue:
         init_loc_fn: one of Pyro's initialization functions, ``site -> value``.
     """
 
-    def __init__(self, init_loc_fn: Callable[[Site], Tensor]) -> None:
+    def __init__(self, init_loc_fn: Callable[..., object]) -> None:
         self.init_loc_fn = init_loc_fn
 
     def __call__(self, site: Site) -> Tensor:
         try:
-            return self.init_loc_fn(site)
+            return cast("Tensor", self.init_loc_fn(site))
         except NotImplementedError:
             return _value_at_zero(site)
 

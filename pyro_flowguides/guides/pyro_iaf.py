@@ -6,10 +6,8 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import Tensor
-
 from pyro_flowguides.guides.autoflow import RegisteredFlowGuide
-from pyro_flowguides.programs.types import Model, Site
+from pyro_flowguides.programs.types import Model
 
 __all__ = ["PyroIAFGuide"]
 
@@ -33,7 +31,7 @@ class PyroIAFGuide(RegisteredFlowGuide):
         self,
         model: Model,
         hidden_dim: Sequence[int] | None = None,
-        init_loc_fn: Callable[[Site], Tensor] | None = None,
+        init_loc_fn: Callable[..., object] | None = None,
         num_transforms: int | None = None,
         *,
         stable: bool = False,
