@@ -18,6 +18,7 @@ from speed_workers import Job, LeftOut, not_below
 from torch import Tensor
 
 import pyro_flowguides as fg
+from pyro_flowguides.transforms.updates import UPDATES
 
 #: Most steps that are taken in one call where they are compiled.
 STEPS_PER_CALL = 50
@@ -101,7 +102,7 @@ def sequential_inverse(dim: int, batch: int, hidden: int) -> Job:
         for layer in reversed(flow.parts):
             theta, x = layer.theta(), torch.zeros_like(y)
             for i in layer.conditioner.order.tolist():
-                log_scale, shift = layer._elementwise(x, theta)
+                log_scale, shift = UPDATES[layer.update](*layer.conditioner.run(x, theta).chunk(2, -1))
                 x[:, i] = (y[:, i] - shift[:, i]) * (-log_scale[:, i]).exp()
             y = x
         return y
