@@ -1,8 +1,8 @@
 """Eight schools (Rubin 1981): which guide captures the funnel?
 
-Compares two of Pyro's guides with three flow guides on the centered and the non-centered model by ``fg.compare``, fits
-the centered model once more through plain ``pyro.infer.SVI``, prints the tables, and plots (mu, log tau) of each guide
-beside a NUTS reference.
+Compare two of Pyro's guides and three flow guides on the centered and the non-centered model with ``fg.compare``. Fit
+the centered model once more with plain ``pyro.infer.SVI``. Print the tables, and plot (mu, log tau) of each guide over
+a NUTS reference.
 
     python examples/eight_schools.py --output demo_output
 """
@@ -12,7 +12,8 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +36,11 @@ STANDARD_ERROR = [15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0]
 GUIDES = ["normal", "mvn", "planar", "sylvester", "iaf"]
 
 Draws = dict[str, Tensor]
+Program = Callable[..., object]
 
 
 def centered(effect: Tensor, standard_error: Tensor) -> None:
-    """The schools' effects around their mean, as one would write it down: a funnel in (theta, log tau)."""
+    """School effects around their mean, in the textbook form: the posterior is a funnel in (theta, log tau)."""
     mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
     tau = pyro.sample("tau", dist.HalfCauchy(5.0))
     with pyro.plate("school", len(effect)):
@@ -47,7 +49,7 @@ def centered(effect: Tensor, standard_error: Tensor) -> None:
 
 
 def noncentered(effect: Tensor, standard_error: Tensor) -> None:
-    """The same posterior of (mu, tau), with the effects measured in units of tau."""
+    """The same posterior of (mu, tau), with the effects in units of tau."""
     mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
     tau = pyro.sample("tau", dist.HalfCauchy(5.0))
     with pyro.plate("school", len(effect)):
@@ -61,50 +63,51 @@ MODELS = {"centered": centered, "non-centered": noncentered}
 def compare(
     name: str, data: tuple[Tensor, Tensor], steps: int, repeats: int
 ) -> tuple[pd.DataFrame, str, dict[str, Draws]]:
-    """One call: each guide fitted, more than once, and judged. The table, its print and draws of the better fits."""
+    """Fit and assess all guides in one call. Return the table, its text, and draws from the best fit of each guide."""
     torch.set_num_threads(1)
     pyro.set_rng_seed(0)
     options = {"steps": steps}
-    found = fg.compare(MODELS[name], *data, guides=GUIDES, repeats=repeats, fit_options=options, progress=False)
-    draws = {label: draw(result.guide, MODELS[name], data) for label, result in found.results.items()}
-    return found.table, str(found), draws
+    comparison = fg.compare(MODELS[name], *data, guides=GUIDES, repeats=repeats, fit_options=options, progress=False)
+    draws = {label: draw(result.guide, MODELS[name], data) for label, result in comparison.results.items()}
+    return comparison.table, str(comparison), draws
 
 
-def draw(guide: Any, model: Any, data: tuple[Tensor, Tensor]) -> Draws:
+def draw(guide: Program, model: Program, data: tuple[Tensor, Tensor]) -> Draws:
+    """Draw (mu, tau) from a guide."""
     sampler = Predictive(model, guide=guide, num_samples=2000, parallel=True, return_sites=["mu", "tau"])
     return {name: value.flatten() for name, value in sampler(*data).items()}
 
 
-def plain_svi(data: tuple[Tensor, Tensor], steps: int, particles: int = 16) -> str:
-    """The same guide without ``fit``: an optimizer, an ELBO and a loop, as with any of Pyro's autoguides."""
+def plain_svi(data: tuple[Tensor, Tensor], steps: int, num_particles: int = 16) -> str:
+    """Fit a flow guide without ``fit``: an optimizer, an ELBO and a loop, as with any of Pyro's autoguides."""
     torch.set_num_threads(1)
     pyro.set_rng_seed(0)
     guide = fg.AutoIAF(centered)  # was: AutoNormal(centered)
     optimizer = pyro.optim.ClippedAdam({"lr": 0.02, "lrd": 0.02 ** (1 / steps)})
-    svi = SVI(centered, guide, optimizer, Trace_ELBO(particles, vectorize_particles=True, max_plate_nesting=1))
+    svi = SVI(centered, guide, optimizer, Trace_ELBO(num_particles, vectorize_particles=True, max_plate_nesting=1))
     start = time.perf_counter()
     for _ in range(steps):
         svi.step(*data)
     seconds = time.perf_counter() - start
-    found = fg.diagnose(centered, guide, *data)
+    diagnosis = fg.diagnose(centered, guide, *data)
     return (
-        f"plain SVI, AutoIAF, {steps} steps: ELBO {found.elbo:.2f} ± {found.elbo_se:.2f}, k-hat {found.khat:.2f}, "
-        f"ESS {100 * found.ess_fraction:.0f} %, {seconds:.1f} s; {found.verdict}"
+        f"plain SVI, AutoIAF, {steps} steps: ELBO {diagnosis.elbo:.2f} ± {diagnosis.elbo_se:.2f}, "
+        f"k-hat {diagnosis.khat:.2f}, ESS {100 * diagnosis.ess_fraction:.0f} %, {seconds:.1f} s; {diagnosis.verdict}"
     )
 
 
-def reference(data: tuple[Tensor, Tensor], warmup: int, draws: int) -> Draws:
-    """NUTS on the non-centered model, which it explores without trouble; the posterior of (mu, tau) is the same."""
+def reference(data: tuple[Tensor, Tensor], warmup_steps: int, num_samples: int) -> Draws:
+    """Run NUTS on the non-centered model, where it mixes well; the posterior of (mu, tau) is the same."""
     torch.set_num_threads(1)
     pyro.set_rng_seed(0)
     kernel = NUTS(noncentered, jit_compile=True, ignore_jit_warnings=True)
-    mcmc = MCMC(kernel, num_samples=draws, warmup_steps=warmup, disable_progbar=True)
+    mcmc = MCMC(kernel, num_samples=num_samples, warmup_steps=warmup_steps, disable_progbar=True)
     mcmc.run(*data)
     return dict(mcmc.get_samples())
 
 
 def plot(tables: dict[str, pd.DataFrame], draws: dict[str, dict[str, Draws]], nuts: Draws, path: Path) -> None:
-    """(mu, log tau) of every guide over the reference, one row per model."""
+    """Plot (mu, log tau) of every guide over the reference, one row per model."""
     figure, axes = plt.subplots(
         len(MODELS), 1 + len(GUIDES), figsize=(2.6 * (1 + len(GUIDES)), 5.6), sharex=True, sharey=True
     )
@@ -116,15 +119,15 @@ def plot(tables: dict[str, pd.DataFrame], draws: dict[str, dict[str, Draws]], nu
             if guide is None:
                 axis.set_title("NUTS", fontsize=10)
             elif guide in draws[model]:
-                mine = draws[model][guide]
-                axis.scatter(mine["mu"], mine["tau"].log(), s=3, alpha=0.4, linewidths=0, color="C0", rasterized=True)
+                mu, tau = draws[model][guide]["mu"], draws[model][guide]["tau"]
+                axis.scatter(mu, tau.log(), s=3, alpha=0.4, linewidths=0, color="C0", rasterized=True)
                 title = f"{guide}\nELBO {table.elbo[guide]:.2f}, k-hat {table.khat[guide]:.2f}"
                 axis.set_title(title, fontsize=8)
     for axis in axes[-1]:
         axis.set_xlabel("mu")
     axes[0, 0].set_xlim(-12, 20)
     axes[0, 0].set_ylim(-5, 4.5)
-    figure.suptitle("Eight schools: each guide (blue) over NUTS (grey)")
+    figure.suptitle("Eight schools: each guide (blue) over NUTS (gray)")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -133,9 +136,9 @@ def plot(tables: dict[str, pd.DataFrame], draws: dict[str, dict[str, Draws]], nu
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("demo_output"), help="folder for the tables and the plot")
-    parser.add_argument("--steps", type=int, default=1200, help="most steps of a fit, and those of plain SVI")
+    parser.add_argument("--steps", type=int, default=1200, help="most steps of a fit; steps of plain SVI")
     parser.add_argument("--repeats", type=int, default=1, help="independent fits per guide")
-    parser.add_argument("--draws", type=int, default=1000, help="NUTS draws")
+    parser.add_argument("--num-samples", type=int, default=1000, help="number of NUTS draws")
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
     data = torch.tensor(EFFECT), torch.tensor(STANDARD_ERROR)
@@ -143,19 +146,22 @@ def main() -> None:
     with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
         compared = {name: pool.submit(compare, name, data, arguments.steps, arguments.repeats) for name in MODELS}
         svi = pool.submit(plain_svi, data, arguments.steps)
-        nuts = pool.submit(reference, data, max(arguments.draws // 2, 10), arguments.draws)
-        with tqdm(total=4, desc="two comparisons, plain SVI and NUTS on two cores") as progress:
-            for done in as_completed([*compared.values(), svi, nuts]):
-                done.result()
+        nuts = pool.submit(reference, data, max(arguments.num_samples // 2, 10), arguments.num_samples)
+        with tqdm(total=4, desc="two comparisons, plain SVI, and NUTS on two cores") as progress:
+            jobs: list[Future[Any]] = [*compared.values(), svi, nuts]
+            for job in as_completed(jobs):
+                job.result()
                 progress.update()
 
-    results = {name: job.result() for name, job in compared.items()}
+    results = {name: comparison.result() for name, comparison in compared.items()}
     for name, (table, text, _) in results.items():
         print(f"\n{name}\n{text}")
         table.to_csv(arguments.output / f"eight_schools_{name}.csv", index=False)
     print(f"\n{svi.result()}\n")
     path = arguments.output / "eight_schools.png"
-    plot({n: r[0] for n, r in results.items()}, {n: r[2] for n, r in results.items()}, nuts.result(), path)
+    tables = {name: table for name, (table, _, _) in results.items()}
+    draws = {name: drawn for name, (_, _, drawn) in results.items()}
+    plot(tables, draws, nuts.result(), path)
     print(f"Plot: {path}")
 
 

@@ -1,4 +1,4 @@
-"""A flow posterior in one changed line: robust regression on data with outliers, with an ordinary Pyro program.
+"""A flow posterior in one changed line: robust regression in an ordinary Pyro program.
 
 python examples/regression.py --guide AutoNormal
 python examples/regression.py --guide AutoIAF
@@ -7,6 +7,7 @@ python examples/regression.py --guide AutoIAF
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 
 import pyro
 import pyro.distributions as dist
@@ -19,7 +20,7 @@ import pyro_flowguides as fg
 
 
 def model(x: Tensor, y: Tensor) -> None:
-    """A line with Student-t noise whose tail weight is learned; intercept and slope are strongly correlated."""
+    """A line with Student-t noise of unknown degrees of freedom. Intercept and slope are strongly correlated."""
     intercept = pyro.sample("intercept", dist.Normal(0.0, 10.0))
     slope = pyro.sample("slope", dist.Normal(0.0, 10.0))
     scale = pyro.sample("scale", dist.HalfNormal(2.0))
@@ -29,7 +30,7 @@ def model(x: Tensor, y: Tensor) -> None:
 
 
 def simulate(size: int = 40) -> tuple[Tensor, Tensor]:
-    """A line of slope 0.8 through (0, 1), far from the origin in x, with one gross error in ten."""
+    """Simulate points on a line with intercept 1 and slope 0.8, far from x = 0. One in ten is an outlier."""
     x = 5 + 3 * torch.rand(size)
     noise = 0.3 * torch.randn(size)
     noise[::10] += 4 * torch.randn(len(noise[::10]))
@@ -45,7 +46,7 @@ def main() -> None:
     pyro.set_rng_seed(0)
     x, y = simulate()
 
-    guides = {"AutoNormal": AutoNormal, "AutoIAF": fg.AutoIAF}
+    guides: dict[str, Callable[..., AutoNormal | fg.AutoFlow]] = {"AutoNormal": AutoNormal, "AutoIAF": fg.AutoIAF}
     guide = guides[arguments.guide](model)  # the one changed line
 
     optimizer = pyro.optim.ClippedAdam({"lr": 0.02, "lrd": 0.02 ** (1 / arguments.steps)})

@@ -20,7 +20,7 @@ PIXELS, LATENT, HIDDEN = 64, 8, 128
 
 
 class Encoder(nn.Module):
-    """Location and scale of a diagonal Gaussian."""
+    """Encoder to the location and scale of a diagonal Gaussian."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class Encoder(nn.Module):
 
 
 class PlainVAE(nn.Module):
-    """A VAE as one writes it in Pyro."""
+    """A VAE as usually written in Pyro."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class PlainVAE(nn.Module):
 
 
 class ContextEncoder(Encoder):
-    """The same encoder, which also hands over its last hidden layer."""
+    """The same encoder, which also returns its last hidden layer as context."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         hidden = self.trunk(x)
@@ -75,13 +75,14 @@ class FlowVAE(PlainVAE):
 
 
 def digits() -> tuple[Tensor, Tensor]:
-    """Binary images of 8 by 8 pixels, 1,500 to train and 297 to test."""
+    """Load binary images of 8 × 8 pixels: 1,500 for training and 297 for testing."""
     pixels = torch.as_tensor(load_digits().data > 7, dtype=torch.get_default_dtype())
     pixels = pixels[torch.randperm(len(pixels))]
     return pixels[:1500], pixels[1500:]
 
 
 def train(vae: PlainVAE, data: Tensor, epochs: int, batch_size: int = 100) -> None:
+    """Maximize the ELBO by plain SVI."""
     steps = epochs * (len(data) // batch_size)
     optimizer = pyro.optim.ClippedAdam({"lr": 3e-3, "lrd": 0.05 ** (1 / steps)})
     svi = SVI(vae.model, vae.guide, optimizer, Trace_ELBO())
@@ -91,9 +92,9 @@ def train(vae: PlainVAE, data: Tensor, epochs: int, batch_size: int = 100) -> No
 
 
 @torch.no_grad()
-def evaluate(vae: PlainVAE, data: Tensor, draws: int = 200) -> tuple[float, float]:
-    """ELBO and importance-weighted estimate of log p(x), in nats per image."""
-    options = {"num_particles": draws, "vectorize_particles": True, "max_plate_nesting": 1}
+def evaluate(vae: PlainVAE, data: Tensor, num_particles: int = 200) -> tuple[float, float]:
+    """Estimate the ELBO and, by importance weighting, log p(x), in nats per image."""
+    options = {"num_particles": num_particles, "vectorize_particles": True, "max_plate_nesting": 1}
     bounds = Trace_ELBO(**options), RenyiELBO(alpha=0, **options)
     elbo, log_p = (-bound.loss(vae.model, vae.guide, data) / len(data) for bound in bounds)
     return elbo, log_p

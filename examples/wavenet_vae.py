@@ -1,9 +1,9 @@
-"""A VAE for time series whose decoder is a WaveNet: what a latent vector holds of a neuron's membrane potential.
+"""A VAE for time series with a WaveNet decoder: what its latent vector encodes of a neuron's membrane potential.
 
-The recording (12,000 values, from matplotlib's sample data) is cut into pieces of 96 values, and quantized to 256
-levels. The WaveNet predicts each value from the last 16; the latent vector can say what such a window cannot: the level
-and the speed at which it rises. It is constant over a piece, and a causal convolution that reads constant features does
-not know what time it is, so that it cannot say when the neuron fires.
+The recording (12,000 values, from matplotlib's sample data) is cut into pieces of 96 values and quantized to 256
+levels. The WaveNet predicts each value from the last 16 values. The latent vector encodes what this window does not
+show: the level and the speed at which it rises. It does not encode when the neuron fires, because it is constant over a
+piece, and a causal convolution of constant features does not depend on time.
 
 python examples/wavenet_vae.py --output wavenet_vae.png
 """
@@ -29,7 +29,7 @@ DECODER = {"dilations": [1, 2, 4, 8], "residual": 24, "hidden": 24, "skip": 32}
 
 
 def recording() -> tuple[Tensor, Tensor]:
-    """Overlapping pieces of the first three quarters of the active phase, and pieces of the last quarter."""
+    """Load training pieces from the first three quarters of the active phase, and test pieces from the last quarter."""
     with matplotlib.cbook.get_sample_data("membrane.dat") as file:
         series = torch.from_numpy(np.frombuffer(file.read(), np.float32).copy())[1200:11000]
     levels = ((series - series.min()) / (series.max() - series.min()) * 255).round()
@@ -39,7 +39,7 @@ def recording() -> tuple[Tensor, Tensor]:
 
 
 def build(features: int) -> VLAE:
-    """The model; with ``features=0`` the WaveNet ignores the latent vector."""
+    """Build the model. With ``features=0``, the WaveNet ignores the latent vector."""
     return MODELS["vlae"](
         (1, LENGTH),
         likelihood="logistic_mixture",
@@ -53,7 +53,7 @@ def build(features: int) -> VLAE:
 
 
 def train(vae: VLAE, data: Tensor, steps: int) -> None:
-    """Plain SVI on the Pyro programs of the model."""
+    """Maximize the ELBO by plain SVI."""
     pyro.clear_param_store()
     svi = SVI(vae.model, vae.guide, pyro.optim.ClippedAdam({"lr": 1.5e-3, "lrd": 0.1 ** (1 / steps)}), Trace_ELBO())
     for step in range(steps):
@@ -63,7 +63,7 @@ def train(vae: VLAE, data: Tensor, steps: int) -> None:
 
 
 def draw(path: Path, vae: VLAE, test: Tensor) -> None:
-    """Pieces of the test data, and three series from the latent vector of each."""
+    """Plot pieces of the test data, and three series decoded from the latent vector of each."""
     pieces = test[:: max(len(test) // 5, 1)][:5]
     series = vae.decompress(pieces, 3)
     figure, axes = plt.subplots(1, len(pieces), figsize=(14, 2.4), sharey=True, layout="constrained")
@@ -88,15 +88,15 @@ def main() -> None:
         train(vae, data, arguments.steps)
         with torch.no_grad():
             terms = vae.terms(test, 10)
-            nll = -vae.log_likelihood(test, 200, 20) if features else -_alone(vae, test)
+            nll = -vae.log_likelihood(test, 200, 20) if features else -_wavenet_log_prob(vae, test)
         kl = terms.kl.sum(-1).mean()
         print(f"{name}: test −log p(x) {nll.mean() / LENGTH:.3f} nats per value, KL {kl:.2f} nats per piece")
     draw(arguments.output, vae, test)
-    print(f"written to {arguments.output}")
+    print(f"Plot: {arguments.output}")
 
 
-def _alone(vae: VLAE, x: Tensor) -> Tensor:
-    """The exact log density of the network that ignores z."""
+def _wavenet_log_prob(vae: VLAE, x: Tensor) -> Tensor:
+    """Return the exact log density of a WaveNet that ignores z."""
     return AutoregressiveDistribution(vae.network, vae.pixels).log_prob(x)
 
 

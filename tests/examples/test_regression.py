@@ -1,4 +1,4 @@
-"""The regression example runs with either guide and ends with a verdict and intervals."""
+"""The regression example: it prints a verdict and intervals with either guide."""
 
 import runpy
 import sys
@@ -10,7 +10,7 @@ PATH = Path(__file__).parents[2] / "examples" / "regression.py"
 
 
 @pytest.mark.parametrize("guide", ["AutoNormal", "AutoIAF"])
-def test_runs_with_either_guide(guide, monkeypatch, capsys):
+def test_prints_a_verdict_and_intervals(guide, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [str(PATH), "--guide", guide, "--steps", "30"])
     runpy.run_path(str(PATH), run_name="__main__")
     printed = capsys.readouterr().out

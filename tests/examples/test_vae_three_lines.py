@@ -1,4 +1,4 @@
-"""The program behind the page on amortized posteriors runs, and trains all it should."""
+"""The three-line VAE example: it runs and trains every parameter."""
 
 import importlib.util
 import math
@@ -23,18 +23,18 @@ def program(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["PlainVAE", "FlowVAE"])
-def test_every_parameter_is_trained_and_the_bounds_are_in_order(program, kind):
+def test_training_changes_every_parameter_and_raises_the_elbo(program, kind):
     training, test = program.digits()
     assert training.shape == (1500, 64)
     assert test.shape == (297, 64)
     vae = getattr(program, kind)()
     before = {name: parameter.detach().clone() for name, parameter in vae.named_parameters()}
-    elbo_at_start, _ = program.evaluate(vae, test, draws=20)
+    elbo_at_start, _ = program.evaluate(vae, test, num_particles=20)
     program.train(vae, training, epochs=3)
     assert not [name for name, parameter in vae.named_parameters() if torch.equal(parameter, before[name])]
-    elbo, log_p = program.evaluate(vae, test, draws=20)
+    elbo, log_p = program.evaluate(vae, test, num_particles=20)
     assert elbo_at_start < elbo < log_p < 0
-    assert elbo_at_start < -64 * math.log(2) + 1  # nothing known: every pixel is a coin
+    assert elbo_at_start < -64 * math.log(2) + 1  # an untrained model is no better than coin flips
 
 
 def test_exactly_three_lines_are_changed():
@@ -43,7 +43,7 @@ def test_exactly_three_lines_are_changed():
     ]
 
 
-def test_the_command_prints_both(program, monkeypatch, capsys):
+def test_the_command_prints_both_posteriors(program, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["vae_three_lines.py", "--epochs", "1"])
     program.main()
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["posterior", "diagonal", "IAF"]
