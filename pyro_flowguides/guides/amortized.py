@@ -170,7 +170,7 @@ class AutoAmortizedFlow(LazyGuide):
         return local if isinstance(local, LocalModule) and local.posterior is not None else None
 
     def _wrap_model(self, model: Model) -> tuple[Model, ...]:
-        """Return the model as it is run for its structure, and the user's own."""
+        """Return the model with initial values at its latent sites, and the model without."""
         return InitMessenger(self._init)(model) if self._init else model, model
 
     def _setup_prototype(self, *args: object, **kwargs: object) -> None:

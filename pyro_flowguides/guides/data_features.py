@@ -46,8 +46,8 @@ def encode_data(
         got = f"shape {tuple(features.shape)}" if isinstance(features, Tensor) else type(features).__name__
         raise ValueError(
             f"{owner}: the encoder must return a tensor of shape ({len(indices)}, C), one row of features for each "
-            f"datum in the subsample of plate {plate.name!r}, got {got}. If the model's arguments are not what it "
-            f"takes, or have no leading dimension for the data, pass its arguments with "
+            f"datum in the subsample of plate {plate.name!r}, got {got}. If it takes other arguments than the "
+            f"model, or these have no leading dimension for the data, pass its arguments with "
             f"inputs=lambda indices, *args, **kwargs: ..."
         )
     return features

@@ -1,4 +1,4 @@
-"""Local latent variables: a site in the plate of the data as it is for one datum, and as rows of numbers for all."""
+"""Local latent variables: the part of a site that belongs to one datum, and rows of numbers for all data."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = ["LocalSite"]
 
 @dataclass(frozen=True)
 class LocalSite:
-    """A latent site in the plate of the data, as it is for one datum.
+    """The part of a latent site in the plate of the data that belongs to one datum.
 
     Attributes:
         name: name of the site.

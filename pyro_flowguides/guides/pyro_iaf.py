@@ -16,7 +16,7 @@ WITHOUT_EFFECT = ("log_scale_max_clip", "log_scale_min_clip", "sigmoid_bias")
 
 
 class PyroIAFGuide(RegisteredFlowGuide):
-    """An autoguide with inverse autoregressive layers that also understands the options of Pyro's ``AutoIAFNormal``.
+    """Base of the autoguide with inverse autoregressive layers.
 
     It replaces Pyro's ``AutoIAFNormal`` and understands its options. ``log_scale_min_clip``, ``log_scale_max_clip`` and
     ``sigmoid_bias`` are accepted with a warning: scales are bounded smoothly here.

@@ -1,7 +1,7 @@
 """One autoguide class per registered flow, with the flow's options in its signature and docstring.
 
-The classes are created on first use: ``pyro_flowguides.guides.AutoRealNVP`` is the autoguide of the flow with the title
-"RealNVP", whoever registered it.
+The classes are created on first use: ``pyro_flowguides.guides.AutoRealNVP`` is the autoguide of the flow that is
+registered with the title "RealNVP".
 """
 
 from __future__ import annotations

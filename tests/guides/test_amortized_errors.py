@@ -1,4 +1,4 @@
-"""AutoAmortizedFlow refuses what it cannot serve, and says why."""
+"""Errors of AutoAmortizedFlow name the site, the plate and the remedy."""
 
 import pyro
 import pyro.distributions as dist

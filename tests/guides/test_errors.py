@@ -112,7 +112,7 @@ def test_more_observations_leave_the_structure_unchanged():
 
 
 def test_data_become_latent_only_if_they_were_data():
-    """Prediction samples what was observed; that is not a change of structure."""
+    """Prediction samples the observed sites; that is not a change of structure."""
     x, y = regression_data()
     guide = fg.AutoIAF(regression, depth=1)
     guide.setup(x)  # here y is a latent site
