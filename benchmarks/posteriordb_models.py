@@ -36,12 +36,12 @@ from torch.nn.functional import pad
 
 
 def flat(support: constraints.Constraint, *event_shape: int) -> dist.ImproperUniform:
-    """The prior Stan gives to a parameter that is declared and never mentioned again."""
+    """Return the prior of a parameter that a Stan program declares and never mentions again."""
     return dist.ImproperUniform(support, (), event_shape)
 
 
 class Restricted(dist.TorchDistribution):
-    """A distribution of vectors cut to ``support``: unnormalized, as Stan leaves it, and sampled by rejection."""
+    """A distribution of vectors restricted to ``support``: unnormalized as in Stan, and sampled by rejection."""
 
     arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
 
@@ -99,7 +99,7 @@ def ar_k(y: Tensor, K: int) -> None:
 
 
 def geometric_filter(x: Tensor, decay: Tensor) -> Tensor:
-    """h[t] = x[t] + decay h[t-1] over the last dimension: each doubling reaches twice as far back."""
+    """Compute h[t] = x[t] + decay h[t-1] over the last dimension. Each pass doubles the reach."""
     reach = 1
     while reach < x.shape[-1]:
         x = x + decay**reach * pad(x[..., :-reach], (reach, 0))
@@ -110,7 +110,7 @@ def geometric_filter(x: Tensor, decay: Tensor) -> Tensor:
 def garch11(y: Tensor, sigma1: float) -> None:
     """GARCH(1, 1) on simulated data (Bollerslev 1986; Stan's stat_comp_benchmarks, garch).
 
-    Stan's 0 < beta1 < 1 - alpha1 is flat on a triangle: ``weights`` = (alpha1, beta1, what is left of 1).
+    Stan's 0 < beta1 < 1 - alpha1 is flat on a triangle: ``weights`` = (alpha1, beta1, 1 - alpha1 - beta1).
     """
     mu = pyro.sample("mu", flat(constraints.real))
     alpha0 = pyro.sample("alpha0", flat(constraints.positive))
@@ -229,9 +229,10 @@ def _join_weights(parameters: Values) -> Values:
 
 @dataclass(frozen=True)
 class Program:
-    """A Pyro model, and the way between its sites and the parameters of the Stan program it stands for.
+    """A Pyro model, and the maps between its sites and the parameters of the Stan program.
 
-    ``to_parameters`` takes and gives matrices (samples, entries), ``to_sites`` tensors (..., entries) or scalars (...).
+    ``to_parameters`` maps matrices (samples, entries) to matrices, ``to_sites`` maps tensors (..., entries) or scalars
+    (...).
     """
 
     model: Callable[..., None]
@@ -261,8 +262,8 @@ PROGRAMS = {
 class Posterior:
     """A model, its data and draws from its posterior.
 
-    ``data`` holds what ``model`` takes: float64 tensors and plain numbers. ``reference`` maps each scalar parameter,
-    such as ``mu`` or ``theta[1]``, to a float64 array (chains, draws).
+    ``data`` are the arguments of ``model``: float64 tensors and plain numbers. ``reference`` maps each scalar
+    parameter, such as ``mu`` or ``theta[1]``, to a float64 array (chains, draws).
     """
 
     name: str
@@ -275,16 +276,16 @@ class Posterior:
         return self.program.model
 
     def to_reference(self, samples: Mapping[str, Tensor]) -> Values:
-        """Samples of the model's sites under the names of the reference draws, each (samples,).
+        """Return samples of the model's sites under the names of the reference draws, each (samples,).
 
-        The first dimension is the sample's; singleton dimensions that Pyro puts behind it do no harm.
+        The first dimension counts the samples. Singleton dimensions behind it, which Pyro inserts, are ignored.
         """
         parameters = self.program.to_parameters({site: x.reshape(len(x), -1) for site, x in samples.items()})
         entries = ((name, *_split(name)) for name in self.reference)
         return {name: parameters[parameter][:, index or 0] for name, parameter, index in entries}
 
     def from_reference(self, draws: Mapping[str, np.ndarray | Tensor]) -> Values:
-        """The float64 values of the model's sites at draws such as ``reference``, whatever shape these share."""
+        """Return the float64 values of the model's sites at draws such as ``reference``, of any common shape."""
         parameters: Values = {}
         vectors: dict[str, list[Tensor]] = {}
         for name in self.reference:
@@ -298,13 +299,13 @@ class Posterior:
 
 
 def _split(name: str) -> tuple[str, int | None]:
-    """'theta[2]' -> ('theta', 1) and 'mu' -> ('mu', None)."""
+    """Split a name: 'theta[2]' -> ('theta', 1), 'mu' -> ('mu', None)."""
     parameter, bracket, index = name.partition("[")
     return parameter, int(index.removesuffix("]")) - 1 if bracket else None
 
 
 def names(root: str | Path) -> list[str]:
-    """The posteriors under ``root``, a posteriordb ``posterior_database`` folder, that have a model in this file."""
+    """List the posteriors with a model in this file; ``root`` is posteriordb's folder ``posterior_database``."""
     folder = Path(root) / "posteriors"
     if not folder.is_dir():
         raise FileNotFoundError(f"no posteriordb at {root}: it has no folder 'posteriors'")
@@ -312,10 +313,10 @@ def names(root: str | Path) -> list[str]:
 
 
 def load(root: str | Path, name: str) -> Posterior:
-    """The posterior called ``name`` in the posteriordb ``posterior_database`` folder ``root``."""
-    root, known = Path(root), names(root)
-    if name not in known:
-        raise ValueError(f"unknown posterior {name!r}; known are: {', '.join(known)}")
+    """Load a posterior; ``root`` is posteriordb's folder ``posterior_database``."""
+    root, all_names = Path(root), names(root)
+    if name not in all_names:
+        raise ValueError(f"unknown posterior {name!r}; known posteriors: {', '.join(all_names)}")
     entry = _read(root / "posteriors" / f"{name}.json")
     program = PROGRAMS[entry["model_name"]]
     data_file = _read(root / "data" / "info" / f"{entry['data_name']}.info.json")["data_file"]
@@ -324,7 +325,7 @@ def load(root: str | Path, name: str) -> Posterior:
 
 
 def _arguments(model: Callable[..., None], data: Mapping[str, Any]) -> dict[str, Any]:
-    """Those entries of ``data`` that ``model`` takes, lists as float64 tensors."""
+    """Return the entries of ``data`` that are arguments of ``model``, lists as float64 tensors."""
     values = {name: data[name] for name in inspect.signature(model).parameters}
     return {k: torch.tensor(v, dtype=torch.float64) if isinstance(v, list) else v for k, v in values.items()}
 
@@ -340,7 +341,7 @@ def _read(path: Path) -> Any:
 
 
 def _read_zip(path: Path) -> Any:
-    """The JSON file ``path``, which posteriordb keeps as ``path`` + '.zip'."""
+    """Read the JSON file ``path``, which posteriordb stores as ``path`` + '.zip'."""
     archive = path.with_name(path.name + ".zip")
     if not archive.is_file():
         raise FileNotFoundError(f"posteriordb file is missing: {archive}")

@@ -1,14 +1,14 @@
 """The posteriors of posteriordb_models.py as NumPyro models, and fits with NumPyro's guides.
 
-    weigh = fit(posterior, "AutoIAFNormal", {}, seed=0, steps=2000, particles=32, rate=1e-2)
+    weigh = fit(posterior, "AutoIAFNormal", {}, seed=0, steps=2000, num_particles=32, lr=1e-2)
     weighted = weigh(4000)                                       # draws with their weights, for our diagnostics
 
 Every model has the sites, supports and log joint density of its Pyro counterpart, constants included; the tests compare
-them. Importing this file puts JAX into double precision. NumPyro (Phan, Pradhan & Jankowiak 2019, arXiv:1912.11554)
-comes with the extra ``benchmarks``.
+them. Importing this file sets JAX to double precision. NumPyro (Phan, Pradhan & Jankowiak 2019, arXiv:1912.11554) comes
+with the extra ``benchmarks``.
 
-Compilation takes nearly all of the time, so what compiles faster is used: scans for recurrences rather than associative
-scans, and one compiled call for the start of SVI rather than hundreds of single operations.
+Compilation takes nearly all of the time, so this file uses what compiles fastest: sequential scans instead of
+associative ones, and one compiled call for the start of SVI instead of hundreds of single operations.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from pyro_flowguides.diagnostics.weights import WeightedDraws, log_weight
 
 numpyro.enable_x64()
 
-#: Draws that are weighed at once.
+#: Draws that are weighted at once.
 CHUNK = 1000
 
 # ---------------------------------------------------------------------------------------------------------- models
@@ -172,11 +172,11 @@ COUNTERPARTS = {
         nes,
     )
 }
-"""The models of this file by the names of the Pyro models they stand for."""
+"""The models of this file by the names of their Pyro counterparts."""
 
 
 def counterpart(posterior: Posterior) -> Callable[[], None]:
-    """The NumPyro model of a posterior, with its data."""
+    """Return the NumPyro model of a posterior, with its data."""
     data = {k: jnp.asarray(v.numpy()) if isinstance(v, Tensor) else v for k, v in posterior.data.items()}
     return partial(COUNTERPARTS[posterior.model.__name__], **data)
 
@@ -185,23 +185,32 @@ def counterpart(posterior: Posterior) -> Callable[[], None]:
 
 
 def fit(
-    posterior: Posterior, guide: str, options: dict[str, Any], *, seed: int, steps: int, particles: int, rate: float
+    posterior: Posterior, guide: str, options: dict[str, Any], *, seed: int, steps: int, num_particles: int, lr: float
 ) -> Callable[[int], WeightedDraws]:
     """Train a guide of NumPyro's by plain SVI, all steps in one compiled scan, from 0 in unconstrained space.
 
-    ``guide`` is the name of its class, ``options`` what that takes beside the model. Returns what draws from the
-    trained guide: given a number, so many weighted draws.
+    Args:
+        posterior: the posterior.
+        guide: name of the guide's class.
+        options: options of that class.
+        seed: seed of training and draws.
+        steps, num_particles, lr: of the training.
+
+    Returns:
+        a function that takes a number and returns as many weighted draws of the trained guide.
     """
-    return next(stretches(posterior, guide, options, seed=seed, steps=steps, particles=particles, rate=rate))
+    return next(
+        train_in_stretches(posterior, guide, options, seed=seed, steps=steps, num_particles=num_particles, lr=lr)
+    )
 
 
-def stretches(
-    posterior: Posterior, guide: str, options: dict[str, Any], *, seed: int, steps: int, particles: int, rate: float
+def train_in_stretches(
+    posterior: Posterior, guide: str, options: dict[str, Any], *, seed: int, steps: int, num_particles: int, lr: float
 ) -> Iterator[Callable[[int], WeightedDraws]]:
-    """:func:`fit`, going on for as many steps again whenever it is asked to."""
+    """Train as :func:`fit` does, for another ``steps`` steps at each iteration."""
     model = counterpart(posterior)
     fitted = getattr(autoguide, guide)(model, init_loc_fn=init_to_feasible, **options)
-    svi = SVI(model, fitted, numpyro.optim.Adam(rate), Trace_ELBO(num_particles=particles))
+    svi = SVI(model, fitted, numpyro.optim.Adam(lr), Trace_ELBO(num_particles=num_particles))
     training, drawing = random.split(random.key(seed))
     state = jax.jit(svi.init)(training)
 

@@ -1,14 +1,14 @@
-"""How much a flow posterior is worth to an encoder: the frozen-decoder protocol.
+"""The gain of flow posteriors behind an encoder, with a frozen decoder.
 
     python benchmarks/vae_posteriors.py --data mnist10k.npz
 
 One decoder is trained (IWAE, 10 draws) and frozen. Then only an encoder and its posterior are trained, for each family
-from the same start and on the same batches. With the decoder fixed, log p(x) is fixed, and differences of the ELBO are
-differences between posteriors alone. For each family the learning rate is chosen on validation images, from the same
-three. Pyro's own conditional transforms take part with their defaults, behind the same encoder.
+from the same start and on the same batches. The frozen decoder fixes log p(x), so that differences of the ELBO are due
+to the posteriors alone. The learning rate of each family is chosen on validation images, from the same three. Pyro's
+own conditional transforms take part with their defaults, behind the same encoder.
 
-Every family and seed is one row of ``vae_posteriors.csv``; a program that was interrupted continues where it stopped.
-The table (``.md``) and the figure (``.png``) are made from all rows.
+Every family and seed is a row of ``vae_posteriors.csv``; an interrupted program resumes where it stopped. The table
+``vae_posteriors.md`` and the figure ``vae_posteriors.png`` are made from all rows.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import argparse
 import datetime
 import platform
 import statistics
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -34,6 +33,7 @@ import pyro.distributions as dist
 import pyro.distributions.transforms as pyro_transforms
 import torch
 from row_files import append_row, read_rows
+from tables import markdown_table
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -52,21 +52,21 @@ from pyro_flowguides.vae import (
 )
 from pyro_flowguides.vae.networks import DenseDecoder, DenseEncoder, GaussianEncoder
 
+RESULTS = Path(__file__).parent / "results" / "vae_posteriors.csv"
 LATENT_DIM = 10
 HIDDEN = (300, 300)
 BATCH_SIZE = 100
-TEST_IMAGES, TEST_SAMPLES = 500, 200
-VALID_SAMPLES = 20
+NUM_TEST_IMAGES, NUM_TEST_SAMPLES, NUM_VALID_SAMPLES = 500, 200, 20
 LEARNING_RATES = (1e-3, 3e-3, 5e-3)
 DIAGONAL = "diagonal Gaussian"
 
 
 class PyroPosterior(nn.Module):
-    """Pyro's conditional transforms with the call of a :class:`~pyro_flowguides.FlowPosterior`."""
+    """A posterior of Pyro's conditional transforms, called like a :class:`~pyro_flowguides.FlowPosterior`."""
 
-    def __init__(self, make: Callable[..., Any], context_dim: int, depth: int) -> None:
+    def __init__(self, build: Callable[..., Any], context_dim: int, depth: int) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(make(LATENT_DIM, context_dim) for _ in range(depth))
+        self.layers = nn.ModuleList(build(LATENT_DIM, context_dim) for _ in range(depth))
 
     def forward(self, loc: Tensor, scale: Tensor, context: Tensor) -> Any:
         base = dist.Normal(loc, scale).to_event(1)
@@ -80,105 +80,108 @@ class PyroPosterior(nn.Module):
         return z, posterior.log_prob(z)
 
 
-def ours(flow: str, depth: int = 4, *, path_gradient: bool = True, **options: Any) -> Callable[[int], nn.Module]:
+def our_flow(flow: str, depth: int = 4, *, path_gradient: bool = True, **options: Any) -> Callable[[int], nn.Module]:
     return lambda context_dim: fg.FlowPosterior(
         LATENT_DIM, context_dim, flow, depth=depth, path_gradient=path_gradient, **options
     )
 
 
-def theirs(make: Callable[..., Any], depth: int = 4) -> Callable[[int], nn.Module]:
-    return lambda context_dim: PyroPosterior(make, context_dim, depth)
+def pyro_flow(build: Callable[..., Any], depth: int = 4) -> Callable[[int], nn.Module]:
+    return lambda context_dim: PyroPosterior(build, context_dim, depth)
 
 
 @dataclass(frozen=True)
 class Family:
-    """A posterior, and the gain over the diagonal Gaussian of a research implementation (at learning rate 1e-3)."""
+    """A kind of posterior, built for a width of the context.
 
-    make: Callable[[int], nn.Module]
-    reference: str = ""
+    ``research_gain`` is the gain of a research implementation over the diagonal Gaussian, at learning rate 1e-3.
+    """
+
+    build: Callable[[int], nn.Module]
+    research_gain: str = ""
 
 
 FAMILIES: dict[str, Family] = {
     DIAGONAL: Family(lambda context_dim: NormalPosterior()),
-    "planar x4": Family(ours("planar"), "0.8"),
-    "planar x4, hypernetwork of 100, 100": Family(ours("planar", hidden_dims=(100, 100)), "0.8"),
-    "Pyro conditional planar x4": Family(theirs(pyro_transforms.conditional_planar), "1.1"),
-    "planar x16": Family(ours("planar", 16), "1.6"),
-    "radial x4": Family(ours("radial")),
-    "Sylvester, Householder x4": Family(ours("sylvester", variant="householder"), "1.5"),
-    "Sylvester, orthogonal x4": Family(ours("sylvester", variant="orthogonal"), "1.9"),
-    "Sylvester, triangular x4": Family(ours("sylvester", variant="triangular"), "2.0"),
-    "IAF, affine x4": Family(ours("iaf"), "2.1"),
-    "IAF, gated x4": Family(ours("iaf", update="gated"), "2.1"),
-    "Pyro conditional IAF x4": Family(theirs(pyro_transforms.conditional_affine_autoregressive), "1.0 to 1.4"),
-    "RealNVP x6": Family(ours("realnvp", 6)),
-    "planar x4, total gradient": Family(ours("planar", path_gradient=False), "0.8"),
+    "planar x4": Family(our_flow("planar"), "0.8"),
+    "planar x4, hypernetwork of 100, 100": Family(our_flow("planar", hidden_dims=(100, 100)), "0.8"),
+    "Pyro conditional planar x4": Family(pyro_flow(pyro_transforms.conditional_planar), "1.1"),
+    "planar x16": Family(our_flow("planar", 16), "1.6"),
+    "radial x4": Family(our_flow("radial")),
+    "Sylvester, Householder x4": Family(our_flow("sylvester", variant="householder"), "1.5"),
+    "Sylvester, orthogonal x4": Family(our_flow("sylvester", variant="orthogonal"), "1.9"),
+    "Sylvester, triangular x4": Family(our_flow("sylvester", variant="triangular"), "2.0"),
+    "IAF, affine x4": Family(our_flow("iaf"), "2.1"),
+    "IAF, gated x4": Family(our_flow("iaf", update="gated"), "2.1"),
+    "Pyro conditional IAF x4": Family(pyro_flow(pyro_transforms.conditional_affine_autoregressive), "1.0 to 1.4"),
+    "RealNVP x6": Family(our_flow("realnvp", 6)),
+    "planar x4, total gradient": Family(our_flow("planar", path_gradient=False), "0.8"),
     "Sylvester, triangular x4, total gradient": Family(
-        ours("sylvester", variant="triangular", path_gradient=False), "2.0"
+        our_flow("sylvester", variant="triangular", path_gradient=False), "2.0"
     ),
-    "IAF, affine x4, total gradient": Family(ours("iaf", path_gradient=False), "2.1"),
-    "IAF, gated x4, total gradient": Family(ours("iaf", update="gated", path_gradient=False), "2.1"),
-    "RealNVP x6, total gradient": Family(ours("realnvp", 6, path_gradient=False)),
+    "IAF, affine x4, total gradient": Family(our_flow("iaf", path_gradient=False), "2.1"),
+    "IAF, gated x4, total gradient": Family(our_flow("iaf", update="gated", path_gradient=False), "2.1"),
+    "RealNVP x6, total gradient": Family(our_flow("realnvp", 6, path_gradient=False)),
 }
 
 
 # -- one run -----------------------------------------------------------------------------------------------------------
 
 
-def seeded(seed: int, *place: int | str) -> None:
+def set_seed(seed: int, *place: int | str) -> None:
     pyro.set_rng_seed(derive_seed(seed, *place) % 2**32)
 
 
 def make_vae(posterior: Callable[[int], nn.Module], shape: tuple[int, ...], seed: int) -> VAE:
-    """A VAE whose encoder and decoder start the same for every posterior."""
-    seeded(seed, "networks")
+    """Return a VAE whose encoder and decoder have the same start for every posterior."""
+    set_seed(seed, "networks")
     encoder = GaussianEncoder(DenseEncoder(shape, HIDDEN), LATENT_DIM)
     decoder = DenseDecoder(LATENT_DIM, shape, 1, HIDDEN)
-    seeded(seed, "posterior")
+    set_seed(seed, "posterior")
     return VAE(encoder, decoder, Bernoulli(), posterior(HIDDEN[-1]), StandardNormal(LATENT_DIM), data_shape=shape)
 
 
 def optimize(
-    vae: VAE, minibatches: Minibatches, epochs: int, learning_rate: float, loss_fn: nn.Module, samples: int
+    vae: VAE, minibatches: Minibatches, epochs: int, learning_rate: float, loss_fn: nn.Module, num_samples: int
 ) -> None:
     parameters = [parameter for parameter in vae.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adam(parameters, lr=learning_rate)
     for step in range(epochs * minibatches.steps_per_epoch):
         x = minibatches.shard(step, 0).float()
-        seeded(minibatches.seed, "noise", step)
-        loss, _ = loss_fn(vae.terms(x, samples), step)
+        set_seed(minibatches.seed, "noise", step)
+        loss, _ = loss_fn(vae.terms(x, num_samples), step)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
 
 
 @torch.no_grad()
-def negative_elbo(vae: VAE, pixels: Tensor, samples: int) -> float:
-    """The same draws of the base for every posterior."""
-    seeded(0, "evaluation")
-    elbos = [vae.terms(x.float(), samples).elbo.mean(0) for x in pixels.split(50)]
+def negative_elbo(vae: VAE, pixels: Tensor, num_samples: int) -> float:
+    """Return −ELBO, the mean over images, from the same draws of the base for every posterior."""
+    set_seed(0, "evaluation")
+    elbos = [vae.terms(x.float(), num_samples).elbo.mean(0) for x in pixels.split(50)]
     return -torch.cat(elbos).double().mean().item()
 
 
 def train_decoder(minibatches: Minibatches, shape: tuple[int, ...], seed: int, epochs: int) -> dict[str, Tensor]:
-    vae = make_vae(FAMILIES[DIAGONAL].make, shape, seed)
-    optimize(vae, minibatches, epochs, 1e-3, ImportanceWeightedLoss(), samples=10)
+    vae = make_vae(FAMILIES[DIAGONAL].build, shape, seed)
+    optimize(vae, minibatches, epochs, 1e-3, ImportanceWeightedLoss(), num_samples=10)
     return vae.decoder.state_dict()
 
 
 def run(
     family: str, decoder: dict[str, Tensor], minibatches: Minibatches, fixed: Images, epochs: int
 ) -> dict[str, Any]:
-    """Train at every learning rate, and evaluate on test images what is best on validation images."""
+    """Train at every learning rate, and evaluate the one that is best on validation images."""
     valid, seconds, best = {}, 0.0, None
     for learning_rate in LEARNING_RATES:
-        vae = make_vae(FAMILIES[family].make, fixed.shape, minibatches.seed)
+        vae = make_vae(FAMILIES[family].build, fixed.shape, minibatches.seed)
         vae.decoder.load_state_dict(decoder)
         vae.decoder.requires_grad_(False)
         begin = time.perf_counter()
-        optimize(vae, minibatches, epochs, learning_rate, ELBOLoss(), samples=1)
+        optimize(vae, minibatches, epochs, learning_rate, ELBOLoss(), num_samples=1)
         seconds += time.perf_counter() - begin
-        valid[learning_rate] = negative_elbo(vae, fixed.valid, VALID_SAMPLES)
+        valid[learning_rate] = negative_elbo(vae, fixed.valid, NUM_VALID_SAMPLES)
         if valid[learning_rate] == min(valid.values()):
             best = learning_rate, vae
     assert best is not None, f"{family}: no bound was finite"
@@ -186,10 +189,12 @@ def run(
         "family": family,
         "seed": minibatches.seed,
         "learning_rate": best[0],
-        "test": negative_elbo(best[1], fixed.test[:TEST_IMAGES], TEST_SAMPLES),
+        "test": negative_elbo(best[1], fixed.test[:NUM_TEST_IMAGES], NUM_TEST_SAMPLES),
         "ms_per_step": 1000 * seconds / (len(LEARNING_RATES) * epochs * minibatches.steps_per_epoch),
         "parameters": sum(parameter.numel() for parameter in best[1].posterior.parameters()),
         **{f"valid_{rate:g}": value for rate, value in valid.items()},
+        "date": datetime.date.today(),
+        "machine": f"torch {torch.__version__}, {torch.get_num_threads()} thread of one {platform.machine()} CPU",
     }
 
 
@@ -197,9 +202,10 @@ def run(
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    rows = read_rows(path)
+    """Read the rows, with numbers as numbers."""
+    rows: list[dict[str, Any]] = [dict(row) for row in read_rows(path)]
     for row in rows:
-        row |= {key: float(row[key]) for key in row.keys() - {"family"}}
+        row |= {key: float(row[key]) for key in row.keys() - {"family", "date", "machine"}}
         row["seed"] = int(row["seed"])
     return rows
 
@@ -224,12 +230,14 @@ def run_missing(
 
 @dataclass(frozen=True)
 class Summary:
-    """One family over the seeds, at the learning rate that is best on validation."""
+    """The results of a family by seed, at the learning rate that is best on validation images.
+
+    ``gain_at_smallest`` compares on validation images, with both posteriors at the smallest learning rate.
+    """
 
     family: str
     test: list[float]
     gain: list[float]
-    #: On validation images, both it and the diagonal Gaussian at the smallest learning rate.
     gain_at_smallest: list[float]
     learning_rates: list[float]
     parameters: int
@@ -255,23 +263,38 @@ def summarize(rows: list[dict[str, Any]]) -> list[Summary]:
     ]
 
 
-def table(summaries: list[Summary], note: str) -> str:
+def make_table(summaries: list[Summary]) -> str:
+    smallest = f"{min(LEARNING_RATES):g}"
+    header = ["posterior", "test −ELBO", "gain over the diagonal Gaussian", "by seed"]
+    header += [f"validation gain, both at {smallest}", "research figure", "learning rate", "parameters"]
     lines = [
-        note,
-        "",
-        "| posterior | test −ELBO | gain over the diagonal Gaussian | by seed "
-        f"| validation gain, both at {min(LEARNING_RATES):g} | research figure | learning rate | parameters |",
-        "|---|---|---|---|---|---|---|---|",
+        [
+            summary.family,
+            f"{statistics.mean(summary.test):.2f}",
+            f"{statistics.mean(summary.gain):.2f}",
+            ", ".join(f"{gain:.2f}" for gain in summary.gain),
+            f"{statistics.mean(summary.gain_at_smallest):.2f}",
+            FAMILIES[summary.family].research_gain,
+            ", ".join(f"{rate:g}" for rate in summary.learning_rates),
+            f"{summary.parameters:,}",
+        ]
+        for summary in summaries
     ]
-    for summary in summaries:
-        each = ", ".join(f"{gain:.2f}" for gain in summary.gain)
-        rates = ", ".join(f"{rate:g}" for rate in summary.learning_rates)
-        lines.append(
-            f"| {summary.family} | {statistics.mean(summary.test):.2f} | {statistics.mean(summary.gain):.2f} | {each} "
-            f"| {statistics.mean(summary.gain_at_smallest):.2f} "
-            f"| {FAMILIES[summary.family].reference} | {rates} | {summary.parameters:,} |"
-        )
-    return "\n".join(lines) + "\n"
+    return markdown_table(header, lines)
+
+
+def write_report(path: Path) -> str:
+    """Write table and figure beside the CSV file, and return the text."""
+    rows = read(path)
+    summaries = summarize(rows)
+    text = (
+        f"`python benchmarks/vae_posteriors.py --data mnist10k.npz`, {rows[0]['date']}, {rows[0]['machine']}. "
+        f"{NUM_TEST_IMAGES} test images, {NUM_TEST_SAMPLES} draws each; learning rates by seed.\n\n"
+        f"{make_table(summaries)}\n"
+    )
+    path.with_suffix(".md").write_text(text, encoding="utf-8")
+    draw(path.with_suffix(".png"), summaries)
+    return text
 
 
 def draw(path: Path, summaries: list[Summary]) -> None:
@@ -281,7 +304,7 @@ def draw(path: Path, summaries: list[Summary]) -> None:
         color = "C1" if summary.family.startswith("Pyro") else "C0"
         axes.barh(place, statistics.mean(summary.gain), color=color, alpha=0.6)
         axes.plot(summary.gain, [place] * len(summary.gain), "k.")
-        reference = FAMILIES[summary.family].reference
+        reference = FAMILIES[summary.family].research_gain
         if reference and not summary.family.startswith("Pyro"):
             axes.plot(float(reference), place, "|", color="C3", markersize=14, markeredgewidth=2)
     axes.set_yticks(range(len(shown)), [summary.family for summary in reversed(shown)])
@@ -290,32 +313,20 @@ def draw(path: Path, summaries: list[Summary]) -> None:
     plt.close(figure)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="the images: an .npz file or a folder of IDX files")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--families", nargs="+", default=list(FAMILIES), choices=list(FAMILIES), metavar="NAME")
-    parser.add_argument("--epochs", type=int, default=10, help="of encoder and posterior")
+    parser.add_argument("--epochs", type=int, default=10, help="epochs of encoder and posterior")
     parser.add_argument("--decoder-epochs", type=int, default=15)
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
-    options = parser.parse_args()
-    options.output.mkdir(parents=True, exist_ok=True)
-    path = options.output / "vae_posteriors.csv"
+    parser.add_argument("--output", type=Path, default=RESULTS, help="CSV file; its rows are kept")
+    options = parser.parse_args(argv)
     with pyro.validation_enabled(False):
         images = load_images(options.data)
         families = [DIAGONAL, *(family for family in options.families if family != DIAGONAL)]
-        run_missing(path, images, options.seeds, families, options.epochs, options.decoder_epochs)
-    summaries = summarize(read(path))
-    note = (
-        f"`python benchmarks/vae_posteriors.py --data {Path(options.data).name} --seeds "
-        f"{' '.join(map(str, options.seeds))}`, "
-        f"{datetime.date.today():%Y-%m-%d}, torch {torch.__version__}, {torch.get_num_threads()} thread of one "
-        f"{platform.machine()} CPU. {TEST_IMAGES} test images, {TEST_SAMPLES} draws each; learning rates by seed."
-    )
-    text = table(summaries, note)
-    (options.output / "vae_posteriors.md").write_text(text)
-    draw(options.output / "vae_posteriors.png", summaries)
-    sys.stdout.write(text)
+        run_missing(options.output, images, options.seeds, families, options.epochs, options.decoder_epochs)
+    print(write_report(options.output))
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ def posterior(name: str):
 
 
 def reference_sites(name: str) -> Sites:
-    """The model's sites at the reference draws, chain after chain: (draws, ...)."""
+    """Return the model's sites at the reference draws, chain after chain: (draws, ...)."""
     sites = posterior(name).from_reference(posterior(name).reference)
     return {site: value.flatten(0, 1) for site, value in sites.items()}
 
@@ -68,7 +68,7 @@ def run(name: str, values: Sites) -> poutine.Trace:
 
 @cache
 def latents(name: str) -> dict[str, dict]:
-    """The trace's node of every latent site."""
+    """Return the trace's node of every latent site."""
     first = {site: value[0] for site, value in reference_sites(name).items()}
     trace = run(name, first)
     return {site: trace.nodes[site] for site in first}
@@ -87,7 +87,7 @@ def sum_right(x: Tensor) -> Tensor:
 
 
 def log_joint(name: str, sites: Sites) -> Tensor:
-    """log p(sites, data) of all draws at once, in a plate to the left of the model's own: (draws,)."""
+    """Compute log p(sites, data) of all draws at once, in a plate to the left of the model's own: (draws,)."""
     draws = len(next(iter(sites.values())))
     in_plate = {site: bool(latents(name)[site]["cond_indep_stack"]) for site in sites}
     with pyro.plate("particles", draws, dim=-2):
@@ -97,7 +97,7 @@ def log_joint(name: str, sites: Sites) -> Tensor:
 
 
 def log_jacobian(name: str, sites: Sites) -> Tensor:
-    """log |d sites / d unconstrained|: (draws,)."""
+    """Compute log |d sites / d unconstrained|: (draws,)."""
     maps = {site: bijection(name, site) for site in sites}
     return sum(sum_right(maps[site].log_abs_det_jacobian(maps[site].inv(x), x)) for site, x in sites.items())
 
@@ -108,7 +108,7 @@ def unconstrained(name: str) -> Sites:
 
 
 def gradient(name: str, function: Callable[[Sites], Tensor]) -> Tensor:
-    """d function(sites) / d unconstrained at all reference draws, a few at a time: (draws, D)."""
+    """Compute d function(sites) / d unconstrained at all reference draws, a few at a time: (draws, D)."""
     parts = []
     for chunk in zip(*(value.split(500) for value in unconstrained(name).values()), strict=True):
         u = {site: x.requires_grad_() for site, x in zip(unconstrained(name), chunk, strict=True)}
@@ -123,11 +123,11 @@ def model_score(name: str) -> Tensor:
 
 
 def stein_z(name: str, score: Tensor) -> Tensor:
-    """z-scores of Stein's identities over all reference draws u, if ``score`` is that of their density: (D + D²,).
+    """Return the z-scores of Stein's identities over all reference draws u, from the score of their density.
 
-    E[score] = 0 and E[score (u - E u)^T] = -I. Both are linear in the score, so they are taken in whitened coordinates,
-    where |z| is about 100 times the error of a mean or a scale in posterior standard deviations. The standard error
-    is that of the means of 25 successive draws, and so allows for draws that are not quite independent.
+    E[score] = 0 and E[score (u - E u)^T] = -I, D + D² scalars. Both are linear in the score, so they are evaluated in
+    whitened coordinates, where |z| is about 100 times the error of a mean or a scale in posterior standard deviations.
+    The standard error is that of the means of 25 successive draws, which allows for draws that are not quite independent.
     """
     u = as_matrix(unconstrained(name).values())
     scale = torch.linalg.cholesky(torch.cov(u.T))
@@ -139,7 +139,7 @@ def stein_z(name: str, score: Tensor) -> Tensor:
 
 
 def threshold(comparisons: int) -> float:
-    """The |z| that the worst of so many comparisons exceeds once in 10,000 right models, at most (Bonferroni)."""
+    """Return the |z| that the worst of all comparisons exceeds for at most one in 10,000 right models (Bonferroni)."""
     return NormalDist().inv_cdf(1 - 1e-4 / (2 * comparisons))
 
 
@@ -167,7 +167,7 @@ def replace(site: str, right: dist.Distribution, wrong: dist.Distribution) -> Ca
     return lambda sites: sum_right(wrong.log_prob(sites[site]) - right.log_prob(sites[site]))
 
 
-# Mistakes one might make, as what each adds to the log density.
+# Plausible mistakes, as the term that each adds to the log density.
 MISTAKES: dict[str, tuple[str, Callable[[Sites], Tensor]]] = {
     "half-Cauchy scale 10 for 5": (NONCENTERED, replace("tau", dist.HalfCauchy(5.0), dist.HalfCauchy(10.0))),
     "no Jacobian of sigma": ("mesquite-logmesquite_logvash", lambda x: -x["sigma"].log()),
@@ -238,7 +238,7 @@ def test_a_restricted_distribution_samples_only_its_support():
 
 
 def test_unknown_names_list_the_known_ones():
-    with pytest.raises(ValueError, match=r"unknown posterior 'kidiq'; known are: .*kidiq-kidscore_interaction"):
+    with pytest.raises(ValueError, match=r"unknown posterior 'kidiq'; known posteriors: .*kidiq-kidscore_interaction"):
         models.load(ROOT, "kidiq")
 
 

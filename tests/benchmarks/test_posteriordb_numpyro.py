@@ -18,6 +18,7 @@ from torch.distributions import biject_to
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 program = importlib.import_module("posteriordb")
+fits = importlib.import_module("posteriordb_fits")
 models = importlib.import_module("posteriordb_models")
 
 needs_numpyro = pytest.mark.skipif(
@@ -43,8 +44,8 @@ def root() -> Path:
 
 
 def posterior(function: str):
-    found = (models.load(root(), name) for name in models.names(root()))
-    return next(one for one in found if one.model.__name__ == function)
+    posteriors = (models.load(root(), name) for name in models.names(root()))
+    return next(posterior for posterior in posteriors if posterior.model.__name__ == function)
 
 
 def pyro_log_joint(one, sites: dict[str, Tensor]) -> Tensor:
@@ -79,11 +80,11 @@ def test_log_joint_densities_are_equal(function):
 
 
 @needs_numpyro
-@pytest.mark.parametrize("guide", program.NUMPYRO_PEERS)
+@pytest.mark.parametrize("guide", fits.NUMPYRO_PEERS)
 def test_draws_of_a_fit_carry_the_densities_of_model_and_guide(guide):
     numpyro_models = importlib.import_module("posteriordb_numpyro")
     one = posterior("eight_schools_noncentered")
-    weigh = numpyro_models.fit(one, *program.NUMPYRO_PEERS[guide], seed=0, steps=300, particles=8, rate=1e-2)
+    weigh = numpyro_models.fit(one, *fits.NUMPYRO_PEERS[guide], seed=0, steps=300, num_particles=8, lr=1e-2)
     weighted = weigh(500)
     assert weighted.draws["theta_trans"].shape == (500, 8)
     for s in range(5):
@@ -95,10 +96,9 @@ def test_draws_of_a_fit_carry_the_densities_of_model_and_guide(guide):
 
 
 @needs_numpyro
-def test_a_job_is_run(monkeypatch):
-    monkeypatch.setattr(program, "DRAWS", 500)
+def test_a_job_is_run():
     name = "eight_schools-eight_schools_noncentered"
-    row = program.run_job(program.Job(root(), name, "NumPyro AutoIAFNormal x1", 0, 20, 1.0))
+    row = program.run_job(fits.Job(root(), name, "NumPyro AutoIAFNormal x1", 0, 20, 1.0, num_samples=500))
     assert row.verdict != "failed", row.note
     assert (row.steps, row.limit) == (20, "20 steps")
     assert row.elbo < row.log_evidence

@@ -1,4 +1,4 @@
-"""benchmarks/posteriordb_race.py stops its clocks where it should, and goes on where it stopped."""
+"""benchmarks/posteriordb_race.py stops its clocks at the target, and resumes where it stopped."""
 
 import csv
 import importlib
@@ -16,15 +16,15 @@ NAME = "gp_pois_regr-gp_regr"
 EVIDENCE = Path(race.__file__).parent / "results" / "posteriordb.csv"
 
 
-def job(guide, log_evidence):
+def job(guide, log_evidence, **options):
     root = Path(os.environ["FLOWGUIDES_DATA"]) / "posteriordb" / "posterior_database"
-    return race.Job(root, NAME, guide, 0, log_evidence, 60.0)
+    return race.Job(root, NAME, guide, 0, log_evidence, 60.0, **options)
 
 
 @needs_data
 @pytest.mark.parametrize("guide", [race.OURS, race.SHORTEST, "Pyro AutoNormal"])
-def test_who_gets_there_is_stopped(guide):
-    """log Z is known from elsewhere; the result's gap is measured against it."""
+def test_a_guide_is_stopped_at_the_target(guide):
+    """The evidence is that of the committed results, and the gap is measured from it."""
     (row,) = [
         row
         for row in csv.DictReader(EVIDENCE.read_text().splitlines())
@@ -34,30 +34,29 @@ def test_who_gets_there_is_stopped(guide):
     assert result.reached
     assert -0.1 < result.gap <= race.GAP
     assert result.steps <= 1000
-    assert result.cpu_seconds > 0
+    assert 0.05 < result.cpu_seconds < 120
 
 
 @needs_data
-def test_who_does_not_get_there_is_given_up(monkeypatch):
-    monkeypatch.setattr(race, "MOST_STEPS", 200)
-    result = race.run_job(job("Pyro AutoNormal", 1e6))
+def test_a_guide_is_stopped_at_the_last_step():
+    result = race.run_job(job("Pyro AutoNormal", 1e6, max_steps=200))
     assert not result.reached
     assert result.steps == 200
     assert result.gap > 1e5
 
 
-def test_the_table_says_who_was_there():
-    there = {"reached": "True", "cpu_seconds": "1.23", "gap": "0.05", "khat": "0.1"}
-    not_there = {"reached": "False", "cpu_seconds": "30.2", "gap": "12.3", "khat": "0.9"}
+def test_the_table_shows_who_reached_the_target():
+    reached = {"reached": "True", "cpu_seconds": "1.23", "gap": "0.05", "khat": "0.1"}
+    missed = {"reached": "False", "cpu_seconds": "30.2", "gap": "12.3", "khat": "0.9"}
     rows = [
-        {"posterior": "a", "guide": race.OURS, **there},
-        {"posterior": "a", "guide": "Pyro AutoNormal", **not_there},
+        {"posterior": "a", "guide": race.OURS, **reached},
+        {"posterior": "a", "guide": "Pyro AutoNormal", **missed},
     ]
-    assert race.table(rows).splitlines()[-1] == "| a | **1.2** | not in 30 (12, k-hat 0.90) |"
+    assert race.make_table(rows).splitlines()[-1] == "| a | **1.2** | not in 30 (12, k-hat 0.90) |"
 
 
 @needs_data
-def test_the_program_goes_on_where_it_stopped(tmp_path, capsys):
+def test_the_program_resumes_where_it_stopped(tmp_path, capsys):
     database, output = Path(os.environ["FLOWGUIDES_DATA"]) / "posteriordb", tmp_path / "race.csv"
     command = ["--posteriordb", str(database), "--posteriors", NAME, "--guides", "Pyro AutoNormal"]
     command += ["--evidence", str(EVIDENCE), "--output", str(output)]
