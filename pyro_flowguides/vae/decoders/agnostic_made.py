@@ -12,9 +12,7 @@ from torch.nn import functional as F
 
 from pyro_flowguides.nn.made import layer_masks
 from pyro_flowguides.nn.mlp import MLP
-from pyro_flowguides.vae.decoders.autoregressive_network import AutoregressiveNetwork
-from pyro_flowguides.vae.decoders.context_projection import ContextProjection
-from pyro_flowguides.vae.decoders.generation import DrawChannels, GeneratedBatch, GenerationStep
+from pyro_flowguides.vae.decoders.autoregressive_network import AutoregressiveNetwork, ContextProjection, GenerationStep
 
 __all__ = ["AgnosticMADE"]
 
@@ -38,7 +36,9 @@ class _Member(AutoregressiveNetwork):
 
     def _bias_shifts(self, contexts: dict[nn.Module, Tensor]) -> list[Tensor]:
         """Return the terms that the context adds to the bias of every layer."""
-        return [contexts[projection].flatten(1) for projection in self.context_projections]
+        widths = [*self.net.hidden_dims, self.net.out_features]
+        projections = zip(self.context_projections, widths, strict=True)
+        return [contexts[projection].flatten(1).expand(-1, width) for projection, width in projections]
 
     def evaluate(self, x: Tensor, contexts: dict[nn.Module, Tensor]) -> Tensor:
         layers = self._masked_layers()
@@ -46,37 +46,29 @@ class _Member(AutoregressiveNetwork):
             layers[f"bias{number}"] = layers[f"bias{number}"] + shift
         return self.net.run(x.flatten(1), layers).reshape(len(x), self.outputs, *self.shape[1:])
 
-    def _order(self) -> list[int]:
-        """Return the indices of the flattened values in the order in which they are drawn."""
-        return self.degrees[0].argsort().tolist()
-
     def steps(self) -> Iterator[GenerationStep]:
-        index = torch.arange(math.prod(self.shape)).reshape(self.shape)
-        for value in self._order():
-            channel, *position = (index == value).nonzero()[0].tolist()
+        order = torch.unravel_index(self.degrees[0].argsort(), self.shape)
+        for channel, *position in torch.stack(order, 1).tolist():
             yield GenerationStep(slice(channel, channel + 1), tuple(position))
 
-    def fill(self, batch: GeneratedBatch, draw: DrawChannels, contexts: dict[nn.Module, Tensor]) -> None:
-        """Generate all values, computing every hidden unit once: when the inputs up to its degree are drawn."""
+    def outputs_by_step(self, x: Tensor, contexts: dict[nn.Module, Tensor]) -> Iterator[tuple[GenerationStep, Tensor]]:
+        """Iterate over the steps, computing every hidden unit once: when the inputs up to its degree are drawn."""
         layers, shifts = self._masked_layers(), self._bias_shifts(contexts)
-        hidden = [batch.inputs.new_zeros(len(batch), width) for width in self.net.hidden_dims]
-        positions = math.prod(self.shape[1:])
-        for degree, (value, step) in enumerate(zip(self._order(), self.steps(), strict=True)):
-            inputs = batch.inputs.flatten(1)
+        units_at = torch.arange(self.net.out_features, device=x.device).reshape(-1, *self.shape[1:])
+        hidden = [x.new_zeros(len(x), width) for width in self.net.hidden_dims]
+
+        def pre_activations(number: int, units: Tensor, inputs: Tensor) -> Tensor:
+            linear = F.linear(inputs, layers[f"weight{number}"][units], layers[f"bias{number}"][units])
+            return linear + shifts[number][:, units]
+
+        for degree, step in enumerate(self.steps()):
+            inputs = x.flatten(1)
             for number, outputs in enumerate(hidden):
                 units = (self.degrees[number + 1] == degree).nonzero()[:, 0]
-                outputs[:, units] = self.net.activation(self._pre_activations(number, units, inputs, layers, shifts))
+                outputs[:, units] = self.net.activation(pre_activations(number, units, inputs))
                 inputs = outputs
-            units = torch.arange(value % positions, self.net.out_features, positions, device=inputs.device)
-            batch.write(step, draw(self._pre_activations(len(hidden), units, inputs, layers, shifts)))
-
-    @staticmethod
-    def _pre_activations(
-        number: int, units: Tensor, inputs: Tensor, layers: dict[str, Tensor], shifts: list[Tensor]
-    ) -> Tensor:
-        """Return the pre-activations of some units of a layer."""
-        linear = F.linear(inputs, layers[f"weight{number}"][units], layers[f"bias{number}"][units])
-        return linear + (shifts[number][:, units] if shifts[number].shape[-1] > 1 else shifts[number])
+            here: tuple[slice | int, ...] = (slice(None), *step.position)
+            yield step, pre_activations(len(hidden), units_at[here], inputs)
 
 
 class AgnosticMADE(AutoregressiveNetwork):
@@ -96,19 +88,13 @@ class AgnosticMADE(AutoregressiveNetwork):
     it may read are drawn: the arithmetic of one pass for a whole draw, in one small step per value.
 
     Args:
-        shape: ``(channels, height, width)`` or ``(channels, length)``.
         outputs: number of parameters per position, a multiple of the channels; output k belongs to channel
             ``k % channels``.
         hidden_dims: widths of the hidden layers.
         orderings: K.
-        features: number of global features.
         activation: elementwise nonlinearity.
 
-    Shapes:
-        x ``(B, *shape)`` -> ``(B, outputs, *space)``.
-
-    Raises:
-        ValueError: if ``outputs`` is not a multiple of the channels or ``orderings`` is not positive.
+    The other arguments and the shapes are those of :class:`AutoregressiveNetwork`.
 
     References:
         M. Germain, K. Gregor, I. Murray, H. Larochelle (2015). MADE: masked autoencoder for distribution estimation.
@@ -169,5 +155,5 @@ class AgnosticMADE(AutoregressiveNetwork):
     def evaluate(self, x: Tensor, contexts: dict[nn.Module, Tensor]) -> Tensor:
         return self.members()[0].evaluate(x, contexts)
 
-    def fill(self, batch: GeneratedBatch, draw: DrawChannels, contexts: dict[nn.Module, Tensor]) -> None:
-        self.members()[0].fill(batch, draw, contexts)
+    def outputs_by_step(self, x: Tensor, contexts: dict[nn.Module, Tensor]) -> Iterator[tuple[GenerationStep, Tensor]]:
+        return self.members()[0].outputs_by_step(x, contexts)

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from pyro_flowguides.vae.decoders.context_projection import ContextProjection
-from pyro_flowguides.vae.decoders.generation import DrawChannels, GeneratedBatch, GenerationStep
+__all__ = ["AutoregressiveNetwork", "ContextProjection", "GenerationStep"]
 
-__all__ = ["AutoregressiveNetwork"]
+
+class GenerationStep(NamedTuple):
+    """The channels that are drawn together, and their position."""
+
+    channels: slice
+    position: tuple[int, ...]
 
 
 class AutoregressiveNetwork(nn.Module):
@@ -30,10 +34,10 @@ class AutoregressiveNetwork(nn.Module):
     :class:`~pyro_flowguides.vae.AutoregressiveDistribution` turns it into a distribution.
 
     Args:
-        shape: ``(channels, height, width)`` or ``(channels, length)``.
-        outputs: number of parameters per position.
-        features: number of global features in the context.
-        maps: number of maps, of the size of the data, in the context.
+        shape: ``(channels, height, width)`` for images, ``(channels, length)`` for sequences.
+        outputs: number of parameters per position, a multiple of ``groups``.
+        features: number of global features in the context, which every layer reads.
+        maps: number of maps, of the size of the data, in the context, which every layer reads.
         groups: 1 or the number of channels.
 
     Shapes:
@@ -74,18 +78,21 @@ class AutoregressiveNetwork(nn.Module):
         """Return all outputs, given the projected context of every layer."""
         raise NotImplementedError
 
-    def fill(self, batch: GeneratedBatch, draw: DrawChannels, contexts: dict[nn.Module, Tensor]) -> None:
-        """Generate all values of a batch, with caches."""
+    def outputs_by_step(self, x: Tensor, contexts: dict[nn.Module, Tensor]) -> Iterator[tuple[GenerationStep, Tensor]]:
+        """Iterate over the steps of generation and the outputs ``(B, outputs)`` at their positions, with caches.
+
+        Between two steps the caller writes what it draws into x.
+        """
         raise NotImplementedError
 
     def forward(self, x: Tensor, features: Tensor | None = None, maps: Tensor | None = None) -> Tensor:
         if tuple(x.shape[1:]) != self.shape:
             raise ValueError(f"{type(self).__name__}: x must have shape (B, {self.shape}), got {tuple(x.shape)}")
-        return self.evaluate(x, self.contexts(len(x), features, maps))
+        return self.evaluate(x, self.project_context(len(x), features, maps))
 
     def generate(
         self,
-        draw: DrawChannels,
+        draw: Callable[[Tensor], Tensor],
         size: int,
         features: Tensor | None = None,
         maps: Tensor | None = None,
@@ -96,73 +103,84 @@ class AutoregressiveNetwork(nn.Module):
         Args:
             draw: from the parameters at one position ``(B, outputs)`` to a draw of its channels ``(B, channels)``.
             size: B.
-            features: ``(B, features)``.
-            maps: ``(B, maps, *space)``.
-            standardize: from drawn values to network inputs.
+            features, maps: the context.
+            standardize: from drawn values to network inputs, elementwise.
 
         Returns:
             ``(B, *shape)``.
         """
-        with self._generating(size, features, maps, standardize) as (batch, contexts):
-            self.fill(batch, draw, contexts)
-        return batch.values
-
-    def generate_by_full_passes(
-        self,
-        draw: DrawChannels,
-        size: int,
-        features: Tensor | None = None,
-        maps: Tensor | None = None,
-        standardize: Callable[[Tensor], Tensor] = torch.clone,
-    ) -> Tensor:
-        """Draw the same data as :meth:`generate` by one full pass per step: a slow reference implementation."""
-        with self._generating(size, features, maps, standardize) as (batch, contexts):
-            for step in self.steps():
-                here: tuple[slice | int, ...] = (slice(None), slice(None), *step.position)
-                batch.write(step, draw(self.evaluate(batch.inputs, contexts)[here]))
-        return batch.values
+        training = self.training
+        self.eval()
+        try:
+            with torch.no_grad():
+                values = next(self.parameters()).new_zeros(size, *self.shape)
+                inputs = standardize(values).clone()
+                for step, outputs in self.outputs_by_step(inputs, self.project_context(size, features, maps)):
+                    drawn: tuple[slice | int, ...] = (slice(None), step.channels, *step.position)
+                    values[drawn] = draw(outputs)[:, step.channels]
+                    inputs[drawn] = standardize(values[drawn])
+        finally:
+            self.train(training)
+        return values
 
     def members(self) -> Sequence[AutoregressiveNetwork]:
         """Return the members of the ensemble whose densities are averaged: by default only this network."""
         return [self]
 
     def steps(self) -> Iterator[GenerationStep]:
-        """Iterate over the steps of generation, in order."""
+        """Iterate over the steps of generation, in order: one for each group of channels at every position."""
         for position in itertools.product(*map(range, self.shape[1:])):
-            yield from self.steps_at(position)
+            for group in range(self.groups):
+                yield GenerationStep(slice(group, None, self.groups), position)
 
-    def steps_at(self, position: tuple[int, ...]) -> list[GenerationStep]:
-        """Return the steps of one position: one for each group of channels."""
-        return [GenerationStep(slice(group, None, self.groups), position) for group in range(self.groups)]
-
-    def contexts(self, size: int, features: Tensor | None, maps: Tensor | None) -> dict[nn.Module, Tensor]:
+    def project_context(self, size: int, features: Tensor | None, maps: Tensor | None) -> dict[nn.Module, Tensor]:
         """Project the context for every layer."""
-        self._check_context("features", features, (size, self.features) if self.features else None)
-        self._check_context("maps", maps, (size, self.maps, *self.shape[1:]) if self.maps else None)
+        for name, context, expected in (
+            ("features", features, (size, self.features) if self.features else None),
+            ("maps", maps, (size, self.maps, *self.shape[1:]) if self.maps else None),
+        ):
+            shape = None if context is None else tuple(context.shape)
+            if shape != expected:
+                raise ValueError(f"{type(self).__name__}: {name} must have shape {expected}, got {shape}")
         return {part: part(features, maps) for part in self.modules() if isinstance(part, ContextProjection)}
-
-    def _check_context(self, name: str, context: Tensor | None, expected: tuple[int, ...] | None) -> None:
-        shape = None if context is None else tuple(context.shape)
-        if shape != expected:
-            raise ValueError(f"{type(self).__name__}: {name} must have shape {expected}, got {shape}")
-
-    @contextmanager
-    def _generating(
-        self,
-        size: int,
-        features: Tensor | None,
-        maps: Tensor | None,
-        standardize: Callable[[Tensor], Tensor],
-    ) -> Iterator[tuple[GeneratedBatch, dict[nn.Module, Tensor]]]:
-        """Provide an empty batch and the contexts, in evaluation mode and without gradients."""
-        training = self.training
-        self.eval()
-        try:
-            with torch.no_grad():
-                blank = next(self.parameters()).new_zeros(size, *self.shape)
-                yield GeneratedBatch(blank, standardize), self.contexts(size, features, maps)
-        finally:
-            self.train(training)
 
     def extra_repr(self) -> str:
         return f"{self.shape} -> {self.outputs}, features={self.features}, maps={self.maps}, groups={self.groups}"
+
+
+class ContextProjection(nn.Module):
+    """The term that the context adds to the pre-activation of a layer: a linear function of global features plus a
+    convolution of maps.
+
+    Args:
+        features: number of global features, 0 for none.
+        maps: number of maps of the size of the data, 0 for none.
+        width: number of channels of the result.
+        spatial_dims: 2 for images, 1 for sequences.
+        reach: reach of the convolution of the maps in every direction; 0 for a 1×1 convolution.
+        pool: factor by which maps are first averaged, for layers at a lower resolution.
+
+    Shapes:
+        features ``(B, features)``, maps ``(B, maps, *space)``; result ``(B, width, *space)`` or, without maps, a tensor
+        that broadcasts to this shape.
+    """
+
+    def __init__(
+        self, features: int, maps: int, width: int, spatial_dims: int = 2, *, reach: int = 0, pool: int = 1
+    ) -> None:
+        super().__init__()
+        convolution: Callable[..., nn.Module] = (nn.Conv1d, nn.Conv2d)[spatial_dims - 1]
+        self.spatial_dims, self.pool = spatial_dims, pool
+        self.features = nn.Linear(features, width) if features else None
+        self.maps = convolution(maps, width, 2 * reach + 1, padding=reach) if maps else None
+        self.register_buffer("zero", torch.zeros((1, 1) + (1,) * spatial_dims), persistent=False)
+
+    def forward(self, features: Tensor | None, maps: Tensor | None) -> Tensor:
+        total = self.get_buffer("zero")
+        if self.features is not None:
+            projected = self.features(features)
+            total = total + projected.reshape(*projected.shape, *(1,) * self.spatial_dims)
+        if self.maps is not None:
+            assert maps is not None
+            total = total + self.maps(F.avg_pool2d(maps, self.pool) if self.pool > 1 else maps)
+        return total

@@ -8,10 +8,9 @@ from typing import cast
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pyro_flowguides.vae.decoders.autoregressive_network import ContextProjection
 from pyro_flowguides.vae.decoders.causal_conv import MaskedConv2d, PaddedConv2d, shift_down, split_reach
-from pyro_flowguides.vae.decoders.context_projection import ContextProjection
-from pyro_flowguides.vae.decoders.map_regions import MapRegion
-from pyro_flowguides.vae.decoders.two_stack_network import TwoStackNetwork
+from pyro_flowguides.vae.decoders.image_networks import MapRegion, TwoStackNetwork
 
 __all__ = ["GatedPixelCNN"]
 
@@ -57,6 +56,7 @@ class GatedPixelCNN(TwoStackNetwork[list[Tensor]]):
 
     The vertical stack v reads all columns of the rows strictly above. The horizontal stack h is residual and reads the
     current row to the left and, through a 1×1 convolution in every layer, v: together all earlier pixels within reach.
+    Every layer reads the context c.
 
     A pixel (i, j) reads exactly the columns j − reach … j + reach of the rows i − reach … i − 1, and the columns
     j − reach … j − 1 of row i: there is no blind spot. ``reach`` is split over ``depth`` layers as evenly as possible.
@@ -66,20 +66,11 @@ class GatedPixelCNN(TwoStackNetwork[list[Tensor]]):
     pass for a whole image.
 
     Args:
-        shape: ``(channels, height, width)``.
-        outputs: number of parameters per pixel.
         filters: channels of the hidden layers, a multiple of ``groups``.
         reach: total reach, in pixels.
         depth: number of gated layers.
-        features: number of global features, read by every layer.
-        maps: number of maps of the size of the image, read by every layer.
-        groups: 1 or the number of channels; see :class:`AutoregressiveNetwork`.
 
-    Shapes:
-        x ``(B, *shape)`` -> ``(B, outputs, height, width)``.
-
-    Raises:
-        ValueError: if a size is not positive, or ``filters`` is not a multiple of ``groups``.
+    The other arguments and the shapes are those of :class:`AutoregressiveNetwork`.
 
     References:
         A. van den Oord, N. Kalchbrenner, O. Vinyals, L. Espeholt, A. Graves, K. Kavukcuoglu (2016). Conditional image

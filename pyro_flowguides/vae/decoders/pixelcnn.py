@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pyro_flowguides.vae.decoders.autoregressive_network import AutoregressiveNetwork
+from pyro_flowguides.vae.decoders.autoregressive_network import AutoregressiveNetwork, ContextProjection, GenerationStep
 from pyro_flowguides.vae.decoders.causal_conv import MaskedConv2d, split_reach
-from pyro_flowguides.vae.decoders.context_projection import ContextProjection
-from pyro_flowguides.vae.decoders.generation import DrawChannels, GeneratedBatch
-from pyro_flowguides.vae.decoders.map_regions import CachedWindow, FullMap, MapRegion
+from pyro_flowguides.vae.decoders.image_networks import CachedWindow, FullMap, MapRegion
 
 __all__ = ["PixelCNN"]
 
@@ -48,15 +46,11 @@ class PixelCNN(AutoregressiveNetwork):
     of one pass for a whole image, and O(depth · filters · H · W) memory per image.
 
     Args:
-        shape: ``(channels, height, width)``.
-        outputs: number of parameters per pixel.
         filters: channels of the hidden layers, a multiple of ``groups``.
         reach: total reach, in pixels.
         depth: number of layers.
-        features, maps, groups: see :class:`AutoregressiveNetwork`.
 
-    Shapes:
-        x ``(B, *shape)`` -> ``(B, outputs, height, width)``.
+    The other arguments and the shapes are those of :class:`AutoregressiveNetwork`.
 
     References:
         X. Chen et al. (2017). Variational lossy autoencoder. arXiv:1611.02731.
@@ -99,10 +93,7 @@ class PixelCNN(AutoregressiveNetwork):
     def evaluate(self, x: Tensor, contexts: dict[nn.Module, Tensor]) -> Tensor:
         return self._outputs(x, FullMap(contexts))
 
-    def fill(self, batch: GeneratedBatch, draw: DrawChannels, contexts: dict[nn.Module, Tensor]) -> None:
-        _, height, width = self.shape
-        pixel = CachedWindow(len(batch), height, width, contexts)
+    def outputs_by_step(self, x: Tensor, contexts: dict[nn.Module, Tensor]) -> Iterator[tuple[GenerationStep, Tensor]]:
+        pixel = CachedWindow(len(x), self.shape[1:], contexts)
         for step in self.steps():
-            row, column = step.position
-            pixel.move_to_pixel(row, column)
-            batch.write(step, draw(self._outputs(batch.inputs, pixel)[..., 0, 0]))
+            yield step, self._outputs(x, pixel.move_to_pixel(*step.position))[..., 0, 0]

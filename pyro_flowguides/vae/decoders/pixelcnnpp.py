@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pyro_flowguides.vae.decoders.causal_conv import (
-    PaddedConv2d,
-    WeightNormMaskedConv2d,
-    WeightNormPaddedConv2d,
-    shift_down,
-)
-from pyro_flowguides.vae.decoders.context_projection import ContextProjection
-from pyro_flowguides.vae.decoders.map_regions import MapRegion
-from pyro_flowguides.vae.decoders.two_stack_network import TwoStackNetwork
+from pyro_flowguides.vae.decoders.autoregressive_network import ContextProjection
+from pyro_flowguides.vae.decoders.causal_conv import WeightNormMaskedConv2d, WeightNormPaddedConv2d, shift_down
+from pyro_flowguides.vae.decoders.image_networks import MapRegion, TwoStackNetwork
 from pyro_flowguides.vae.networks.residual_blocks import RESIDUAL_SCALE
 
 __all__ = ["PixelCNNPlusPlus"]
@@ -26,22 +21,12 @@ __all__ = ["PixelCNNPlusPlus"]
 BlockName: TypeAlias = tuple[int, str, int]
 #: The features of a stack after every block.
 StackFeatures: TypeAlias = dict[BlockName, Tensor]
-#: From channels in, channels out and stride to the convolution of a stack.
-MakeConv: TypeAlias = Callable[..., PaddedConv2d]
+#: From channels in and out, and options, to the convolution of a stack.
+MakeConv: TypeAlias = Callable[..., WeightNormPaddedConv2d]
 
 
 def _both_signs(h: Tensor) -> Tensor:
     return F.elu(torch.cat([h, -h], 1))
-
-
-def _vertical_conv(in_channels: int, out_channels: int, stride: int = 1, *, init_scale: float = 1.0) -> PaddedConv2d:
-    """Return a convolution of the vertical stack, whose features depend only on rows strictly above their own."""
-    return WeightNormPaddedConv2d(in_channels, out_channels, 1, 1, 1, stride, init_scale=init_scale)
-
-
-def _horizontal_conv(in_channels: int, out_channels: int, stride: int = 1, *, init_scale: float = 1.0) -> PaddedConv2d:
-    """Return a convolution of the horizontal stack, whose features depend only on earlier pixels."""
-    return WeightNormPaddedConv2d(in_channels, out_channels, 1, 1, 0, stride, init_scale=init_scale)
 
 
 class _Block(nn.Module):
@@ -96,7 +81,7 @@ class _Level(nn.Module):
 
         self.down, self.up = make_blocks(side_channels), make_blocks(side_channels + filters)
         if levels > 1:
-            self.shrink = make_conv(filters, filters, 2)
+            self.shrink = make_conv(filters, filters, stride=2)
             self.inner = _Level(make_conv, filters, blocks, levels - 1, side_channels, context, dropout, level + 1)
             self.grow = WeightNormPaddedConv2d(filters, 4 * filters)
 
@@ -157,19 +142,13 @@ class PixelCNNPlusPlus(TwoStackNetwork[StackFeatures]):
 
     Args:
         shape: ``(channels, height, width)``; height and width divisible by ``2**(levels - 1)``.
-        outputs: number of parameters per pixel.
         filters: channels of the hidden layers.
         blocks: number of blocks before, and again after, the lower resolutions.
         levels: number of resolutions.
         dropout: probability of dropping a channel inside a block in training.
-        features: number of global features, read by every block.
-        maps: number of maps of the size of the image, read by every block (averaged at lower resolutions).
 
-    Shapes:
-        x ``(B, *shape)`` -> ``(B, outputs, height, width)``.
-
-    Raises:
-        ValueError: if the image cannot be halved ``levels - 1`` times.
+    The other arguments and the shapes are those of :class:`AutoregressiveNetwork`. Lower resolutions read averages of
+    the maps.
 
     References:
         T. Salimans, A. Karpathy, X. Chen, D. Kingma (2017). PixelCNN++. arXiv:1701.05517.
@@ -202,11 +181,14 @@ class PixelCNNPlusPlus(TwoStackNetwork[StackFeatures]):
                 f"PixelCNNPlusPlus: need blocks, levels >= 1 and sides divisible by 2**(levels - 1), "
                 f"got {blocks} blocks, {levels} levels for an image of {tuple(shape[1:])}"
             )
+        # Features of the vertical stack depend only on rows strictly above, so that its kernels may reach to the right.
+        vertical_conv = partial(WeightNormPaddedConv2d, above=1, left=1, right=1)
+        horizontal_conv = partial(WeightNormPaddedConv2d, above=1, left=1)
         sizes, context = (filters, blocks, levels), (features, maps)
         self.first_above = WeightNormPaddedConv2d(shape[0], filters, 1, 1, 1)
         self.first_left = WeightNormMaskedConv2d(shape[0], filters, 1, 1, 1, strict=True)
-        self.vertical_stack = _Level(_vertical_conv, *sizes, 0, context, dropout)
-        self.horizontal_stack = _Level(_horizontal_conv, *sizes, filters, context, dropout)
+        self.vertical_stack = _Level(vertical_conv, *sizes, 0, context, dropout)
+        self.horizontal_stack = _Level(horizontal_conv, *sizes, filters, context, dropout)
         self.last = WeightNormPaddedConv2d(filters, outputs)
 
     def vertical(self, x: Tensor, region: MapRegion) -> StackFeatures:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import TypeAlias, cast
 
@@ -10,11 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pyro_flowguides.vae.decoders.autoregressive_network import AutoregressiveNetwork
+from pyro_flowguides.vae.decoders.autoregressive_network import AutoregressiveNetwork, ContextProjection, GenerationStep
 from pyro_flowguides.vae.decoders.causal_conv import MaskedConv2d, shift_down
-from pyro_flowguides.vae.decoders.context_projection import ContextProjection
-from pyro_flowguides.vae.decoders.generation import DrawChannels, GeneratedBatch
-from pyro_flowguides.vae.decoders.map_regions import CachedWindow, FullMap, MapRegion
+from pyro_flowguides.vae.decoders.image_networks import CachedWindow, FullMap, MapRegion
 
 __all__ = ["DiagonalBiLSTM", "PixelRNN", "RowLSTM"]
 
@@ -97,13 +96,7 @@ class DiagonalBiLSTM(nn.Module):
     i by i columns, turns each diagonal into a column, whose cells are computed in one step: height + width − 1 steps
     in all.
 
-    Args:
-        channels: number of channels of the input.
-        hidden: number of channels of the state.
-        groups: groups of the mask.
-
-    Shapes:
-        ``(B, channels, H, W) -> (B, hidden, H, W)``.
+    Arguments and shapes are those of :class:`RowLSTM`.
     """
 
     def __init__(self, channels: int, hidden: int, groups: int = 1) -> None:
@@ -163,18 +156,17 @@ class _DiagonalCache:
         self.state, self.cell = weight.new_zeros(2, size, layer.hidden, width + 1)
         # The LSTM from the right: states of the row above.
         self.right = weight.new_zeros(size, layer.hidden, width)
-        self.inputs: list[Tensor] = [torch.empty(0)] * width
-        self.first_row = True
+        #: The inputs of the current row, by column.
+        self.inputs: dict[int, Tensor] = {}
 
     def next_row(self) -> None:
         self.above = self.state[..., 1:].clone()
-        if not self.first_row:
+        if self.inputs:
             self.right = self._sweep_from_right()
-        self.first_row = False
 
     def _sweep_from_right(self) -> Tensor:
         """Run the LSTM from the right over the row that has just been completed."""
-        gates = self.layer.from_input[1](torch.cat(self.inputs, -1))[..., 0, :]
+        gates = self.layer.from_input[1](torch.cat(list(self.inputs.values()), -1))[..., 0, :]
         state = cell = torch.zeros_like(self.right[..., 0])
         states = []
         for column in reversed(range(self.width)):
@@ -221,20 +213,11 @@ class PixelRNN(AutoregressiveNetwork):
     That is about the arithmetic of one pass for a whole image.
 
     Args:
-        shape: ``(channels, height, width)``.
-        outputs: number of parameters per pixel.
         recurrent: :class:`DiagonalBiLSTM` or :class:`RowLSTM`.
         hidden: channels of the states, a multiple of ``groups``; the residual path has twice as many.
         depth: number of recurrent layers.
-        features: number of global features, read by every layer.
-        maps: number of maps of the size of the image, read by every layer.
-        groups: 1 or the number of channels; see :class:`AutoregressiveNetwork`.
 
-    Shapes:
-        x ``(B, *shape)`` -> ``(B, outputs, height, width)``.
-
-    Raises:
-        ValueError: if ``hidden`` is not a positive multiple of ``groups``.
+    The other arguments and the shapes are those of :class:`AutoregressiveNetwork`.
 
     References:
         A. van den Oord, N. Kalchbrenner, K. Kavukcuoglu (2016). Pixel recurrent neural networks. arXiv:1601.06759.
@@ -277,15 +260,13 @@ class PixelRNN(AutoregressiveNetwork):
     def evaluate(self, x: Tensor, contexts: dict[nn.Module, Tensor]) -> Tensor:
         return self._outputs(x, FullMap(contexts), [layer.recurrent for layer in self.layers])
 
-    def fill(self, batch: GeneratedBatch, draw: DrawChannels, contexts: dict[nn.Module, Tensor]) -> None:
-        size, (height, width) = len(batch), self.shape[1:]
-        pixel = CachedWindow(size, height, width, contexts)
-        caches = [layer.recurrent.new_cache(size, width) for layer in self.layers]
+    def outputs_by_step(self, x: Tensor, contexts: dict[nn.Module, Tensor]) -> Iterator[tuple[GenerationStep, Tensor]]:
+        pixel = CachedWindow(len(x), self.shape[1:], contexts)
+        caches = [layer.recurrent.new_cache(len(x), self.shape[2]) for layer in self.layers]
         visits = [partial(cache.visit, pixel=pixel) for cache in caches]
-        for step in self.steps():
-            row, column = step.position
-            if column == 0 and step.channels.start == 0:
-                for cache in caches:
-                    cache.next_row()
-            pixel.move_to_pixel(row, column)
-            batch.write(step, draw(self._outputs(batch.inputs, pixel, visits)[..., 0, 0]))
+        for _, steps in itertools.groupby(self.steps(), lambda step: step.position[0]):
+            for cache in caches:
+                cache.next_row()
+            for step in steps:
+                pixel.move_to_pixel(*step.position)
+                yield step, self._outputs(x, pixel, visits)[..., 0, 0]

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TypeAlias, cast
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pyro_flowguides.vae.decoders.autoregressive_network import AutoregressiveNetwork
-from pyro_flowguides.vae.decoders.context_projection import ContextProjection
-from pyro_flowguides.vae.decoders.generation import DrawChannels, GeneratedBatch
+from pyro_flowguides.vae.decoders.autoregressive_network import AutoregressiveNetwork, ContextProjection, GenerationStep
 
 __all__ = ["WaveNet"]
-
-#: From the features h that enter a layer, and its number, to those that entered one dilation earlier.
-Delay: TypeAlias = Callable[[Tensor, int], Tensor]
 
 
 class _Layer(nn.Module):
@@ -43,24 +40,17 @@ class WaveNet(AutoregressiveNetwork):
         \theta = f\big(\textstyle\sum_l S_l z_l\big)
 
     :math:`W_l` has kernel size 2 and dilation :math:`d_l`. The parameters at time t read x at the times
-    :math:`t - 1, \dots, t - 1 - \sum_l d_l`; all of them if the dilations are 1, 2, 4, ….
+    :math:`t - 1, \dots, t - 1 - \sum_l d_l`; all of them if the dilations are 1, 2, 4, …. Every layer reads the context
+    c. The channels of one time step are drawn together.
 
     Cost: one pass for the density. :meth:`generate` keeps a queue of the last :math:`d_l` inputs of every layer, so
     that a step costs one application of every kernel, whatever the length of the sequence.
 
     Args:
-        shape: ``(channels, length)``; the channels of one time step are drawn together.
-        outputs: number of parameters per time step.
         dilations: dilations of the layers.
         residual, hidden, skip: channels of the residual path, of the gates and of the skip path.
-        features: number of global features, read by every layer.
-        maps: number of series of the length of the data, read by every layer.
 
-    Shapes:
-        x ``(B, channels, length)`` -> ``(B, outputs, length)``.
-
-    Raises:
-        ValueError: if a dilation is not positive.
+    The other arguments and the shapes are those of :class:`AutoregressiveNetwork`.
 
     References:
         A. van den Oord et al. (2016). WaveNet: a generative model for raw audio. arXiv:1609.03499.
@@ -105,37 +95,39 @@ class WaveNet(AutoregressiveNetwork):
         """The number of earlier time steps that the parameters at one time read."""
         return 1 + sum(self.dilations)
 
-    def _outputs(self, previous: Tensor, delay: Delay, context: Callable[[nn.Module], Tensor]) -> Tensor:
-        """Return the outputs, given the data shifted by one time step and the delayed features of every layer."""
+    def _outputs(
+        self, previous: Tensor, delays: Sequence[Callable[[Tensor], Tensor]], contexts: Mapping[nn.Module, Tensor]
+    ) -> Tensor:
+        """Return the outputs, given the data of the previous time step.
+
+        The delay of a layer maps its input h to what the input was one dilation earlier.
+        """
         h, skips = self.first(previous), []
-        for number, layer in enumerate(self.layers):
-            h, skip = layer(h, delay(h, number), context(layer.context_projection))
+        for layer, delay in zip(self.layers, delays, strict=True):
+            h, skip = layer(h, delay(h), contexts[layer.context_projection])
             skips.append(skip)
         return self.head(torch.stack(skips).sum(0))
 
     def evaluate(self, x: Tensor, contexts: dict[nn.Module, Tensor]) -> Tensor:
-        def delay(h: Tensor, number: int) -> Tensor:
-            return F.pad(h, (self.dilations[number], 0))[..., : h.shape[-1]]
+        return self._outputs(_shift(1, x), [partial(_shift, dilation) for dilation in self.dilations], contexts)
 
-        return self._outputs(F.pad(x, (1, 0))[..., :-1], delay, contexts.__getitem__)
-
-    def fill(self, batch: GeneratedBatch, draw: DrawChannels, contexts: dict[nn.Module, Tensor]) -> None:
-        size, residual = len(batch), self.first.out_channels
-        queues = [batch.inputs.new_zeros(size, residual, dilation) for dilation in self.dilations]
-        previous = torch.zeros_like(batch.inputs[..., :1])
+    def outputs_by_step(self, x: Tensor, contexts: dict[nn.Module, Tensor]) -> Iterator[tuple[GenerationStep, Tensor]]:
+        start = x.new_zeros(len(x), self.first.out_channels, 1)
+        delays = [partial(_exchange, deque([start] * dilation)) for dilation in self.dilations]
+        previous = torch.zeros_like(x[..., :1])
         for step in self.steps():
-            (time,) = step.position
-            now = slice(time, time + 1)
+            now = slice(step.position[0], step.position[0] + 1)
+            here = {layer: c[..., now] if c.shape[-1] > 1 else c for layer, c in contexts.items()}
+            yield step, self._outputs(previous, delays, here)[..., 0]
+            previous = x[..., now]
 
-            def delay(h: Tensor, number: int, time: int = time) -> Tensor:
-                slot = time % self.dilations[number]
-                earlier = queues[number][..., slot : slot + 1].clone()
-                queues[number][..., slot : slot + 1] = h
-                return earlier
 
-            def context(projection: nn.Module, now: slice = now) -> Tensor:
-                whole = contexts[projection]
-                return whole[..., now] if whole.shape[-1] > 1 else whole
+def _shift(steps: int, x: Tensor) -> Tensor:
+    """Delay a series by some time steps, and fill the start with zeros."""
+    return F.pad(x, (steps, 0))[..., : x.shape[-1]]
 
-            batch.write(step, draw(self._outputs(previous, delay, context)[..., 0]))
-            previous = batch.inputs[..., now]
+
+def _exchange(queue: deque[Tensor], h: Tensor) -> Tensor:
+    """Put the newest element into a queue, and return the oldest one."""
+    queue.append(h)
+    return queue.popleft()

@@ -74,3 +74,13 @@ def rank_values(network):
         ranks[(channels, *position)] = number
     assert (ranks >= 0).all()
     return ranks
+
+
+@torch.no_grad()
+def generate_by_full_passes(network, draw, size, features=None, maps=None, standardize=torch.clone):
+    """Draw the same data as ``network.generate``, by one full pass of the network per step."""
+    x = next(network.parameters()).new_zeros(size, *network.shape)
+    for channels, position in network.steps():
+        outputs = network(standardize(x), features, maps)[(slice(None), slice(None), *position)]
+        x[(slice(None), channels, *position)] = draw(outputs)[:, channels]
+    return x

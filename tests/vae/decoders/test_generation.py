@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.vae.decoders.cases import CASES, build_case, random_context
+from tests.vae.decoders.cases import CASES, build_case, generate_by_full_passes, random_context
 
 
 class RecordingDraw:
@@ -34,7 +34,7 @@ def test_caches_change_nothing(name):
     context = random_context(network, 3)
     cached, full = RecordingDraw(network), RecordingDraw(network)
     x = network.generate(cached, 3, **context, standardize=lambda x: 2 * x - 0.5)
-    y = network.generate_by_full_passes(full, 3, **context, standardize=lambda x: 2 * x - 0.5)
+    y = generate_by_full_passes(network, full, 3, **context, standardize=lambda x: 2 * x - 0.5)
     for step, one, other in zip(network.steps(), cached.outputs, full.outputs, strict=True):
         used = outputs_of_step(network, step)
         torch.testing.assert_close(one[:, used], other[:, used], rtol=1e-9, atol=1e-9)

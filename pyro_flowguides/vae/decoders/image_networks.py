@@ -1,16 +1,21 @@
-"""Evaluation of causal convolutions on whole feature maps or, from caches, on a single row or pixel."""
+"""Image networks, evaluated on whole feature maps or, from caches, on a single row or pixel."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TypeAlias
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Generic, TypeAlias, TypeVar
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pyro_flowguides.vae.decoders.autoregressive_network import AutoregressiveNetwork, GenerationStep
 from pyro_flowguides.vae.decoders.causal_conv import PaddedConv2d
 
-__all__ = ["CachedWindow", "FullMap", "MapRegion"]
+__all__ = ["CachedWindow", "FullMap", "MapRegion", "TwoStackNetwork"]
+
+#: The features of the vertical stack that the horizontal stack reads.
+Above = TypeVar("Above")
 
 
 class FullMap:
@@ -20,7 +25,7 @@ class FullMap:
     the density and generation.
 
     Args:
-        contexts: the output of every :class:`~pyro_flowguides.vae.decoders.context_projection.ContextProjection`.
+        contexts: the projected context of every layer, for whole maps.
     """
 
     def __init__(self, contexts: Mapping[nn.Module, Tensor]) -> None:
@@ -66,12 +71,13 @@ class CachedWindow:
 
     Args:
         size: B.
-        height, width: of the maps.
-        contexts: as for :class:`FullMap`, for whole maps.
+        space: height and width of the maps.
+        contexts: as for :class:`FullMap`.
     """
 
-    def __init__(self, size: int, height: int, width: int, contexts: Mapping[nn.Module, Tensor]) -> None:
-        self.size, self.height, self.width, self.contexts = size, height, width, contexts
+    def __init__(self, size: int, space: Sequence[int], contexts: Mapping[nn.Module, Tensor]) -> None:
+        self.size, self.contexts = size, contexts
+        self.height, self.width = space
         self._maps: dict[nn.Module, Tensor] = {}
         self._weights: dict[nn.Module, Tensor] = {}
         self._half_resolution: CachedWindow | None = None
@@ -92,7 +98,7 @@ class CachedWindow:
     @property
     def half_resolution(self) -> CachedWindow:
         if self._half_resolution is None:
-            self._half_resolution = CachedWindow(self.size, self.height // 2, self.width // 2, self.contexts)
+            self._half_resolution = CachedWindow(self.size, (self.height // 2, self.width // 2), self.contexts)
         return self._half_resolution._move(self.row // 2, self.start // 2, (self.stop + 1) // 2)
 
     def context(self, projection: nn.Module) -> Tensor:
@@ -144,3 +150,30 @@ class CachedWindow:
 
 
 MapRegion: TypeAlias = FullMap | CachedWindow
+
+
+class TwoStackNetwork(AutoregressiveNetwork, Generic[Above]):
+    """An image network whose vertical stack reads the rows above, and whose horizontal stack reads these features and
+    the earlier pixels of the current row.
+
+    Generation evaluates the vertical stack once per row and the horizontal stack once per step.
+    """
+
+    def vertical(self, x: Tensor, region: MapRegion) -> Above:
+        """Return the features of the vertical stack in a region of the image."""
+        raise NotImplementedError
+
+    def horizontal(self, x: Tensor, above: Above, region: MapRegion) -> Tensor:
+        """Return the outputs in a region, given the features of the vertical stack for whole rows."""
+        raise NotImplementedError
+
+    def evaluate(self, x: Tensor, contexts: dict[nn.Module, Tensor]) -> Tensor:
+        region = FullMap(contexts)
+        return self.horizontal(x, self.vertical(x, region), region)
+
+    def outputs_by_step(self, x: Tensor, contexts: dict[nn.Module, Tensor]) -> Iterator[tuple[GenerationStep, Tensor]]:
+        whole_row, pixel = (CachedWindow(len(x), self.shape[1:], contexts) for _ in range(2))
+        for row, steps in itertools.groupby(self.steps(), lambda step: step.position[0]):
+            above = self.vertical(x, whole_row.move_to_row(row))
+            for step in steps:
+                yield step, self.horizontal(x, above, pixel.move_to_pixel(*step.position))[..., 0, 0]
