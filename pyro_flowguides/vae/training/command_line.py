@@ -6,7 +6,8 @@ import dataclasses
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
 
-from pyro_flowguides.vae.training.settings import Options, Settings, flag_of, settings_by_group
+from pyro_flowguides.vae.models.components import Options
+from pyro_flowguides.vae.training.settings import Settings, flag_of, settings_by_group
 
 __all__ = ["parse_settings"]
 

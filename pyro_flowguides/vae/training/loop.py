@@ -38,8 +38,8 @@ __all__ = ["TrainingDivergedError", "train"]
 
 #: Steps in a row without a finite gradient after which training fails.
 MAX_FAILED_STEPS = 50
-#: Steps over which the step size rises to its full value, at most the first epoch. The first steps of Adam are as long
-#: as all others, and move hundreds of weights together that determine one parameter of a flow.
+#: Steps over which the step size rises to its full value, at most the first epoch. The first steps of Adam have full
+#: length, and move together the hundreds of weights that determine one parameter of a flow.
 LR_WARMUP = 100
 #: Draws of z per test image.
 TEST_SAMPLES = 10

@@ -12,8 +12,8 @@ from pyro_flowguides.vae.models.vae import Terms
 
 __all__ = ["ELBOLoss", "ImportanceWeightedLoss", "SoftFreeBitsLoss"]
 
-#: Numbers that describe a training step, as detached scalar tensors.
-Metrics: TypeAlias = dict[str, Tensor]
+#: The loss and its parts by name, as detached scalar tensors.
+LossMetrics: TypeAlias = dict[str, Tensor]
 
 
 def _mean_parts(terms: Terms) -> tuple[Tensor, Tensor]:
@@ -21,7 +21,7 @@ def _mean_parts(terms: Terms) -> tuple[Tensor, Tensor]:
     return terms.log_likelihood.mean(), terms.kl.sum(-1).mean()
 
 
-def _metrics(loss: Tensor, reconstruction: Tensor, kl: Tensor, **others: Tensor) -> Metrics:
+def _metrics(loss: Tensor, reconstruction: Tensor, kl: Tensor, **others: Tensor) -> LossMetrics:
     loss, reconstruction, kl = loss.detach(), reconstruction.detach(), kl.detach()
     return {"loss": loss, "elbo": reconstruction - kl, "reconstruction": reconstruction, "kl": kl, **others}
 
@@ -86,7 +86,7 @@ class ELBOLoss(nn.Module):
         _check_not_negative("ELBOLoss", warmup_steps=warmup_steps, free_bits=free_bits)
         self.warmup_steps, self.free_bits = warmup_steps, free_bits
 
-    def forward(self, terms: Terms, step: int) -> tuple[Tensor, Metrics]:
+    def forward(self, terms: Terms, step: int) -> tuple[Tensor, LossMetrics]:
         weight = _kl_weight(step, self.warmup_steps)
         reconstruction, kl = _mean_parts(terms)
         loss = weight * (self._with_free_bits(terms) if self.free_bits else kl) - reconstruction
@@ -157,7 +157,7 @@ class SoftFreeBitsLoss(nn.Module):
         self.rate, self.tolerance, self.floor = rate, tolerance, floor
         self.register_buffer("gamma", torch.ones(()))
 
-    def forward(self, terms: Terms, step: int) -> tuple[Tensor, Metrics]:
+    def forward(self, terms: Terms, step: int) -> tuple[Tensor, LossMetrics]:
         weight = _kl_weight(step, self.warmup_steps)
         gamma, (reconstruction, kl) = self.gamma.clone(), _mean_parts(terms)
         loss = weight * gamma * kl - reconstruction
@@ -192,6 +192,6 @@ class ImportanceWeightedLoss(nn.Module):
         tensor(True)
     """
 
-    def forward(self, terms: Terms, step: int) -> tuple[Tensor, Metrics]:
+    def forward(self, terms: Terms, step: int) -> tuple[Tensor, LossMetrics]:
         loss = math.log(len(terms.log_likelihood)) - terms.elbo.logsumexp(0).mean()
         return loss, _metrics(loss, *_mean_parts(terms), bound=-loss.detach())

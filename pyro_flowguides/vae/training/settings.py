@@ -5,20 +5,17 @@ from __future__ import annotations
 import dataclasses
 import json
 from argparse import ArgumentTypeError
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias, TypeVar
+from typing import Literal, TypeVar
 
 from pyro_flowguides.flows import FLOWS
 from pyro_flowguides.vae.decoders.likelihoods import LIKELIHOODS
-from pyro_flowguides.vae.models.components import NETWORKS
+from pyro_flowguides.vae.models.components import NETWORKS, Options
 from pyro_flowguides.vae.models.recipes import MODELS
 
 __all__ = ["Settings", "flag_of", "settings_by_group"]
 
 T = TypeVar("T")
-#: Options passed on to a builder.
-Options: TypeAlias = Mapping[str, object]
 
 
 def parse_options(text: str) -> dict[str, object]:
@@ -83,10 +80,14 @@ class Settings:
     likelihood: str = _setting("bernoulli", "distribution of a pixel", choices=tuple(LIKELIHOODS))
     latent_dim: int = _setting(16, "width of the latent vector")
     posterior: str = _setting("iaf", f"posterior: normal, or a flow: {', '.join(FLOWS)}")
-    posterior_options: Options = field(default_factory=dict, metadata=_json('options of it, such as {"depth": 4}'))
+    posterior_options: Options = field(
+        default_factory=dict, metadata=_json('options of the posterior, such as {"depth": 4}')
+    )
     prior: str = _setting("normal", "prior: normal, vamp, or a flow")
-    prior_options: Options = field(default_factory=dict, metadata=_json("options of it"))
-    model_options: Options = field(default_factory=dict, metadata=_json('others, such as {"hidden": [300, 300]}'))
+    prior_options: Options = field(default_factory=dict, metadata=_json("options of the prior"))
+    model_options: Options = field(
+        default_factory=dict, metadata=_json('other options of the model, such as {"hidden": [300, 300]}')
+    )
 
     epochs: int = _setting(60, "maximal number of epochs", group="optimization")
     batch_size: int = _setting(100, "images per step, over all processes")
