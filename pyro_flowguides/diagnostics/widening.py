@@ -28,7 +28,7 @@ _MAX_FACTOR = 4.0
 #: Name under which the log density of the widened guide minus that of the guide itself is collected.
 LOG_RATIO = " log ratio"  # no site has this name
 
-Self = TypeVar("Self", bound="Widen")
+WidenT = TypeVar("WidenT", bound="Widen")
 
 _LOC_SCALE = (dist.Normal, dist.LogNormal, dist.Laplace, dist.Cauchy, dist.StudentT, dist.Logistic)
 
@@ -93,7 +93,7 @@ class Widen(Messenger):
         self.log_ratios: dict[str, Tensor] = {}
         self._pairs: dict[str, tuple[Distribution, Distribution]] = {}
 
-    def __enter__(self: Self) -> Self:
+    def __enter__(self: WidenT) -> WidenT:
         self.log_ratios, self._pairs = {}, {}
         return super().__enter__()
 
