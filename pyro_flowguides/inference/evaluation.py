@@ -20,21 +20,23 @@ NUM_COPIES = 3
 
 
 @torch.no_grad()
-def evaluate(objective: Objective, num_samples: int, importance: int = 1) -> Evaluation:
+def evaluate(
+    objective: Objective, num_samples: int, importance: int = 1, *, chunk_size: int | None = None
+) -> Evaluation:
     """Estimate the bound of the current parameters with random numbers that are the same at every call.
-
-    Densities of many latent variables are evaluated in chunks of draws.
 
     Args:
         objective: the bound.
         num_samples: number of draws, rounded down to whole groups.
         importance: draws per group of the importance-weighted bound.
+        chunk_size: most draws that a :class:`DensityObjective` evaluates together, rounded to whole blocks of random
+            numbers; chosen by the number of latent variables if not given.
     """
     total = max(1, num_samples // importance) * importance
     size = total
     if isinstance(objective, DensityObjective):
         unit = math.lcm(BLOCK_SIZE, importance)
-        size = max(1, per_chunk(NUM_COPIES * objective.latent_dim) // unit) * unit
+        size = max(1, (chunk_size or per_chunk(NUM_COPIES * objective.latent_dim)) // unit) * unit
     sizes = [chunk.stop - chunk.start for chunk in chunks(total, size)]
     with torch.random.fork_rng(devices=[]):
         generator = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""Laplace approximation in many dimensions: a diagonal and a few directions, from products with the Hessian alone."""
+"""Laplace approximation in many dimensions: a diagonal and a few directions, from products with the Hessian."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,25 +16,28 @@ from pyro_flowguides.transforms.families.low_rank_affine import DEFAULT_RANK
 
 __all__ = ["LowRankGaussian", "low_rank_laplace"]
 
-Density = Callable[[Tensor], Tensor]
-Product = Callable[[Tensor], Tensor]
-#: Scale ``(D,)``, directions ``(R, D)`` and their eigenvalues ``(R,)`` -> the diagonal of the scaled matrix where these
-#: eigenvalues are set to one, and its standard error. A coordinate without curvature gets none from the directions.
-Curvature = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+Density: TypeAlias = Callable[[Tensor], Tensor]
+#: HessianProduct of the negative Hessian with rows ``(M, D)``.
+HessianProduct: TypeAlias = Callable[[Tensor], Tensor]
+#: From a scale ``(D,)``, directions ``(R, D)`` and their eigenvalues ``(R,)`` to the diagonal of the scaled matrix with
+#: these eigenvalues set to one, and to its standard error. Directions add nothing to a coordinate without curvature.
+Curvature: TypeAlias = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 #: Largest scale of a coordinate in which the density is not log-concave.
-FLAT_SCALE = 1.0
+MAX_FLAT_SCALE = 1.0
 #: Curvature below which a coordinate counts as flat.
-FLAT = 1e-12
-#: Up to this many dimensions the diagonal of the Hessian is computed exactly; beyond, from so many probes each time.
-EXACT_DIM, PROBES = 4096, 512
-#: Products with the Hessian that are evaluated at once.
-CHUNK = 64
-#: Vectors that the Krylov space grows by, and their number at its end.
-BLOCK, KRYLOV_DIM = 8, 160
-#: Times that the diagonal is fitted: without directions, and at most in turn with them.
-DIAGONAL_ROUNDS, ROUNDS = 3, 10
-#: Gain per coordinate, in nats, for which the diagonal is not fitted again.
+MIN_CURVATURE = 1e-12
+#: Up to this many dimensions the diagonal of the Hessian is computed exactly.
+EXACT_DIM = 4096
+#: Random sign vectors for each estimate of the diagonal in more dimensions.
+NUM_PROBES = 512
+#: Products with the Hessian that are evaluated together.
+CHUNK_SIZE = 64
+#: Vectors by which the Krylov space grows, and its final dimension.
+BLOCK_SIZE, KRYLOV_DIM = 8, 160
+#: Fits of the diagonal without directions, and most fits that alternate with fits of the directions.
+DIAGONAL_ROUNDS, MAX_ROUNDS = 3, 10
+#: Gain per coordinate, in nats, below which the diagonal is not fitted again.
 TOLERANCE = 1e-4
 
 
@@ -41,7 +45,7 @@ TOLERANCE = 1e-4
 class LowRankGaussian:
     r"""The normal distribution of :math:`\ell + S (I + Q (e^\kappa - 1) Q^\top)\,\varepsilon`.
 
-    It is what :class:`~pyro_flowguides.transforms.LowRankAffine` makes of the standard normal.
+    :class:`~pyro_flowguides.transforms.LowRankAffine` maps the standard normal to it.
 
     Attributes:
         loc: location ℓ ``(D,)``.
@@ -56,18 +60,20 @@ class LowRankGaussian:
     log_stretch: Tensor
 
     def draw(self, noise: Tensor) -> Tensor:
-        """``noise (S, D) -> draws (S, D)``."""
+        """Map standard normal noise ``(S, D)`` to draws ``(S, D)``."""
         return self.loc + self.scale * stretch(noise, self.directions, self.log_stretch)
 
     @property
     def entropy(self) -> Tensor:
-        """Its differential entropy, in nats."""
+        """The differential entropy, in nats."""
         unit = 0.5 * self.loc.shape[0] * math.log(2 * math.pi * math.e)
         return self.scale.log().sum() + self.log_stretch.sum() + unit
 
 
-def low_rank_laplace(density: Density, point: Tensor, rank: int = DEFAULT_RANK, *, seed: int = 0) -> LowRankGaussian:
-    r"""The Laplace approximation at a point, by a Gaussian of diagonal plus low-rank form that fits it in ELBO.
+def low_rank_laplace(
+    density: Density, point: Tensor, rank: int = DEFAULT_RANK, *, seed: int = 0, exact_dim: int = EXACT_DIM
+) -> LowRankGaussian:
+    r"""Approximate a density at a point by a Gaussian of diagonal plus low-rank form, fitted to the Hessian in ELBO.
 
     With H the negative Hessian of the log density, the divergence of
     :math:`q = N(\ell, S (I + Q (e^{2\kappa} - 1) Q^\top) S)` from :math:`N(\ell, H^{-1})` is stationary where the
@@ -75,20 +81,21 @@ def low_rank_laplace(density: Density, point: Tensor, rank: int = DEFAULT_RANK, 
 
     .. math:: \kappa = -\tfrac{1}{2} \log \lambda, \qquad \mathrm{diag}\left(P - Q (\lambda - 1) Q^\top\right) = 1 .
 
-    The two conditions are met in turn. Eigenvectors are Ritz vectors of a block Krylov space, those of the largest gain
-    :math:`\lambda - 1 - \log \lambda`, be they narrow or wide. The diagonal of H comes from D products with unit
-    vectors up to 4,096 dimensions. Beyond, that of P is estimated from products with random signs, in the coordinates
-    scaled so far and without the part of the directions, so that only what these leave over is subject to noise; an
-    entry that the noise hides is taken to be as large as the noise.
+    The two conditions are met in turn. The eigenvectors are the Ritz vectors of a block Krylov space with the largest
+    gain :math:`\lambda - 1 - \log \lambda`, whether narrow or wide. The diagonal of H comes from D products with unit
+    vectors in up to ``exact_dim`` dimensions. In more dimensions, the diagonal of P is estimated from products with
+    random signs. The scale so far is divided out and the part of the directions subtracted, so that only the remainder
+    is subject to noise; an entry below its standard error is replaced by the standard error.
 
-    Where the density is not log-concave, its negative curvature is taken by its absolute value and the scale bounded:
-    by 1 in a coordinate, by the scale of the coordinates in a direction.
+    Where the density is not log-concave, the absolute value of its negative curvature is used, and the scale is
+    bounded: by 1 in a coordinate, by the scale of the coordinates in a direction.
 
     Args:
         density: log density, ``(S, D) -> (S,)``, twice differentiable.
         point: ℓ ``(D,)``, preferably a mode.
         rank: R ≤ D, at most 160.
-        seed: of the probes; the global generator is not touched.
+        seed: seed of the probes; the global generator is not touched.
+        exact_dim: most dimensions in which the diagonal is computed exactly.
 
     Returns:
         the Gaussian, with the dtype and device of the point.
@@ -98,8 +105,8 @@ def low_rank_laplace(density: Density, point: Tensor, rank: int = DEFAULT_RANK, 
         RuntimeError: if the Hessian is not finite at the point, or an operation of the density has no second
             derivative.
 
-    Cost: up to 4,096 dimensions D + 160 to D + 1,760 products with the Hessian, beyond 2,208 to 8,416, up to 64 at
-    once. Memory O(D), for a Krylov space of dimension 160; no matrix is of size D × D.
+    Cost: D + 160 to D + 1,760 products with the Hessian in up to 4,096 dimensions, 2,208 to 8,416 in more, up to 64 at
+    once. Memory O(D), for a Krylov space of dimension 160; no matrix has size D × D.
 
     References:
         C. Bekas, E. Kokiopoulou, Y. Saad (2007). An estimator for the diagonal of a matrix. Appl. Numer. Math. 57.
@@ -118,23 +125,23 @@ def low_rank_laplace(density: Density, point: Tensor, rank: int = DEFAULT_RANK, 
         raise ValueError(f"low_rank_laplace: rank must lie in 1..{min(dim, KRYLOV_DIM)}, got {rank}")
     generator = torch.Generator().manual_seed(seed)
     hessian, eps = _negative_hessian(density, point.detach()), torch.finfo(point.dtype).eps
-    scale = torch.full_like(point, FLAT_SCALE, dtype=torch.float64)
-    curvature = _exact_curvature(hessian, scale) if dim <= EXACT_DIM else _probed_curvature(hessian, generator)
+    scale = torch.full_like(point, MAX_FLAT_SCALE, dtype=torch.float64)
+    curvature = _exact_curvature(hessian, scale) if dim <= exact_dim else _probed_curvature(hessian, generator)
     directions, eigenvalues = scale.new_zeros(1, dim), scale.new_ones(1)
     for _ in range(DIAGONAL_ROUNDS):
         scale = _rescaled(scale, *curvature(scale, directions, eigenvalues))
     directions, eigenvalues, log_stretch = _extremes(hessian, scale, rank, generator, eps)
-    for _ in range(ROUNDS):
-        rest, noise = curvature(scale, directions, eigenvalues)
-        if _gain(rest).mean() < TOLERANCE:
+    for _ in range(MAX_ROUNDS):
+        remainder, noise = curvature(scale, directions, eigenvalues)
+        if _gain(remainder).mean() < TOLERANCE:
             break
-        scale = _rescaled(scale, rest, noise)
+        scale = _rescaled(scale, remainder, noise)
         directions, eigenvalues, log_stretch = _extremes(hessian, scale, rank, generator, eps)
     return LowRankGaussian(point.detach().clone(), scale.to(point), directions.mT.to(point), log_stretch.to(point))
 
 
-def _negative_hessian(density: Density, point: Tensor) -> Product:
-    """A function of rows ``(M, D)``: their products with the negative Hessian, evaluated together."""
+def _negative_hessian(density: Density, point: Tensor) -> HessianProduct:
+    """Return a function that multiplies rows ``(M, D)`` by the negative Hessian, all at once."""
 
     @cache
     def graph(rows: int) -> tuple[Tensor, Tensor]:
@@ -153,61 +160,61 @@ def _negative_hessian(density: Density, point: Tensor) -> Product:
     return product
 
 
-def _exact_curvature(hessian: Product, like: Tensor) -> Curvature:
-    """By products with all unit vectors, once."""
+def _exact_curvature(hessian: HessianProduct, like: Tensor) -> Curvature:
+    """Return the curvature from products with all unit vectors, computed once."""
     dim = len(like)
-    chunks = torch.arange(dim, device=like.device).split(CHUNK)
+    chunks = torch.arange(dim, device=like.device).split(CHUNK_SIZE)
     units = (torch.nn.functional.one_hot(rows, dim).to(like) for rows in chunks)
     diagonal = torch.cat([(hessian(unit) * unit).sum(-1) for unit in units])
 
     def curvature(scale: Tensor, directions: Tensor, eigenvalues: Tensor) -> tuple[Tensor, Tensor]:
         own, change = scale**2 * diagonal, (1 - eigenvalues) @ directions**2
-        return torch.where(own.abs() > FLAT, own + change, own), torch.zeros_like(own)
+        return torch.where(own.abs() > MIN_CURVATURE, own + change, own), torch.zeros_like(own)
 
     return curvature
 
 
-def _probed_curvature(hessian: Product, generator: torch.Generator) -> Curvature:
-    """By products with random signs, in the coordinates scaled so far: the error is that of what is left over."""
+def _probed_curvature(hessian: HessianProduct, generator: torch.Generator) -> Curvature:
+    """Return the curvature from products with random signs, with the error of what scale and directions leave over."""
 
     def curvature(scale: Tensor, directions: Tensor, eigenvalues: Tensor) -> tuple[Tensor, Tensor]:
         first = second = own = torch.zeros_like(scale)
-        for _ in range(PROBES // CHUNK):
-            signs = (2 * torch.randint(2, (CHUNK, len(scale)), generator=generator, device="cpu") - 1).to(scale)
+        for _ in range(NUM_PROBES // CHUNK_SIZE):
+            signs = (2 * torch.randint(2, (CHUNK_SIZE, len(scale)), generator=generator, device="cpu") - 1).to(scale)
             images = scale * hessian(scale * signs)
             own = own + images.square().sum(0)
             images = images + ((signs @ directions.mT) * (1 - eigenvalues)) @ directions
             first, second = first + (signs * images).sum(0), second + images.square().sum(0)
-        curved = own / PROBES > FLAT**2
-        mean, square = curved * first / PROBES, curved * second / PROBES
-        return mean, ((square - mean**2).clamp(min=0) / PROBES).sqrt()
+        curved = own / NUM_PROBES > MIN_CURVATURE**2
+        mean, square = curved * first / NUM_PROBES, curved * second / NUM_PROBES
+        return mean, ((square - mean**2).clamp(min=0) / NUM_PROBES).sqrt()
 
     return curvature
 
 
 def _rescaled(scale: Tensor, curvature: Tensor, noise: Tensor) -> Tensor:
-    """The scale in whose place these curvatures are one, bounded where there is none."""
-    rescaled = scale * torch.maximum(curvature.abs(), noise).clamp(min=FLAT).rsqrt()
-    return torch.where(curvature + 3 * noise > FLAT, rescaled, rescaled.clamp(max=FLAT_SCALE))
+    """Return the scale at which the curvature is one, bounded where there is no positive curvature."""
+    rescaled = scale * torch.maximum(curvature.abs(), noise).clamp(min=MIN_CURVATURE).rsqrt()
+    return torch.where(curvature + 3 * noise > MIN_CURVATURE, rescaled, rescaled.clamp(max=MAX_FLAT_SCALE))
 
 
 def _log_stretch(eigenvalues: Tensor, eps: float) -> Tensor:
-    """κ; no stretch along what is flat but for rounding, or bends upwards."""
+    """Return κ, without a stretch along directions that are flat up to rounding or curved upwards."""
     log_stretch = -0.5 * eigenvalues.abs().log()
-    sound = eigenvalues > 10 * eps * eigenvalues.abs().max()
-    return torch.where(sound, log_stretch, log_stretch.clamp(max=0))
+    is_curved = eigenvalues > 10 * eps * eigenvalues.abs().max()
+    return torch.where(is_curved, log_stretch, log_stretch.clamp(max=0))
 
 
 def _gain(curvature: Tensor) -> Tensor:
-    """Nats that a unit scale loses to the best one where the curvature is not one."""
-    magnitude = curvature.abs().clamp(min=FLAT)
+    """Return the nats by which the best scale beats a unit scale at this curvature."""
+    magnitude = curvature.abs().clamp(min=MIN_CURVATURE)
     return (magnitude - 1 - magnitude.log()) / 2
 
 
 def _extremes(
-    hessian: Product, scale: Tensor, rank: int, generator: torch.Generator, eps: float
+    hessian: HessianProduct, scale: Tensor, rank: int, generator: torch.Generator, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Those Ritz pairs (rows) of the scaled Hessian that gain most, and their κ."""
+    """Return the Ritz pairs of the scaled Hessian with the largest gain: vectors (rows), eigenvalues and κ."""
     basis, images = _krylov(lambda rows: scale * hessian(scale * rows), scale, generator)
     projected = basis @ images.mT
     eigenvalues, vectors = torch.linalg.eigh((projected + projected.mT) / 2)
@@ -216,16 +223,16 @@ def _extremes(
     return vectors[:, chosen].mT @ basis, eigenvalues[chosen], log_stretch[chosen]
 
 
-def _krylov(product: Product, like: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Orthonormal rows of a block Krylov space, of the whole space if it is small, and their images."""
+def _krylov(product: HessianProduct, like: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Return orthonormal rows of a block Krylov space, or of the whole space if it is small, and their images."""
     dim = like.shape[0]
     if dim <= KRYLOV_DIM:
         basis = torch.eye(dim).to(like)
         return basis, product(basis)
     basis = images = like.new_zeros(0, dim)
-    block = torch.randn(BLOCK, dim, generator=generator, device="cpu").to(like)
+    block = torch.randn(BLOCK_SIZE, dim, generator=generator, device="cpu").to(like)
     while len(basis) < KRYLOV_DIM:
-        for _ in range(2):  # once leaves rounding errors behind, which matter when little is new
+        for _ in range(2):  # a single pass leaves rounding errors, which matter when the block adds little
             block = torch.linalg.qr((block - (block @ basis.mT) @ basis).mT).Q.mT
         basis, block = torch.cat([basis, block]), product(block)
         images = torch.cat([images, block])

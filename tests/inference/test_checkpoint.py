@@ -1,5 +1,6 @@
-"""Checkpoints: whole or not at all, read without running code, resumed to the last bit."""
+"""Checkpoints: written whole or not at all, read without running code, resumed to the last bit."""
 
+import itertools
 import os
 import pickle
 import runpy
@@ -72,10 +73,10 @@ def test_a_failure_while_writing_leaves_the_old_file(tmp_path, monkeypatch, wher
         checkpoint.save(path, {"a": 2})
     monkeypatch.undo()
     assert path.read_bytes() == before
-    assert [found.name for found in tmp_path.iterdir()] == ["file"]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
 
 
-def test_a_missing_folder_is_said_at_once(tmp_path):
+def test_a_missing_folder_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError):
         checkpoint.save(tmp_path / "missing" / "file", {})
 
@@ -85,22 +86,22 @@ class _Bomb:
         return os.mkdir, ("exploded",)
 
 
-def test_nothing_in_a_file_is_run(tmp_path, monkeypatch):
+def test_loading_a_file_runs_no_code(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"format": checkpoint.FORMAT, "a": _Bomb()}, "file")
     with pytest.raises(ValueError, match="not a checkpoint"):
         checkpoint.load("file")
     assert not Path("exploded").exists()
     torch.load("file", weights_only=False)
-    assert Path("exploded").exists()  # it would have
+    assert Path("exploded").exists()  # the file would run code if it were trusted
 
 
-def corrupt(path):
+def truncate(path):
     data = bytearray(path.read_bytes())
     path.write_bytes(data[: len(data) // 2])
 
 
-def spoil(path, content):
+def damage(path, content):
     if callable(content):
         return content(path)
     path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
@@ -108,13 +109,13 @@ def spoil(path, content):
 
 @pytest.mark.parametrize(
     "content",
-    [corrupt, b"", b"no checkpoint", pickle.dumps({"a": 1}), {"a": 1}, torch.ones(3), {"parameters": {}}],
+    [truncate, b"", b"no checkpoint", pickle.dumps({"a": 1}), {"a": 1}, torch.ones(3), {"parameters": {}}],
     ids=["half", "empty", "text", "pickle", "dict", "tensor", "other dict"],
 )
-def test_files_that_are_no_checkpoints_are_refused(tmp_path, content):
+def test_other_files_are_refused_and_left_as_they_are(tmp_path, content):
     path = tmp_path / "file"
     fit(path, steps=10)
-    spoil(path, content)
+    damage(path, content)
     before = path.read_bytes()
     with pytest.raises(ValueError, match=r"file is not a checkpoint"):
         fit(path, steps=10)
@@ -125,17 +126,16 @@ def test_files_that_are_no_checkpoints_are_refused(tmp_path, content):
 
 
 class _Stop(Exception):
-    pass
+    """The fit is interrupted."""
 
 
 def interrupted(path, monkeypatch, after, **options):
-    """A fit that is stopped by its after-th save."""
-    saved, save = [], checkpoint.save
+    """Stop a fit after some of its saves."""
+    num_saves, save = itertools.count(1), checkpoint.save
 
     def save_and_stop(*args):
         save(*args)
-        saved.append(1)
-        if len(saved) == after:
+        if next(num_saves) == after:
             raise _Stop
 
     with monkeypatch.context() as patch:
@@ -179,7 +179,7 @@ def test_resuming_changes_nothing(tmp_path, monkeypatch, target, after, options)
     assert (resumed.start, resumed.reason, resumed.num_dropped) == (whole.start, whole.reason, whole.num_dropped)
 
 
-def test_a_finished_fit_is_taken_up_as_it_is(tmp_path):
+def test_a_finished_fit_is_resumed_without_further_steps(tmp_path):
     first = fit(tmp_path / "file")
     expected = parameters(first)
     again = fit(tmp_path / "file")
@@ -188,7 +188,7 @@ def test_a_finished_fit_is_taken_up_as_it_is(tmp_path):
     assert again.seconds >= checkpoint.load(tmp_path / "file")["seconds"] - 1e-6 > 0
 
 
-def test_time_adds_up_over_processes(tmp_path, monkeypatch):
+def test_seconds_add_up_over_processes(tmp_path, monkeypatch):
     interrupted(tmp_path / "file", monkeypatch, 1)
     state = checkpoint.load(tmp_path / "file")
     checkpoint.save(tmp_path / "file", {**state, "seconds": 1000.0})
@@ -219,7 +219,7 @@ def test_a_checkpoint_of_another_device_is_refused(tmp_path):
     fit(tmp_path / "file", steps=10)
     state = checkpoint.load(tmp_path / "file")
     checkpoint.save(tmp_path / "file", {**state, "generator": state["generator"][:16]})
-    with pytest.raises(ValueError, match="on another kind of device"):
+    with pytest.raises(ValueError, match="another kind of device"):
         fit(tmp_path / "file", steps=10)
 
 
@@ -235,8 +235,9 @@ def model():
     pyro.sample("y", dist.Normal(x.square(), 1.0).to_event(1), obs=torch.ones(3))
 
 guide = fg.AutoFlow(model, "iaf", depth=2, hidden_dims=[8])
-fg.fit(model, guide, steps=STEPS, num_particles=8, tolerance=1e-9, checkpoint=sys.argv[1] if len(sys.argv) > 2 else None,
-       checkpoint_every=7, progress=False)
+checkpoint = sys.argv[1] if len(sys.argv) > 2 else None
+fg.fit(model, guide, steps=STEPS, num_particles=8, tolerance=1e-9, checkpoint=checkpoint, checkpoint_every=7,
+       progress=False)
 torch.save(guide.state_dict(), sys.argv[-1])
 """
 

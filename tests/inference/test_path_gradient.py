@@ -13,6 +13,7 @@ from torch.testing import assert_close
 import pyro_flowguides as fg
 from pyro_flowguides.guides.path_distribution import PathDistribution
 from pyro_flowguides.inference.density_objective import DensityObjective
+from pyro_flowguides.inference.flat_adam import unflatten
 from pyro_flowguides.inference.objective import StepOptions
 from pyro_flowguides.programs.program import Program
 from pyro_flowguides.transforms import with_path_gradient
@@ -166,14 +167,13 @@ def repeated(guide, backward, repeats):
     return torch.stack(rows)
 
 
-def give_gradients(loss, parameters):
-    """Set the gradients of parameters by a loss, or by its gradients as one vector."""
+def set_gradients(parameters, loss_or_gradient):
+    """Set the gradients of parameters from a loss, or from the gradient as one vector."""
     parameters = list(parameters)
-    if isinstance(loss, torch.Tensor):
-        return loss.backward()
-    pieces = loss[0].split([parameter.numel() for parameter in parameters])
-    for parameter, piece in zip(parameters, pieces, strict=True):
-        parameter.grad = piece.view_as(parameter).clone()
+    if isinstance(loss_or_gradient, torch.Tensor):
+        return loss_or_gradient.backward()
+    for parameter, gradient in zip(parameters, unflatten(loss_or_gradient[0], parameters), strict=True):
+        parameter.grad = gradient.clone()
 
 
 def assert_same_mean(one, other):
@@ -192,7 +192,8 @@ def test_unbiased_through_the_density_objective(flow):
 
     def estimates(path):
         def backward():
-            give_gradients(objective(StepOptions(256, path=path), generator).loss, objective.parameters.values())
+            evaluation = objective(StepOptions(256, path_gradient=path), generator)
+            set_gradients(objective.parameters.values(), evaluation.loss_or_gradient)
 
         return repeated(guide, backward, 40)
 

@@ -1,4 +1,4 @@
-"""Recording: what is replayed is what the function would do, and what cannot be replayed is refused."""
+"""Recordings give what the function gives; functions that cannot be replayed are refused."""
 
 import math
 
@@ -10,11 +10,11 @@ import torch
 from torch.testing import assert_close
 
 import pyro_flowguides as fg
-from pyro_flowguides.inference import replay as recording
 from pyro_flowguides.inference.density_objective import DensityObjective
-from pyro_flowguides.inference.flat_adam import FlatAdam, flatten
-from pyro_flowguides.inference.replay import NotRecordedError, Replay, record
+from pyro_flowguides.inference.flat_adam import flatten
 from pyro_flowguides.inference.objective import StepOptions
+from pyro_flowguides.inference.replay import MAX_OPERATIONS, NotRecordedError, Replay, record
+from pyro_flowguides.inference.stepper import Stepper
 from pyro_flowguides.programs.program import Program
 from tests.inference.models import DATA, correlated, schools
 
@@ -40,7 +40,7 @@ def test_values_and_derivatives_are_replayed():
         with torch.no_grad():
             for one, other in zip(replay(x), function_with_gradient(function, x), strict=True):
                 assert_close(one, other)
-            weight.add_(1.0)  # as an optimizer does: read anew
+            weight.add_(1.0)  # as an optimizer does; the next replay must read it
 
 
 def function_with_gradient(function, x):
@@ -48,8 +48,7 @@ def function_with_gradient(function, x):
         return function(x)
 
 
-def test_constants_are_computed_once_and_equal_things_too():
-    """What is made of constants alone leaves no operation."""
+def test_constants_and_equal_operations_are_computed_once():
     data = torch.randn(5, dtype=torch.float64)
 
     def function(x):
@@ -61,7 +60,7 @@ def test_constants_are_computed_once_and_equal_things_too():
     assert sorted(names) == ["aten.add.Tensor", "aten.mul.Tensor"]
 
 
-def test_what_is_changed_in_place_is_replayed():
+def test_changes_in_place_are_replayed():
     def function(x):
         y = x.exp()
         view = y[:2]
@@ -95,28 +94,29 @@ def accumulates(x, total=torch.zeros(5, dtype=torch.float64)):  # noqa: B008
         (lambda x: (x + torch.randn(5),), "random"),
         (counts, "differs"),
         (accumulates, "constant in place"),
-        (lambda x: (sum(x * k for k in range(recording.MOST_OPERATIONS)),), "too many"),
+        (lambda x: (sum(x * k for k in range(MAX_OPERATIONS)),), "too many"),
     ],
     ids=["branch", "random", "state", "accumulation", "length"],
 )
-def test_what_cannot_be_replayed_is_refused(function, message):
+def test_functions_that_cannot_be_replayed_are_refused(function, message):
     with pytest.raises(NotRecordedError, match=message):
         recorded(function)
 
 
-def gradients(objective, request):
-    """The step, and the gradient of all parameters as one vector, by the way it is evaluated."""
+def evaluate(objective, options):
+    """Evaluate an objective; return the evaluation and the gradient of all parameters as one vector."""
     parameters = list(objective.parameters.values())
-    step = objective(request, torch.Generator().manual_seed(7))
-    if isinstance(step.loss, torch.Tensor):
-        return step, flatten(torch.autograd.grad(step.loss, parameters, materialize_grads=True))
-    (gradient,) = step.loss
-    return step, gradient
+    evaluation = objective(options, torch.Generator().manual_seed(7))
+    if isinstance(evaluation.loss_or_gradient, torch.Tensor):
+        gradients = torch.autograd.grad(evaluation.loss_or_gradient, parameters, materialize_grads=True)
+        return evaluation, flatten(gradients)
+    (gradient,) = evaluation.loss_or_gradient
+    return evaluation, gradient
 
 
-@pytest.mark.parametrize("path", [True, False], ids=["path", "total"])
+@pytest.mark.parametrize("path_gradient", [True, False], ids=["path", "total"])
 @pytest.mark.parametrize("flow", ["iaf", "sylvester", "planar", "realnvp"])
-def test_with_the_same_noise_the_step_is_the_same_to_rounding(flow, path):
+def test_recorded_steps_equal_those_that_run_the_model(flow, path_gradient):
     torch.set_default_dtype(torch.float64)
     guide = fg.AutoFlow(schools, flow)
     guide(*DATA)
@@ -124,43 +124,44 @@ def test_with_the_same_noise_the_step_is_the_same_to_rounding(flow, path):
         for parameter in guide.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
     objective = DensityObjective(Program.inspect(schools, guide, DATA))
-    request = StepOptions(16, path, power=0.7)
-    step, found = gradients(objective, request)
-    assert objective.route == "batched densities, recorded"
-    objective.why_not_recorded = "this test asks for it"
-    expected_step, expected = gradients(objective, request)
-    assert step.elbo == pytest.approx(expected_step.elbo, rel=1e-12)
-    assert step.gap == pytest.approx(expected_step.gap, rel=1e-9)
-    assert_close(found, expected, rtol=1e-8, atol=1e-10 * max(1.0, float(expected.abs().max())))
+    options = StepOptions(16, path_gradient, power=0.7)
+    evaluation, gradient = evaluate(objective, options)
+    assert objective.route.kind == "recorded"
+    objective.not_recorded_reason = "this test compares the two"
+    expected, expected_gradient = evaluate(objective, options)
+    assert objective.route.kind == "batched"
+    assert evaluation.elbo == pytest.approx(expected.elbo, rel=1e-12)
+    assert evaluation.gap == pytest.approx(expected.gap, rel=1e-9)
+    tolerance = 1e-10 * max(1.0, float(expected_gradient.abs().max()))
+    assert_close(gradient, expected_gradient, rtol=1e-8, atol=tolerance)
 
 
-def test_a_model_that_cannot_be_recorded_is_run_anew_and_the_result_says_so():
+def test_a_model_that_cannot_be_recorded_runs_at_every_step():
     def model():
         x = pyro.sample("x", dist.Normal(0.0, 1.0))
         scale = 1.0 if math.isfinite(float(x.detach().sum())) else 2.0
         pyro.sample("y", dist.Normal(x, scale), obs=torch.tensor(1.0))
 
     result = fg.fit(model, fg.AutoIAF(model), steps=300, progress=False)
-    assert "run anew at every step because its course depends on values" in result.route
+    assert result.route.kind == "batched"
+    assert "control flow depends on values" in result.route.reason
     assert result.diagnosis.elbo == pytest.approx(float(dist.Normal(0.0, 2**0.5).log_prob(torch.tensor(1.0))), abs=0.05)
 
 
-@pytest.mark.parametrize("watched", ["numpy", "subsample"])
-def test_what_a_recording_would_miss_is_noticed(watched):
+@pytest.mark.parametrize("operation", ["numpy", "subsample"])
+def test_operations_that_a_recording_would_miss_are_detected(operation):
     def model():
         x = pyro.sample("x", dist.Normal(0.0, 1.0))
-        if watched == "numpy":
+        if operation == "numpy":
             pyro.factor("outside", torch.as_tensor(np.sin(x.detach().numpy())))
         else:
             with pyro.plate("rows", 10, subsample_size=5) as rows:
                 pyro.sample("y", dist.Normal(x, 1.0), obs=torch.arange(10.0)[rows])
 
-    guide = fg.AutoPlanar(model, depth=1)
-    guide()
-    objective = DensityObjective(Program.inspect(model, guide))
-    step = objective(StepOptions(4), torch.Generator().manual_seed(0))
-    assert "run anew at every step" in objective.route
-    assert math.isfinite(step.elbo)
+    stepper = Stepper(model, fg.AutoPlanar(model, depth=1), num_particles=4)
+    assert math.isfinite(stepper.step())
+    assert stepper.route.kind == "batched"
+    assert stepper.route.reason.startswith("not recorded")
 
 
 def test_parameters_of_the_model_follow_the_recorded_gradient():
@@ -170,40 +171,41 @@ def test_parameters_of_the_model_follow_the_recorded_gradient():
         pyro.sample("y", dist.Normal(x, 1.0), obs=torch.tensor(2.0))
 
     result = fg.fit(model, fg.AutoIAF(model), steps=1500, progress=False)
-    assert result.route == "batched densities, recorded"
+    assert result.route.kind == "recorded"
     assert pyro.param("loc").item() == pytest.approx(2.0, abs=0.1)
 
 
 # -- replaying ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_recording_is_replayed_without_python_and_gives_the_same():
+def test_a_replay_without_python_gives_the_same():
     weight = torch.randn(5, dtype=torch.float64, requires_grad=True)
-    recording_ = record(lambda x: (weight * x, x.cumsum(0)), inputs(), check=[inputs()], parameters=[weight])
-    replay = Replay(recording_)
+    recording = record(lambda x: (weight * x, x.cumsum(0)), inputs(), check=[inputs()], parameters=[weight])
+    replay = Replay(recording)
     for _ in range(3):
         x = inputs()
         for one, other in zip(replay(x, weight), (weight * x, x.cumsum(0)), strict=True):
             assert_close(one, other.detach())
         with torch.no_grad():
             weight.add_(1.0)
-    assert replay.run is not recording_
+    assert replay.run is not recording
 
 
-def test_where_nothing_interprets_the_operations_are_run_one_by_one(monkeypatch):
-    def fails(*_, **__):
+def test_operations_run_one_by_one_where_torchscript_fails(monkeypatch):
+    def fail(*_, **__):
         raise AttributeError("gone")
 
-    monkeypatch.setattr(torch.jit, "trace", fails)
-    recording_ = recorded(lambda x: (x.exp(),))
-    replay, x = Replay(recording_), inputs()
+    monkeypatch.setattr(torch.jit, "trace", fail)
+    recording = recorded(lambda x: (x.exp(),))
+    replay, x = Replay(recording), inputs()
     assert_close(replay(x)[0], x.exp())
-    assert replay.run is recording_
+    assert replay.run is recording
     result = fg.fit(schools, fg.AutoPlanar(schools), *DATA, steps=20, progress=False)
-    assert result.route == "batched densities, recorded (operations one by one: gone)"
+    assert result.route.kind == "recorded"
+    assert "gone" in result.route.reason
 
 
-def test_a_matrix_that_cannot_be_factorized_spoils_the_result():
+def test_outputs_are_nan_where_a_matrix_cannot_be_factorized():
     def function(x):
         factor = torch.linalg.cholesky(x)
         return factor.diagonal().sum(), 2 * x
@@ -216,30 +218,13 @@ def test_a_matrix_that_cannot_be_factorized_spoils_the_result():
 
 def test_particles_without_a_factorization_are_left_out_of_recorded_steps():
     torch.manual_seed(0)
-    guide = fg.AutoPlanar(correlated, depth=1, init_scale=0.6)
     data = torch.tensor([[1.0, 0.5], [-0.5, 0.3]])
-    guide(data)
-    objective, generator = (
-        DensityObjective(Program.inspect(correlated, guide, (data,))),
-        torch.Generator().manual_seed(0),
-    )
-    descent = FlatAdam(objective.parameters.values())
-    dropped = []
+    stepper = Stepper(correlated, fg.AutoPlanar(correlated, depth=1, init_scale=0.6), data, compile=False)
+    num_dropped = []
     for _ in range(20):
-        ((step, followed),) = objective.descend(StepOptions(4, path=False), generator, descent, [1e-3])
-        dropped.append(step.num_dropped)
-        assert followed == (step.num_dropped < 4)
-    assert max(dropped) > 0
-    assert min(dropped) == 0
-    assert objective.route == "batched densities, recorded"
-
-
-def test_auto_compiles_only_what_repays(monkeypatch):
-    clock = iter(range(10**6))
-    monkeypatch.setattr(recording.time, "perf_counter", lambda: next(clock))  # a replay takes one second
-    replay = Replay(recorded(lambda x: (x + 1,)))
-    for _ in range(recording.TIMED):
-        assert not replay.compiling_repays(10**6)
-        replay(inputs())
-    assert replay.compiling_repays(10)
-    assert not replay.compiling_repays(0)
+        ((evaluation, was_taken),) = stepper.loop.advance(StepOptions(4, path_gradient=False), [1e-3])
+        num_dropped.append(evaluation.num_dropped)
+        assert was_taken == (evaluation.num_dropped < 4)
+    assert max(num_dropped) > 0
+    assert min(num_dropped) == 0
+    assert stepper.route.kind == "recorded"
