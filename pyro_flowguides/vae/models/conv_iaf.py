@@ -12,7 +12,7 @@ from pyro_flowguides.nn.precision import at_least_float32
 from pyro_flowguides.transforms.solvers import autoregressive_root
 from pyro_flowguides.transforms.updates import UPDATES
 from pyro_flowguides.vae.decoders import MaskedConv2d
-from pyro_flowguides.vae.networks.batching import flatten_batch
+from pyro_flowguides.vae.networks.image_shapes import flatten_batch
 
 __all__ = ["ConvIAF"]
 

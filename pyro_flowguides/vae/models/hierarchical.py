@@ -13,8 +13,7 @@ from pyro_flowguides.vae.models.conv_iaf import ConvIAF
 from pyro_flowguides.vae.models.ladder import BottomUp, DownLayer, DownState, TopDown, TopLayer, UpLayer, Widths
 from pyro_flowguides.vae.models.ladder_distributions import LadderDistribution, LadderPosterior, LadderPrior
 from pyro_flowguides.vae.models.vae import VAE, Posterior, Terms
-from pyro_flowguides.vae.networks.batching import flatten_batch
-from pyro_flowguides.vae.networks.image_shapes import as_image_shape, halve_size
+from pyro_flowguides.vae.networks.image_shapes import as_image_shape, flatten_batch, halve_size
 
 __all__ = ["HierarchicalVAE"]
 

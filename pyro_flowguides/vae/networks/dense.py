@@ -31,13 +31,10 @@ class DenseEncoder(nn.Sequential):
 
     Args:
         data_shape: shape of one datum.
-        hidden: widths of the layers, each followed by a ReLU; the last width is the number of features.
+        hidden: widths of the layers, at least one, each followed by a ReLU; the last is the number of features.
 
     Shapes:
         ``(..., *data_shape) -> (..., features)``.
-
-    Raises:
-        ValueError: if ``hidden`` is empty or a width is not positive.
 
     References:
         K. He, X. Zhang, S. Ren, J. Sun (2015). Delving deep into rectifiers. arXiv:1502.01852.
@@ -68,9 +65,6 @@ class DenseDecoder(nn.Sequential):
 
     Shapes:
         ``(..., latent_dim) -> (..., *data_shape, parameters_per_value)``.
-
-    Raises:
-        ValueError: if a width is not positive.
 
     Example:
         >>> import torch

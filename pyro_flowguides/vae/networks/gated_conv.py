@@ -9,8 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from pyro_flowguides.vae.networks.batching import flatten_batch
-from pyro_flowguides.vae.networks.image_shapes import as_image_shape, halve_size, params_last
+from pyro_flowguides.vae.networks.image_shapes import as_image_shape, flatten_batch, halve_size, params_last
 
 __all__ = ["GatedConvDecoder", "GatedConvEncoder"]
 
@@ -44,20 +43,10 @@ def _gated_conv(inputs: int, outputs: int, stride: int) -> _GatedConv:
     return _GatedConv(nn.Conv2d(inputs, 2 * outputs, 5, stride, 2), 25 * inputs)
 
 
-def _image_to_pixel(inputs: int, outputs: int, size: tuple[int, int]) -> _GatedConv:
-    """Return a gated convolution with one kernel as large as the image."""
-    return _GatedConv(nn.Conv2d(inputs, 2 * outputs, size), inputs * size[0] * size[1])
-
-
 def _gated_transposed_conv(inputs: int, outputs: int, stride: int, size: tuple[int, int]) -> _GatedConv:
     """Return a gated transposed convolution with outputs of the given height and width."""
     padding = (stride - 1) * (1 - size[0] % 2), (stride - 1) * (1 - size[1] % 2)
     return _GatedConv(nn.ConvTranspose2d(inputs, 2 * outputs, 5, stride, 2, padding), 25 * inputs / stride**2)
-
-
-def _pixel_to_image(inputs: int, outputs: int, size: tuple[int, int]) -> _GatedConv:
-    """Return a gated transposed convolution from one pixel to an image."""
-    return _GatedConv(nn.ConvTranspose2d(inputs, 2 * outputs, size), inputs)
 
 
 class GatedConvEncoder(nn.Module):
@@ -75,9 +64,6 @@ class GatedConvEncoder(nn.Module):
     Shapes:
         ``(..., channels, height, width) -> (..., hidden)``.
 
-    Raises:
-        ValueError: if ``data_shape`` is not that of an image.
-
     References:
         R. van den Berg, L. Hasenclever, J. Tomczak, M. Welling (2018). Sylvester normalizing flows for variational
         inference. arXiv:1803.05649.
@@ -93,7 +79,8 @@ class GatedConvEncoder(nn.Module):
 
     def __init__(self, data_shape: Sequence[int], hidden: int = 256) -> None:
         super().__init__()
-        channels, height, width = as_image_shape("GatedConvEncoder", data_shape)
+        channels, *full = as_image_shape("GatedConvEncoder", data_shape)
+        last = halve_size(full, 2)
         self.features = hidden
         self.network = nn.Sequential(
             _gated_conv(channels, 32, 1),
@@ -101,7 +88,7 @@ class GatedConvEncoder(nn.Module):
             _gated_conv(32, 64, 1),
             _gated_conv(64, 64, 2),
             _gated_conv(64, 64, 1),
-            _image_to_pixel(64, hidden, halve_size((height, width), 2)),
+            _GatedConv(nn.Conv2d(64, 2 * hidden, last), 64 * math.prod(last)),  # the kernel is as large as the image
             nn.Flatten(),
         )
 
@@ -112,16 +99,7 @@ class GatedConvEncoder(nn.Module):
 class GatedConvDecoder(nn.Module):
     r"""The mirror image of :class:`GatedConvEncoder`: six gated transposed convolutions, then a 1 × 1 convolution.
 
-    Args:
-        latent_dim: width of z.
-        data_shape: ``(channels, height, width)``, any size from 4 × 4.
-        parameters_per_value: number of likelihood parameters for each value of the datum.
-
-    Shapes:
-        ``(..., latent_dim) -> (..., channels, height, width, parameters_per_value)``.
-
-    Raises:
-        ValueError: if ``data_shape`` is not that of an image.
+    Arguments and shapes are those of :class:`DenseDecoder`, for images of any size from 4 × 4.
 
     References:
         R. van den Berg, L. Hasenclever, J. Tomczak, M. Welling (2018). arXiv:1803.05649.
@@ -135,11 +113,11 @@ class GatedConvDecoder(nn.Module):
 
     def __init__(self, latent_dim: int, data_shape: Sequence[int], parameters_per_value: int) -> None:
         super().__init__()
-        self.channels, height, width = as_image_shape("GatedConvDecoder", data_shape)
-        full, half, quarter = (halve_size((height, width), times) for times in range(3))
+        self.channels, *size = as_image_shape("GatedConvDecoder", data_shape)
+        full, half, quarter = (halve_size(size, times) for times in range(3))
         self.network = nn.Sequential(
             nn.Unflatten(-1, (latent_dim, 1, 1)),
-            _pixel_to_image(latent_dim, 64, quarter),
+            _GatedConv(nn.ConvTranspose2d(latent_dim, 128, quarter), latent_dim),
             _gated_transposed_conv(64, 64, 1, quarter),
             _gated_transposed_conv(64, 32, 2, half),
             _gated_transposed_conv(32, 32, 1, half),

@@ -31,9 +31,6 @@ class GaussianEncoder(nn.Module):
     Shapes:
         ``(..., *data_shape)`` -> loc ``(..., latent_dim)``, scale ``(..., latent_dim)``, context ``(..., features)``.
 
-    Raises:
-        ValueError: if ``latent_dim`` is not positive.
-
     Example:
         >>> import torch
         >>> from pyro_flowguides.vae import DenseEncoder, GaussianEncoder

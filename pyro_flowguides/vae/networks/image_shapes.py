@@ -1,21 +1,17 @@
-"""Shapes of images and feature maps in convolutional networks."""
+"""Shapes of images, feature maps and their batches in convolutional networks."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-__all__ = ["as_image_shape", "halve_size", "params_last"]
+__all__ = ["as_image_shape", "flatten_batch", "halve_size", "params_last"]
 
 
 def as_image_shape(owner: str, data_shape: Sequence[int]) -> tuple[int, int, int]:
-    """Return channels, height and width of images with at least 4 × 4 pixels.
-
-    Raises:
-        ValueError: if ``data_shape`` is not that of an image, or the image is smaller.
-    """
+    """Return channels, height and width of images with at least 4 × 4 pixels; raise an error for other data."""
     if len(data_shape) != 3 or min(data_shape[1:]) < 4:
         raise ValueError(
             f"{owner}: data_shape must be (channels, height, width) with at least 4 × 4 pixels, got "
@@ -25,7 +21,7 @@ def as_image_shape(owner: str, data_shape: Sequence[int]) -> tuple[int, int, int
     return channels, height, width
 
 
-def halve_size(size: tuple[int, int], times: int) -> tuple[int, int]:
+def halve_size(size: Sequence[int], times: int) -> tuple[int, int]:
     """Return height and width after ``times`` convolutions of stride 2."""
     height, width = (math.ceil(side / 2**times) for side in size)
     return height, width
@@ -34,3 +30,27 @@ def halve_size(size: tuple[int, int], times: int) -> tuple[int, int]:
 def params_last(maps: Tensor, channels: int) -> Tensor:
     """Move the P parameters of every value to the last dimension: ``(..., C * P, H, W) -> (..., C, H, W, P)``."""
     return maps.unflatten(-3, (channels, -1)).movedim(-3, -1)
+
+
+def flatten_batch(network: Callable[[Tensor], Tensor], x: Tensor, event_dim: int) -> Tensor:
+    """Apply a network that takes one batch dimension to an input with any number of them.
+
+    Args:
+        network: ``(N, *event) -> (N, *out)``.
+        x: ``(..., *event)``.
+        event_dim: number of dimensions of ``event``.
+
+    Returns:
+        ``(..., *out)``.
+
+    Example:
+        >>> import torch
+        >>> from pyro_flowguides.vae.networks.image_shapes import flatten_batch
+        >>> flatten_batch(torch.nn.Conv2d(1, 2, 3), torch.randn(5, 7, 1, 8, 8), 3).shape
+        torch.Size([5, 7, 2, 6, 6])
+    """
+    batch, event = x.shape[: x.dim() - event_dim], x.shape[x.dim() - event_dim :]
+    if len(batch) == 1:
+        return network(x)
+    y = network(x.reshape(batch.numel(), *event))
+    return y.reshape(*batch, *y.shape[1:])

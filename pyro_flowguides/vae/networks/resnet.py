@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from pyro_flowguides.vae.networks.batching import flatten_batch
-from pyro_flowguides.vae.networks.image_shapes import as_image_shape, halve_size, params_last
+from pyro_flowguides.vae.networks.image_shapes import as_image_shape, flatten_batch, halve_size, params_last
 from pyro_flowguides.vae.networks.residual_blocks import RESIDUAL_SCALE, ResidualBlock
 from pyro_flowguides.vae.networks.weight_norm import WeightNormConv2d, WeightNormLinear
 
@@ -26,15 +26,7 @@ class ResNetEncoder(nn.Module):
     The stages have 16, 32 and 32 feature maps and two blocks each, with 3 × 3 convolutions, ELU and weight
     normalization. The fully connected layer has ``hidden`` units.
 
-    Args:
-        data_shape: ``(channels, height, width)``, any size from 4 × 4.
-        hidden: number of features.
-
-    Shapes:
-        ``(..., channels, height, width) -> (..., hidden)``.
-
-    Raises:
-        ValueError: if ``data_shape`` is not that of an image.
+    Arguments and shapes are those of :class:`GatedConvEncoder`.
 
     References:
         D. Kingma, T. Salimans, R. Jozefowicz, X. Chen, I. Sutskever, M. Welling (2016). Improving variational inference
@@ -50,14 +42,13 @@ class ResNetEncoder(nn.Module):
 
     def __init__(self, data_shape: Sequence[int], hidden: int = 450) -> None:
         super().__init__()
-        channels, height, width = as_image_shape("ResNetEncoder", data_shape)
+        channels, *size = as_image_shape("ResNetEncoder", data_shape)
         self.features = hidden
-        last_size = halve_size((height, width), len(STAGE_WIDTHS))
         layers: list[nn.Module] = [WeightNormConv2d(channels, STAGE_WIDTHS[0])]
         for inputs, outputs in itertools.pairwise([STAGE_WIDTHS[0], *STAGE_WIDTHS]):
             layers.append(ResidualBlock.downsampling(inputs, outputs))
             layers += [ResidualBlock.same_size(outputs) for _ in range(BLOCKS_PER_STAGE - 1)]
-        dense = WeightNormLinear(STAGE_WIDTHS[-1] * last_size[0] * last_size[1], hidden)
+        dense = WeightNormLinear(STAGE_WIDTHS[-1] * math.prod(halve_size(size, len(STAGE_WIDTHS))), hidden)
         self.network = nn.Sequential(*layers, nn.ELU(), nn.Flatten(), dense, nn.ELU())
 
     def forward(self, x: Tensor) -> Tensor:
@@ -68,16 +59,8 @@ class ResNetDecoder(nn.Module):
     r"""The mirror image of :class:`ResNetEncoder`.
 
     Args:
-        latent_dim: width of z.
-        data_shape: ``(channels, height, width)``, any size from 4 × 4.
-        parameters_per_value: number of likelihood parameters for each value of the datum.
+        latent_dim, data_shape, parameters_per_value: as for :class:`DenseDecoder`, as are the shapes.
         hidden: units of the fully connected layer.
-
-    Shapes:
-        ``(..., latent_dim) -> (..., channels, height, width, parameters_per_value)``.
-
-    Raises:
-        ValueError: if ``data_shape`` is not that of an image.
 
     References:
         D. Kingma et al. (2016). arXiv:1606.04934.
@@ -93,19 +76,19 @@ class ResNetDecoder(nn.Module):
         self, latent_dim: int, data_shape: Sequence[int], parameters_per_value: int, hidden: int = 450
     ) -> None:
         super().__init__()
-        self.channels, height, width = as_image_shape("ResNetDecoder", data_shape)
-        sizes = [halve_size((height, width), times) for times in range(len(STAGE_WIDTHS) + 1)]
+        self.channels, *size = as_image_shape("ResNetDecoder", data_shape)
+        sizes = [halve_size(size, times) for times in range(len(STAGE_WIDTHS) + 1)]
         widths = [*STAGE_WIDTHS[::-1], STAGE_WIDTHS[0]]
         first = (widths[0], *sizes[-1])
         layers: list[nn.Module] = [
             WeightNormLinear(latent_dim, hidden),
             nn.ELU(),
-            WeightNormLinear(hidden, first[0] * first[1] * first[2]),
+            WeightNormLinear(hidden, math.prod(first)),
             nn.Unflatten(-1, first),
         ]
-        for (inputs, outputs), size in zip(itertools.pairwise(widths), sizes[-2::-1], strict=True):
+        for (inputs, outputs), size_above in zip(itertools.pairwise(widths), sizes[-2::-1], strict=True):
             layers += [ResidualBlock.same_size(inputs) for _ in range(BLOCKS_PER_STAGE - 1)]
-            layers.append(ResidualBlock.upsampling(inputs, outputs, size))
+            layers.append(ResidualBlock.upsampling(inputs, outputs, size_above))
         last = WeightNormConv2d(widths[-1], self.channels * parameters_per_value, init_scale=RESIDUAL_SCALE)
         self.network = nn.Sequential(*layers, nn.ELU(), last)
 

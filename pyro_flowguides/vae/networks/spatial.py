@@ -7,9 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from pyro_flowguides.vae.networks.batching import flatten_batch
 from pyro_flowguides.vae.networks.gaussian_encoder import positive_scale
-from pyro_flowguides.vae.networks.image_shapes import as_image_shape, halve_size, params_last
+from pyro_flowguides.vae.networks.image_shapes import as_image_shape, flatten_batch, halve_size, params_last
 from pyro_flowguides.vae.networks.residual_blocks import RESIDUAL_SCALE, ResidualBlock
 from pyro_flowguides.vae.networks.weight_norm import WeightNormConv2d
 
@@ -20,13 +19,9 @@ HALVINGS = 2
 
 
 def _latent_shape(owner: str, latent_dim: int, data_shape: Sequence[int]) -> tuple[int, int, int]:
-    """Return channels, height and width of the latent image.
-
-    Raises:
-        ValueError: if ``latent_dim`` is not a multiple of the number of its pixels.
-    """
+    """Return channels, height and width of the latent image; raise an error if ``latent_dim`` does not fit."""
     _, *size = as_image_shape(owner, data_shape)
-    height, width = halve_size((size[0], size[1]), HALVINGS)
+    height, width = halve_size(size, HALVINGS)
     if latent_dim < 1 or latent_dim % (height * width):
         raise ValueError(
             f"{owner}: for images of {size[0]}×{size[1]} the latent image has {height}×{width} pixels; latent_dim must "
@@ -44,15 +39,12 @@ class SpatialEncoder(nn.Module):
 
     Args:
         data_shape: ``(channels, height, width)``.
-        latent_dim: c·h·w with h, w = height / 4, width / 4, rounded up.
+        latent_dim: c·h·w, a multiple of h·w, with h, w = height / 4, width / 4, rounded up.
         hidden: feature maps.
 
     Shapes:
         ``(..., *data_shape)`` -> loc ``(..., latent_dim)``, scale ``(..., latent_dim)``, context
         ``(..., hidden * h * w)``.
-
-    Raises:
-        ValueError: if ``latent_dim`` is not a multiple of h·w.
 
     Example:
         >>> import torch
@@ -87,16 +79,8 @@ class SpatialDecoder(nn.Module):
     """The mirror image of :class:`SpatialEncoder`: from a latent image to the parameters of a likelihood.
 
     Args:
-        latent_dim: c·h·w, as for the encoder.
-        data_shape: ``(channels, height, width)``.
-        parameters_per_value: number of likelihood parameters for each value of the datum.
-        hidden: feature maps.
-
-    Shapes:
-        ``(..., latent_dim) -> (..., *data_shape, parameters_per_value)``.
-
-    Raises:
-        ValueError: if ``latent_dim`` is not a multiple of h·w.
+        latent_dim, hidden: as for the encoder.
+        data_shape, parameters_per_value: as for :class:`DenseDecoder`, as are the shapes.
 
     Example:
         >>> import torch
@@ -108,11 +92,11 @@ class SpatialDecoder(nn.Module):
     def __init__(self, latent_dim: int, data_shape: Sequence[int], parameters_per_value: int, hidden: int = 32) -> None:
         super().__init__()
         shape = _latent_shape("SpatialDecoder", latent_dim, data_shape)
-        self.channels, height, width = data_shape
+        self.channels, *size = data_shape
         layers: list[nn.Module] = [nn.Unflatten(-1, shape), WeightNormConv2d(shape[0], hidden)]
         for times in reversed(range(HALVINGS)):
-            size = halve_size((height, width), times)
-            layers += [ResidualBlock.same_size(hidden), ResidualBlock.upsampling(hidden, hidden, size)]
+            layers.append(ResidualBlock.same_size(hidden))
+            layers.append(ResidualBlock.upsampling(hidden, hidden, halve_size(size, times)))
         last = WeightNormConv2d(hidden, self.channels * parameters_per_value, init_scale=RESIDUAL_SCALE)
         self.network = nn.Sequential(*layers, ResidualBlock.same_size(hidden), nn.ELU(), last)
 
