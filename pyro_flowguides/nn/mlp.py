@@ -80,7 +80,8 @@ class MLP(nn.Module):
         for layer in range(self.depth):
             weight, bias = self.weights[layer], self.biases[layer]
             if layer == self.depth - 1:
-                weight.zero_(), bias.zero_()
+                weight.zero_()
+                bias.zero_()
                 continue
             fan_in = self.get_buffer(f"mask{layer}").sum(-1) if self.masked else torch.tensor(weight.shape[1])
             bound = fan_in.clamp(min=1).to(weight.dtype).rsqrt()

@@ -124,8 +124,9 @@ class ForwardSubstitution(NamedTuple):
         """
         entering, within, targets = self._enter(block, state), self._weights_within(block), self._targets(block)
         iterates: list[Tensor] = []
+        units: list[Tensor] = []
         for _ in range(block.num_levels):
-            units: list[Tensor] = []
+            units = []
             read = torch.addmm(entering[0], within[0], iterates[-1]) if iterates else entering[0]
             for constant, weight in zip(entering[1:], within[1:], strict=True):
                 units.append(self.activation(read))

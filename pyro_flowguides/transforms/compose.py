@@ -96,6 +96,8 @@ def _shared_input_dim(owner: str, parts: Sequence[Flow | ConditionalFlow]) -> in
 
 
 def _shared_direction(parts: Sequence[Flow | ConditionalFlow]) -> Direction:
-    """Return the one direction that is cheap for all parts, and "forward" where there is none."""
-    directions = {part.cheap_direction for part in parts} - {"both"}
-    return directions.pop() if len(directions) == 1 else "both" if not directions else "forward"
+    """Return the direction that is cheap for all parts, and "forward" if there is none."""
+    directions = {part.cheap_direction for part in parts if part.cheap_direction != "both"}
+    if len(directions) == 2:
+        return "forward"
+    return directions.pop() if directions else "both"

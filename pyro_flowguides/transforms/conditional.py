@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from pyro.distributions.conditional import ConditionalTransformModule
@@ -159,7 +159,7 @@ class _FamilyFlow(ConditionalFlow):
         self.hyper = HyperNetwork(context_dim, hidden_dims, shapes, zero, scale)
 
     def _build(self, input_dim: int, options: Mapping[str, object]) -> Flow:
-        build: Callable[..., Flow] = self.family
+        build = cast("Callable[..., Flow]", self.family)
         return build(input_dim, **{**self.family_defaults, **options})
 
     def theta(self, context: Tensor) -> Theta:
