@@ -5,7 +5,7 @@ from importlib.metadata import version as installed_version
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent / "_ext"))
-from flow_table import flow_table
+from flow_tables import flow_tables
 from measured_numbers import read_numbers
 
 project = "pyro_flowguides"
@@ -37,7 +37,7 @@ napoleon_use_rtype = False
 
 myst_enable_extensions = ["deflist", "dollarmath", "substitution"]
 myst_heading_anchors = 3
-myst_substitutions = {**read_numbers(), "flows": flow_table()}
+myst_substitutions = {**read_numbers(), **flow_tables()}
 
 html_theme = "furo"
 html_title = f"pyro_flowguides {release}"
