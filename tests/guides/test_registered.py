@@ -5,6 +5,7 @@ import doctest
 import inspect
 import pickle
 import pydoc
+import re
 
 import pyro
 import pytest
@@ -126,7 +127,7 @@ def test_the_docstring_has_equation_cost_and_references(flow):
     assert r".. math::" in docs.body
     assert r"\log|\det" in docs.body
     assert "Cost:" in docs.body
-    assert "arXiv" in docs.sections["References"]
+    assert re.search(r"\(\d{4}\)\.", docs.sections["References"])
     assert docs.sections.keys() >= {"Args", "Raises", "Example"}
 
 
