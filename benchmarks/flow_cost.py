@@ -200,7 +200,7 @@ def main() -> None:
         about = (
             f"`python benchmarks/flow_cost.py --dim {arguments.dim} --points {arguments.points} --rounds "
             f"{arguments.rounds} --scale {arguments.scale}`, {datetime.date.today()}, torch {torch.__version__}, one "
-            f"core ({processor()}), float32, processor time."
+            f"core of {processor()}, float32, processor time."
         )
         arguments.output.write_text(f"# Cost of one layer\n\n{about}\n\n{text}\n", encoding="utf-8")
 
