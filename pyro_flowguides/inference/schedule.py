@@ -55,16 +55,16 @@ class Schedule:
     elbos: list[float] = field(default_factory=list)
     gaps: list[float] = field(default_factory=list)
 
-    WARM_UP: ClassVar = 50
-    WINDOW: ClassVar = 50
-    EXPLORE_SHARE: ClassVar = 0.5
-    MIN_REFINE_STEPS: ClassVar = 300
-    NEAR_GAP: ClassVar = 0.3
-    NEAR_LR_FACTOR: ClassVar = 0.3
-    PARTICLE_GROWTH: ClassVar = 2.0
-    MAX_STAGES: ClassVar = 3
-    MIN_STAGE_STEPS: ClassVar = 200
-    FINAL_LR_FRACTION: ClassVar = 0.01
+    WARM_UP: ClassVar[int] = 50
+    WINDOW: ClassVar[int] = 50
+    EXPLORE_SHARE: ClassVar[float] = 0.5
+    MIN_REFINE_STEPS: ClassVar[int] = 300
+    NEAR_GAP: ClassVar[float] = 0.3
+    NEAR_LR_FACTOR: ClassVar[float] = 0.3
+    PARTICLE_GROWTH: ClassVar[float] = 2.0
+    MAX_STAGES: ClassVar[int] = 3
+    MIN_STAGE_STEPS: ClassVar[int] = 200
+    FINAL_LR_FRACTION: ClassVar[float] = 0.01
 
     @property
     def max_explore_steps(self) -> int:

@@ -96,7 +96,7 @@ class Program:
             guide=guide,
             args=args,
             kwargs=kwargs,
-            parameters={name: site["value"].unconstrained() for name, site in captured.items()},
+            parameters={name: _unconstrained(site["value"]) for name, site in captured.items()},
             latents={name: SiteInfo.of(site) for name, site in latents.items() if name in guide_sites},
             observed={name: SiteInfo.of(site) for name, site in model_sites.items() if is_data(site)},
             deterministics={name: SiteInfo.of(site) for name, site in model_sites.items() if is_deterministic(site)},
@@ -164,6 +164,12 @@ class Program:
         for name, how in self.enumerated.items():
             if how != "parallel":
                 raise ValueError(f"site {name!r} is enumerated sequentially; {_SUM_OUT}")
+
+
+def _unconstrained(value: Tensor) -> Tensor:
+    """Return the parameter behind its constrained value: itself where leaving a parameter store dropped the link."""
+    parameter: Tensor = getattr(value, "unconstrained", lambda: value)()
+    return parameter
 
 
 _SUM_OUT = "to sum it out, mark it with infer={'enumerate': 'parallel'}"

@@ -1,4 +1,4 @@
-"""What runs whole fits: comparison of guides, calibration by simulation, NUTS through a fitted guide."""
+"""Studies that run whole fits: comparing guides, calibration by simulation, NUTS through a fitted guide."""
 
 from pyro_flowguides.studies.calibration import VSBC, vsbc
 from pyro_flowguides.studies.comparison import Comparison, compare

@@ -2,39 +2,21 @@
 
 from __future__ import annotations
 
-import copy
-import difflib
 import importlib
-import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from functools import partial
-from typing import TYPE_CHECKING, Any, TypeAlias
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING
 
-import pyro
-import torch
-from pyro.infer.autoguide import (
-    AutoDiagonalNormal,
-    AutoLowRankMultivariateNormal,
-    AutoMultivariateNormal,
-    AutoNormal,
-)
-from pyro.nn import PyroModule
-from torch import Tensor, nn
 from tqdm import tqdm
 
-from pyro_flowguides.diagnostics import (
-    Agreement,
-    Diagnosis,
-    agreement,
-    diagnose,
-    importance_resample,
-)
-from pyro_flowguides.flows import FLOWS
-from pyro_flowguides.guides import AutoFlow
-from pyro_flowguides.inference.fitting import FitResult, fit
+from pyro_flowguides.diagnostics import agreement
+from pyro_flowguides.inference.fitting import FitResult
+from pyro_flowguides.programs.batched_run import first_line
+from pyro_flowguides.programs.types import Args, Guide, Kwargs, Model
+from pyro_flowguides.studies.guide_factories import GuideFactory, GuideSpec, resolve_guides
+from pyro_flowguides.studies.isolated_fits import IsolatedFit, diagnose_again, fit_in_isolation
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -42,47 +24,73 @@ if TYPE_CHECKING:
 
 __all__ = ["Comparison", "compare"]
 
-Factory: TypeAlias = Callable[[Callable[..., Any]], Callable[..., Any]]
-GuideSpec: TypeAlias = str | Factory | tuple[str, Factory]
-
-#: Pyro's own guides, by the names that :func:`compare` knows them under.
-GAUSSIANS: dict[str, Factory] = {
-    "normal": AutoNormal,
-    "diagonal": AutoDiagonalNormal,
-    "lowrank": AutoLowRankMultivariateNormal,
-    "mvn": AutoMultivariateNormal,
-}
-#: What is compared when nothing is asked for.
+#: Guides that are compared by default.
 DEFAULT_GUIDES = ("normal", "mvn", "planar", "sylvester", "iaf")
-#: Draws from which independent fits are compared, before and after resampling.
-AGREEMENT_DRAWS = 4000
-#: Options of ``fit`` that would be the same for fits that must differ.
-RESERVED = ("seed", "checkpoint", "progress")
+#: Options of ``fit`` that must differ between fits, or that ``compare`` sets itself.
+RESERVED_OPTIONS = ("seed", "checkpoint", "progress")
 
 _FAILED = "failed"
 _COLORS = {"good": "tab:green", "usable with importance resampling": "tab:orange", "do not trust": "tab:red"}
-_numbers = itertools.count()
+_HEADER = ("guide", "ELBO", "k-hat", "ESS", "agreement", "time", "steps", "verdict")
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A row of the table: the better fit of one guide, or why there is none."""
+
+    guide: str
+    elbo: float = math.nan
+    elbo_se: float = math.nan
+    khat: float = math.nan
+    ess_fraction: float = math.nan
+    agreement: float = math.nan
+    seconds: float = math.nan
+    steps: int | None = None
+    verdict: str = _FAILED
+    error: str = ""
+
+    @property
+    def cells(self) -> list[str]:
+        """The cells of the printed table."""
+        return [
+            self.guide,
+            f"{self.elbo:.2f} ± {self.elbo_se:.2f}",
+            f"{self.khat:.2f}",
+            f"{100 * self.ess_fraction:.0f} %",
+            "-" if math.isnan(self.agreement) else f"{self.agreement:.2f}",
+            f"{self.seconds:.1f} s",
+            str(self.steps),
+            self.verdict,
+        ]
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What :func:`compare` returns; print it, or look at ``table``.
+    """The result of :func:`compare`; print it, or look at ``table``.
 
     Attributes:
-        table: one row per guide, best first: ``guide``, ``elbo``, ``elbo_se``, ``khat``, ``ess_fraction``,
-            ``agreement`` (largest difference between the fits of this guide, in posterior sd or log sd; NaN if there
-            was only one), ``seconds`` and ``steps`` of the better fit, ``verdict`` and ``error``. Guides of which no
-            fit succeeded come last, with the verdict ``"failed"``.
-        results: label -> the better of the fits; guides that failed are absent.
+        results: label -> the better of the fits, best guide first; guides that failed are absent.
         repeats: number of independent fits per guide.
     """
 
-    table: pd.DataFrame = field(repr=False)
-    results: dict[str, FitResult] = field(repr=False)
+    results: dict[str, FitResult[Guide]] = field(repr=False)
     repeats: int
+    _rows: tuple[_Row, ...] = field(repr=False)
+
+    @cached_property
+    def table(self) -> pd.DataFrame:
+        """One row per guide, best first.
+
+        The columns: ``guide``, ``elbo``, ``elbo_se``, ``khat``, ``ess_fraction``, ``agreement`` (largest difference
+        between the fits of this guide, in posterior sd or log sd; NaN if there was only one), ``seconds`` and ``steps``
+        of the better fit, ``verdict`` and ``error``. Guides of which no fit succeeded come last, with the verdict
+        ``"failed"``.
+        """
+        frame: pd.DataFrame = importlib.import_module("pandas").DataFrame([asdict(row) for row in self._rows])
+        return frame.astype({"steps": "Int64"})
 
     @property
-    def best(self) -> FitResult:
+    def best(self) -> FitResult[Guide]:
         """The fit with the highest ELBO.
 
         Raises:
@@ -90,55 +98,46 @@ class Comparison:
         """
         if not self.results:
             raise RuntimeError(f"compare: every fit failed\n{self}")
-        return self.results[self.table["guide"][0]]
+        return self.results[self._rows[0].guide]
 
     def plot(self, ax: Axes | None = None) -> Axes:
-        """The ELBO of each guide with its standard error, best on top, colored by verdict.
+        """Plot the ELBO of each guide with its standard error, best on top, colored by verdict.
 
         Args:
             ax: where to draw; a new figure, which does not belong to pyplot, if not given.
         """
-        ax = _new_axes(len(self.table)) if ax is None else ax
-        shown = [row for row in self._rows() if math.isfinite(row["elbo"])]
+        ax = _new_axes(len(self._rows)) if ax is None else ax
+        rows = [row for row in self._rows if math.isfinite(row.elbo)]
         for verdict, color in _COLORS.items():
-            here = [(place, row) for place, row in enumerate(shown) if row["verdict"] == verdict]
-            if here:
-                places, rows = zip(*here, strict=True)
-                elbos, errors = [row["elbo"] for row in rows], [row["elbo_se"] for row in rows]
+            places = [place for place, row in enumerate(rows) if row.verdict == verdict]
+            if places:
+                elbos, errors = [rows[place].elbo for place in places], [rows[place].elbo_se for place in places]
                 ax.errorbar(elbos, places, xerr=errors, fmt="o", capsize=3, color=color, label=verdict)
-        ax.set_yticks(range(len(shown)), [row["guide"] for row in shown])
+        ax.set_yticks(range(len(rows)), [row.guide for row in rows])
         ax.invert_yaxis()
         ax.set_xlabel("ELBO (nats)")
-        if shown:
+        if rows:
             ax.legend(fontsize="small")
         return ax
 
     def __str__(self) -> str:
-        header = ["guide", "ELBO", "k-hat", "ESS", "agreement", "time", "steps", "verdict"]
-        rows = self._rows()
-        cells = [header] + [_cells(row) for row in rows if row["verdict"] != _FAILED]
-        widths = [max(len(line[column]) for line in cells) for column in range(len(header))]
-        widths[0] = max(len(row["guide"]) for row in rows)
+        cells = [list(_HEADER)] + [row.cells for row in self._rows if row.verdict != _FAILED]
+        widths = [max(len(line[column]) for line in cells) for column in range(len(_HEADER))]
+        widths[0] = max(len(row.guide) for row in self._rows)
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in cells]
-        for row in rows:
-            if row["error"]:
-                lines.append(f"{row['guide'].ljust(widths[0])}  {row['error']}")
+        lines += [f"{row.guide.ljust(widths[0])}  {row.error}" for row in self._rows if row.error]
         return "\n".join(line.rstrip() for line in lines)
-
-    def _rows(self) -> list[dict[str, Any]]:
-        rows: list[dict[str, Any]] = self.table.to_dict("records")
-        return rows
 
 
 def compare(
-    model: Callable[..., Any],
-    *args: Any,
+    model: Model,
+    *args: object,
     guides: Sequence[GuideSpec] = DEFAULT_GUIDES,
     repeats: int = 2,
-    fit_options: Mapping[str, Any] | None = None,
+    fit_options: Kwargs | None = None,
     seed: int = 0,
     progress: bool = True,
-    **kwargs: Any,
+    **kwargs: object,
 ) -> Comparison:
     r"""Fit several guides to one model, each more than once, and rank them by ELBO.
 
@@ -147,10 +146,10 @@ def compare(
     .. math:: \log p(x) = \text{ELBO}(q) + \text{KL}(q \,\|\, p(\cdot \mid x)),
 
     so a difference of ELBOs is a difference of divergences, in nats. The independent fits of a guide have different
-    seeds; the differences between their importance-resampled draws enter the verdict on the better one, because a fit
-    that has lost a mode cannot see it in its own weights. Each fit has a parameter store, parameters and a random state
-    of its own: nothing of the caller's is changed, and what ``results`` holds can be used side by side. A guide that
-    fails is listed with its error.
+    seeds. The differences between their importance-resampled draws enter the verdict on the better one, because a fit
+    that has lost a mode cannot see that in its own weights. Each fit has its own parameter store, parameters and random
+    state, so that nothing outside changes and all results can be used side by side. A guide that fails is listed with
+    its error.
 
     Args:
         model: a Pyro model. If it is a module, each fit trains a copy of its parameters.
@@ -160,7 +159,7 @@ def compare(
             ``AutoMultivariateNormal``); a guide class or any function ``model -> guide``; or ``(label, function)``.
         repeats: independent fits per guide; one leaves the agreement unchecked.
         fit_options: options of :func:`~pyro_flowguides.fit` for all fits, such as ``steps``.
-        seed: of everything random; the global generator is restored afterwards.
+        seed: seed of everything random; the global generator is restored afterwards.
         progress: show a progress bar over the fits.
         **kwargs: the model's keyword arguments.
 
@@ -170,7 +169,7 @@ def compare(
     Raises:
         ValueError: for no guides, an unknown name (the nearest is named), a label that occurs twice, ``repeats``
             below 1, or a ``seed``, ``checkpoint`` or ``progress`` in ``fit_options``.
-        TypeError: for a guide that has been made already: every fit needs its own.
+        TypeError: for a guide that has been made already, because every fit needs its own.
 
     Cost:
         ``len(guides) * repeats`` fits, and one more diagnosis per guide.
@@ -186,256 +185,82 @@ def compare(
         ...     z = pyro.sample("z", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
         ...     pyro.sample("x", dist.Normal(z.sum(-1), 0.3), obs=torch.tensor(1.0))
         >>> options = {"steps": 60}
-        >>> found = compare(model, guides=["diagonal", "planar"], repeats=1, fit_options=options, progress=False)
-        >>> list(found.table["guide"])  # the posterior is correlated
+        >>> comparison = compare(model, guides=["diagonal", "planar"], repeats=1, fit_options=options, progress=False)
+        >>> list(comparison.table["guide"])  # the posterior is correlated
         ['planar', 'diagonal']
     """
-    factories = _resolve(guides)
-    options = dict(fit_options or {})
+    factories, options = resolve_guides(guides), fit_options or {}
     _check(repeats, options)
-    found: list[_Found] = []
+    fits: dict[str, IsolatedFit | None] = {}
+    errors: dict[str, str] = {}
     with tqdm(total=len(factories) * repeats, disable=not progress, leave=False) as bar:
         for label, factory in factories.items():
             bar.set_description(label)
-            attempts = []
+            attempts: list[IsolatedFit | str] = []
             for repeat in range(repeats):
                 attempts.append(_attempt(label, factory, model, args, kwargs, options, seed + repeat))
                 bar.update()
-            found.append(_judge(label, attempts, seed))
-    found.sort(key=_Found.order)
-    return Comparison(_table(found), {one.label: one.fit.result for one in found if one.fit is not None}, repeats)
+            fits[label], errors[label] = _best(attempts, seed)
+    labels = sorted(fits, key=lambda label: _order(fits[label]))
+    results = {label: fit.result for label in labels if (fit := fits[label]) is not None}
+    return Comparison(results, repeats, tuple(_row(label, fits[label], errors[label]) for label in labels))
 
 
-# -- which guides ------------------------------------------------------------------------------------------------------
-
-
-def _check(repeats: int, options: Mapping[str, Any]) -> None:
+def _check(repeats: int, options: Mapping[str, object]) -> None:
     if repeats < 1:
         raise ValueError(f"compare: repeats must be at least 1, got {repeats}")
-    for name in RESERVED:
+    for name in RESERVED_OPTIONS:
         if name in options:
             raise ValueError(f"compare: {name!r} cannot be the same for all fits; leave it out of fit_options")
 
 
-def _resolve(guides: Iterable[GuideSpec]) -> dict[str, Factory]:
-    """label -> what makes a guide."""
-    factories: dict[str, Factory] = {}
-    for spec in [guides] if isinstance(guides, str) else guides:
-        label, factory = _labeled(spec)
-        if label in factories:
-            raise ValueError(f"compare: two guides are labeled {label!r}; give (label, guide) to tell them apart")
-        factories[label] = factory
-    if not factories:
-        raise ValueError(f"compare: no guides given; there are {', '.join([*GAUSSIANS, *FLOWS])}")
-    return factories
-
-
-def _labeled(spec: Any) -> tuple[str, Factory]:
-    if isinstance(spec, str):
-        return spec, _by_name(spec)
-    if isinstance(spec, tuple) and len(spec) == 2 and isinstance(spec[0], str):
-        label, factory = spec
-        return label, _by_name(factory) if isinstance(factory, str) else _checked(factory)
-    factory = _checked(spec)
-    inner = factory.func if isinstance(factory, partial) else factory
-    return str(getattr(inner, "__name__", type(inner).__name__)), factory
-
-
-def _by_name(name: str) -> Factory:
-    if name in GAUSSIANS:
-        return GAUSSIANS[name]
-    if name in FLOWS:
-        return partial(AutoFlow, flow=name)
-    known = [*GAUSSIANS, *FLOWS]
-    near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.0)[0]
-    raise ValueError(f"compare: unknown guide {name!r}: did you mean {near!r}? Known guides: {', '.join(known)}")
-
-
-def _checked(factory: Any) -> Factory:
-    if isinstance(factory, nn.Module) or not callable(factory):
-        raise TypeError(
-            f"compare: every fit needs a guide of its own, so give a name, a guide class or a function model -> guide, "
-            f"not {'the guide' if callable(factory) else 'an object'} of type {type(factory).__name__}"
-        )
-    made: Factory = factory
-    return made
-
-
-# -- one fit -----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Fit:
-    """One fit that succeeded: its result, its verdict and resampled draws, if its weights allow any."""
-
-    result: FitResult
-    diagnosis: Diagnosis
-    draws: dict[str, Tensor] | None
-
-    @property
-    def elbo(self) -> float:
-        """The ELBO, −inf where it is undefined."""
-        return -math.inf if math.isnan(self.diagnosis.elbo) else self.diagnosis.elbo
-
-
-class _Kept:
-    """A model or guide whose parameters live in a parameter store that is kept aside."""
-
-    def __init__(self, program: Callable[..., Any], state: Any) -> None:
-        self.program, self.state = program, state
-        self.__name__ = str(getattr(program, "__name__", type(program).__name__))
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with pyro.get_param_store().scope(self.state):
-            return self.program(*args, **kwargs)
-
-
-@contextmanager
-def _isolated(seed: int) -> Iterator[Any]:
-    """A parameter store and a random state that end with the block; yields the store's state, full afterwards."""
-    with torch.random.fork_rng(devices=[]), pyro.get_param_store().scope() as state:
-        torch.manual_seed(seed)
-        yield state
-
-
 def _attempt(
-    label: str,
-    factory: Factory,
-    model: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    options: Mapping[str, Any],
-    seed: int,
-) -> _Fit | str:
-    """Fit once; a string says what went wrong."""
+    label: str, factory: GuideFactory, model: Model, args: Args, kwargs: Kwargs, options: Kwargs, seed: int
+) -> IsolatedFit | str:
+    """Fit once; return a message where that fails."""
     try:
-        with _isolated(seed) as state:
-            own = copy.deepcopy(model) if isinstance(model, nn.Module) else model
-            guide = _rename(factory(own), label)
-            result = fit(own, guide, *args, seed=seed, progress=False, **options, **kwargs)
-            if result.diagnosis is None:
-                return f"cannot be judged: {result.why_no_verdict}"
-            draws = _resampled(result)
-        return _Fit(_keep(result, state), result.diagnosis, draws)
-    except Exception as error:  # whatever a program raises: the other guides are to be seen all the same
-        return _describe(error)
+        return fit_in_isolation(label, factory, model, args, kwargs, options, seed)
+    except Exception as error:  # whatever a program raises, the other guides still count
+        return first_line(error)
 
 
-def _rename(guide: Any, label: str) -> Callable[..., Any]:
-    """Give a guide names in the parameter store that no other guide has."""
-    if not callable(guide):
-        raise TypeError(f"the function for {label!r} must return a guide, not {type(guide).__name__}")
-    if isinstance(guide, PyroModule) and not guide._pyro_context.used:
-        guide._pyro_set_supermodule(f"compare_{next(_numbers)}_{label}", guide._pyro_context)
-    made: Callable[..., Any] = guide
-    return made
-
-
-def _keep(result: FitResult, state: Any) -> FitResult:
-    """The result with model and guide tied to the parameters that are not their own modules' attributes."""
-    modules = [program for program in (result.model, result.guide) if isinstance(program, PyroModule)]
-    owned = {id(parameter) for module in modules for parameter in module.parameters()}
-    if all(id(parameter) in owned for parameter in state["params"].values()):
-        return result
-    model, guide = (
-        program if isinstance(program, PyroModule) else _Kept(program, state)
-        for program in (result.model, result.guide)
-    )
-    return replace(result, program=replace(result.program, model=model, guide=guide))
-
-
-def _resampled(result: FitResult) -> dict[str, Tensor] | None:
-    """Draws to compare with those of other fits; ``None`` where the weights allow none."""
-    resampled = partial(importance_resample, num_samples=AGREEMENT_DRAWS, num_proposals=AGREEMENT_DRAWS)
-    try:
-        return resampled(result.model, result.guide, *result.args, **result.kwargs)
-    except ValueError:  # no draw has a positive weight: the diagnosis says so
-        return None
-
-
-def _describe(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-
-
-# -- all fits of one guide ---------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Found:
-    """The better fit of one guide, judged together with the others; ``None`` if all failed."""
-
-    label: str
-    fit: _Fit | None
-    error: str
-
-    def order(self) -> tuple[bool, float]:
-        """Sorts the best first and failures last."""
-        return self.fit is None, 0.0 if self.fit is None else -self.fit.elbo
-
-
-def _judge(label: str, attempts: Sequence[_Fit | str], seed: int) -> _Found:
-    """Choose the better fit and judge it again with the agreement of all."""
-    fits = [one for one in attempts if isinstance(one, _Fit)]
-    errors = [one for one in attempts if isinstance(one, str)]
+def _best(attempts: Sequence[IsolatedFit | str], seed: int) -> tuple[IsolatedFit | None, str]:
+    """Choose the best fit and judge it again with the agreement of all; return a message on those that failed."""
+    fits = [attempt for attempt in attempts if isinstance(attempt, IsolatedFit)]
+    messages = [attempt for attempt in attempts if isinstance(attempt, str)]
     if not fits:
-        return _Found(label, None, f"failed: {errors[0]}")
-    note = f"{len(errors)} of {len(attempts)} fits failed: {errors[0]}" if errors else ""
-    best = max(fits, key=lambda one: one.elbo)
-    draws = [one.draws for one in fits if one.draws is not None]
+        return None, f"failed: {messages[0]}"
+    best = max(fits, key=lambda fit: fit.elbo)
+    draws = [fit.draws for fit in fits if fit.draws is not None]
     if len(draws) > 1:
-        best = _judge_again(best, agreement(*draws), seed)
-    return _Found(label, best, note)
+        best = diagnose_again(best, agreement(*draws), seed)
+    return best, f"{len(messages)} of {len(attempts)} fits failed: {messages[0]}" if messages else ""
 
 
-def _judge_again(best: _Fit, agreed: Agreement, seed: int) -> _Fit:
-    result = best.result
-    with _isolated(seed):
-        diagnosis = diagnose(result.model, result.guide, *result.args, agreement=agreed, **result.kwargs)
-    return _Fit(replace(result, diagnosis=diagnosis), diagnosis, best.draws)
+def _order(fit: IsolatedFit | None) -> tuple[bool, float]:
+    """Sort the best fit first and failures last."""
+    return fit is None, 0.0 if fit is None else -fit.elbo
 
 
-# -- the table ---------------------------------------------------------------------------------------------------------
+def _row(label: str, fit: IsolatedFit | None, error: str) -> _Row:
+    if fit is None:
+        return _Row(label, error=error)
+    result, diagnosis = fit.result, fit.diagnosis
+    return _Row(
+        guide=label,
+        elbo=diagnosis.elbo,
+        elbo_se=diagnosis.elbo_se,
+        khat=diagnosis.khat,
+        ess_fraction=diagnosis.ess_fraction,
+        agreement=math.nan if diagnosis.agreement is None else diagnosis.agreement.worst_difference,
+        seconds=result.seconds,
+        steps=result.steps,
+        verdict=diagnosis.verdict,
+        error=error,
+    )
 
 
-def _table(found: Sequence[_Found]) -> pd.DataFrame:
-    frame: pd.DataFrame = importlib.import_module("pandas").DataFrame([_row(one) for one in found])
-    return frame.astype({"steps": "Int64"})
-
-
-def _row(one: _Found) -> dict[str, Any]:
-    if one.fit is None:
-        numbers = dict.fromkeys(("elbo", "elbo_se", "khat", "ess_fraction", "agreement", "seconds"), math.nan)
-        return {"guide": one.label, **numbers, "steps": None, "verdict": _FAILED, "error": one.error}
-    result, diagnosis = one.fit.result, one.fit.diagnosis
-    return {
-        "guide": one.label,
-        "elbo": diagnosis.elbo,
-        "elbo_se": diagnosis.elbo_se,
-        "khat": diagnosis.khat,
-        "ess_fraction": diagnosis.ess_fraction,
-        "agreement": math.nan if diagnosis.agreement is None else diagnosis.agreement.worst_difference,
-        "seconds": result.seconds,
-        "steps": result.steps,
-        "verdict": diagnosis.verdict,
-        "error": one.error,
-    }
-
-
-def _cells(row: Mapping[str, Any]) -> list[str]:
-    return [
-        row["guide"],
-        f"{row['elbo']:.2f} ± {row['elbo_se']:.2f}",
-        f"{row['khat']:.2f}",
-        f"{100 * row['ess_fraction']:.0f} %",
-        "-" if math.isnan(row["agreement"]) else f"{row['agreement']:.2f}",
-        f"{row['seconds']:.1f} s",
-        str(row["steps"]),
-        row["verdict"],
-    ]
-
-
-def _new_axes(rows: int) -> Axes:
-    figure = importlib.import_module("matplotlib.figure").Figure(figsize=(7, 1 + 0.4 * rows), layout="constrained")
+def _new_axes(num_rows: int) -> Axes:
+    figure = importlib.import_module("matplotlib.figure").Figure(figsize=(7, 1 + 0.4 * num_rows), layout="constrained")
     axes: Axes = figure.subplots()
     return axes

@@ -1,12 +1,12 @@
-"""``neutra_mcmc``: NUTS in the space that a trained guide has straightened."""
+"""``neutra_mcmc``: NUTS in the space of a trained guide's noise."""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pyro
@@ -28,52 +28,54 @@ from pyro_flowguides.programs.layout import NotVectorizedError
 from pyro_flowguides.programs.model_runs import score_model
 from pyro_flowguides.programs.program import Program
 from pyro_flowguides.programs.running import evaluation
+from pyro_flowguides.programs.types import Args, Kwargs, Model, Site, Values
 
 if TYPE_CHECKING:
     import xarray as xr
+    from arviz import InferenceData
 
 __all__ = ["neutra_mcmc"]
 
-#: The latent site behind all others.
+#: The latent site from which all others follow.
 NOISE = "_flowguides_noise"
-#: What NUTS is given unless asked otherwise. Smaller steps than usual, for where the flow ends and a funnel goes on.
-NUTS_OPTIONS: dict[str, Any] = {"init_strategy": init_to_sample, "target_accept_prob": 0.95}
-#: Options of NUTS that concern a model and not a potential energy.
+#: Default options of NUTS. Its steps are smaller than usual, because a funnel may extend beyond the reach of the flow.
+NUTS_OPTIONS: Kwargs = {"init_strategy": init_to_sample, "target_accept_prob": 0.95}
+#: Options of NUTS that apply to a model and not to a potential energy.
 MODEL_OPTIONS = {"jit_compile", "init_strategy", "transforms", "max_plate_nesting"}
 
 
 def neutra_mcmc(
-    model: Callable[..., Any],
+    model: Model,
     guide: AutoContinuous,
-    *args: Any,
+    *args: object,
     num_samples: int = 1000,
     warmup_steps: int = 500,
     num_chains: int = 1,
-    nuts_options: Mapping[str, Any] | None = None,
+    nuts_options: Kwargs | None = None,
     seed: int = 0,
     progress: bool = True,
-    **kwargs: Any,
-) -> Any:
-    r"""Neural transport: NUTS on the posterior as the guide's flow sees it, brought back to the model's own sites.
+    **kwargs: object,
+) -> InferenceData:
+    r"""Draw from the posterior by neural transport: NUTS in the noise of a trained guide, mapped to the model's sites.
 
     For a guide :math:`z = T(\varepsilon)` trained on :math:`p(z \mid x)`, NUTS draws from
 
     .. math:: \log p(\varepsilon \mid x) = \log p(x, T(\varepsilon)) + \log|\det J_T(\varepsilon)| + \text{const},
 
     which is close to N(0, I) where the guide is good, whatever funnels and scales the posterior has. The draws
-    :math:`T(\varepsilon)` are those of the exact posterior, not of the guide: a poor guide costs time, not truth.
+    :math:`T(\varepsilon)` follow the exact posterior, not the guide: a poor guide costs time, not accuracy.
 
     Args:
         model: a Pyro model.
         guide: a trained autoguide with a transform: those of this package, ``AutoMultivariateNormal``,
-            ``AutoDiagonalNormal``, ``AutoIAFNormal``. One that has never been run is set up and used as it starts.
+            ``AutoDiagonalNormal``, ``AutoIAFNormal``. A guide that has never run is set up and used untrained.
         *args: arguments of model and guide.
         num_samples: number of draws per chain.
-        warmup_steps: steps per chain that adapt the step size and the mass matrix, and are thrown away.
-        num_chains: number of chains, drawn one after the other in this process, each from a draw of the guide.
+        warmup_steps: steps per chain that adapt the step size and the mass matrix, and are discarded.
+        num_chains: number of chains, run one after the other in this process, each started at a draw of the guide.
         nuts_options: options of ``pyro.infer.NUTS``, such as ``target_accept_prob`` (0.95 by default) or
             ``jit_compile``.
-        seed: of the chains; the global generator is restored afterwards.
+        seed: seed of the chains; the global generator is restored afterwards.
         progress: show a progress bar for each chain.
         **kwargs: keyword arguments of model and guide.
 
@@ -87,7 +89,7 @@ def neutra_mcmc(
         ValueError: if a plate is subsampled, or a number of draws or chains is not positive.
 
     Cost:
-        per leapfrog step one gradient of the model and of the flow (its fast direction for IAF), some milliseconds.
+        one gradient of the model and of the flow (for IAF its cheap direction) per leapfrog step, some milliseconds.
 
     References:
         M. Hoffman et al. (2019). NeuTra-lizing bad geometry in Hamiltonian Monte Carlo using neural transport.
@@ -113,11 +115,11 @@ def neutra_mcmc(
         _check_guide(guide, args, kwargs)
         program = Program.inspect(model, guide, args, kwargs)
         program.check_full_density()
-        options = NUTS_OPTIONS | dict(nuts_options or {})
+        options = NUTS_OPTIONS | (nuts_options or {})
         chains: list[_Chain] = []
         with _frozen(guide):
-            asked = MODEL_OPTIONS & set(nuts_options or {})
-            potential = None if asked else _recorded_potential(program)
+            needs_model = MODEL_OPTIONS & (nuts_options or {}).keys()
+            potential = None if needs_model else _recorded_potential(program)
             for _ in range(num_chains):
                 kernel = NUTS(_Transport(guide).reparam(model) if potential is None else None, potential, **options)
                 start = None if potential is None else {NOISE: guide.get_base_dist().sample()}
@@ -125,8 +127,8 @@ def neutra_mcmc(
         return _export(program, guide, chains)
 
 
-def _check_guide(guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Refuse a guide that is no transformed normal, and set up one that has never been run."""
+def _check_guide(guide: object, args: Args, kwargs: Kwargs) -> None:
+    """Refuse a guide that is no transformed normal, and set up one that has never run."""
     advice = "use one of AutoIAF, AutoPlanar, ..., AutoMultivariateNormal or AutoDiagonalNormal"
     if not isinstance(guide, AutoContinuous):
         raise TypeError(f"neutra_mcmc: {type(guide).__name__} has no transform to one latent vector; {advice}")
@@ -148,20 +150,20 @@ def _latents(guide: AutoContinuous) -> Collection[str]:
 
 @contextmanager
 def _frozen(module: nn.Module) -> Iterator[None]:
-    """No gradients of a module's parameters within the block."""
-    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    for parameter in trained:
+    """Turn off gradients of a module's parameters within the block."""
+    trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    for parameter in trainable:
         parameter.requires_grad_(False)
     try:
         yield
     finally:
-        for parameter in trained:
+        for parameter in trainable:
             parameter.requires_grad_(True)
 
 
-def _recorded_potential(program: Program) -> Callable[[dict[str, Tensor]], Tensor] | None:
-    """The negative log density of the noise with its gradient, recorded; ``None`` where that cannot be."""
-    guide: Any = program.guide
+def _recorded_potential(program: Program) -> Callable[[Values], Tensor] | None:
+    """Return the negative log density of the noise, recorded with its gradient; ``None`` where that is impossible."""
+    guide = cast(AutoContinuous, program.guide)
     log_density, base = program.log_density, guide.get_base_dist()
 
     def value_and_gradient(noise: Tensor) -> tuple[Tensor, Tensor]:
@@ -174,7 +176,7 @@ def _recorded_potential(program: Program) -> Callable[[dict[str, Tensor]], Tenso
         return value.detach(), gradient
 
     try:
-        # A density that is right for a leading dimension of one only by chance is found out by three.
+        # With a single particle, a model that does not broadcast may give the right density by chance.
         log_density.check(torch.stack([guide.get_transform()(base.sample()) for _ in range(3)]))
         replay = Replay(record(value_and_gradient, base.sample(), check=[base.sample()]))
     except (NotVectorizedError, NotRecordedError, torch.linalg.LinAlgError):
@@ -183,27 +185,27 @@ def _recorded_potential(program: Program) -> Callable[[dict[str, Tensor]], Tenso
 
 
 class _Potential(torch.autograd.Function):
-    """A value that comes with its gradient."""
+    """Attach a gradient that was computed together with the value."""
 
     @staticmethod
-    def forward(ctx: Any, noise: Tensor, replay: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Tensor:
+    def forward(ctx: Any, noise: Tensor, replay: Replay) -> Tensor:
         value, gradient = replay(noise)
         ctx.save_for_backward(gradient)
         return value
 
     @staticmethod
-    def backward(ctx: Any, by_value: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
         (gradient,) = ctx.saved_tensors
-        return by_value * gradient, None
+        return upstream * gradient, None
 
 
 class _Transport(NeuTraReparam):
     """Pyro's reparametrization, with the flow's Jacobian counted once.
 
-    Pyro adds it to the log density of the first latent site, element by element: once for each member of a plate.
+    Pyro adds the Jacobian to the log density of every element of the first latent site, so once per member of a plate.
     """
 
-    def apply(self, msg: Any) -> Any:
+    def apply(self, msg: Site) -> Site:  # type: ignore[override]
         name, fn = msg["name"], msg["fn"]
         if name not in _latents(self.guide):
             return {"fn": fn, "value": msg["value"], "is_observed": msg["is_observed"]}
@@ -220,7 +222,7 @@ class _Transport(NeuTraReparam):
         return {"fn": density, "value": value, "is_observed": True}
 
     def _draw(self) -> None:
-        """Draw the noise behind all sites, outside the model's plates, and count the Jacobian of the flow."""
+        """Draw the noise of all sites, outside the model's plates, and add the Jacobian of the flow."""
         transform = self.guide.get_transform()
         with ExitStack() as stack:
             for plate in self.guide.plates.values():
@@ -233,7 +235,7 @@ class _Transport(NeuTraReparam):
 
 @dataclass
 class _Chain:
-    """One chain: its noise, and what NUTS says of every draw."""
+    """One chain: its noise, and the statistics of every draw."""
 
     num_samples: int
     noise: Tensor = field(init=False)
@@ -244,11 +246,11 @@ class _Chain:
     def run(
         self,
         kernel: NUTS,
-        start: dict[str, Tensor] | None,
+        start: Values | None,
         warmup_steps: int,
         progress: bool,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        args: Args,
+        kwargs: Kwargs,
     ) -> _Chain:
         mcmc = MCMC(
             kernel,
@@ -256,23 +258,23 @@ class _Chain:
             warmup_steps=warmup_steps,
             initial_params=start,
             disable_progbar=not progress,
-            hook_fn=self._note,
+            hook_fn=self._add_statistics,
         )
         mcmc.run(*args, **kwargs)
         self.noise = mcmc.get_samples()[NOISE]
         return self
 
-    def _note(self, kernel: NUTS, params: Any, stage: str, step: int) -> None:
+    def _add_statistics(self, kernel: NUTS, params: object, stage: str, step: int) -> None:
         if stage.startswith("Sample"):
             self.mean_acceptance.append(kernel._mean_accept_prob)
             self.step_size.append(float(kernel.step_size))
             self.divergences.update(kernel._divergences)
 
     @property
-    def stats(self) -> dict[str, Tensor]:
-        """What goes into ``sample_stats``, each ``(S,)``."""
+    def stats(self) -> Values:
+        """The variables of ``sample_stats`` except ``lp``, each ``(S,)``."""
         count = torch.arange(1, self.num_samples + 1, dtype=torch.float64)
-        total = count * torch.tensor(self.mean_acceptance, dtype=torch.float64)  # NUTS keeps the mean so far
+        total = count * torch.tensor(self.mean_acceptance, dtype=torch.float64)  # NUTS reports the running mean
         return {
             "diverging": torch.tensor([draw in self.divergences for draw in range(self.num_samples)]),
             "acceptance_rate": total.diff(prepend=total.new_zeros(1)).clamp(0, 1),
@@ -283,14 +285,14 @@ class _Chain:
 # -- export ------------------------------------------------------------------------------------------------------------
 
 
-def _export(program: Program, guide: AutoContinuous, chains: Sequence[_Chain]) -> Any:
-    """The draws of all chains with all that ArviZ's functions ask for."""
+def _export(program: Program, guide: AutoContinuous, chains: Sequence[_Chain]) -> InferenceData:
+    """Export the draws of all chains with the groups that ArviZ's functions need."""
     num_samples = chains[0].num_samples
     with evaluation():
         draws = program.log_density.constrain(guide.get_transform()(torch.cat([chain.noise for chain in chains])))
         scores = score_model(program, draws, program.default_chunk_size)
-    log_p, none = scores.log_p, torch.zeros_like(scores.log_p)
-    weighted = WeightedDraws(draws, log_p, log_p, none, model_mode=scores.mode, model_note=scores.note)
+    log_p, log_w = scores.log_p, torch.zeros_like(scores.log_p)
+    weighted = WeightedDraws(draws, log_p, log_p, log_w, model_mode=scores.mode, model_note=scores.note)
     groups, notes = collect_groups(program, weighted)
     stats = {name: torch.cat([chain.stats[name] for chain in chains]) for name in chains[0].stats}
     groups["sample_stats"] = stats | {"lp": log_p}
@@ -305,7 +307,7 @@ def _export(program: Program, guide: AutoContinuous, chains: Sequence[_Chain]) -
 
 
 def _by_chain(dataset: xr.Dataset, num_chains: int) -> xr.Dataset:
-    """One chain that holds the draws of all, cut into as many."""
+    """Split a dataset with the draws of all chains into its chains."""
     if "draw" not in dataset.dims or num_chains == 1:
         return dataset
     size = dataset.sizes["draw"] // num_chains

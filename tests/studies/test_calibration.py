@@ -1,4 +1,4 @@
-"""Variational simulation-based calibration: known guides of a known posterior, and the symmetry test itself."""
+"""Variational simulation-based calibration with known guides of a known posterior, and the symmetry test itself."""
 
 import itertools
 
@@ -12,7 +12,8 @@ from pyro.infer.autoguide import AutoDiagonalNormal
 from scipy import stats
 
 import pyro_flowguides as fg
-from pyro_flowguides.studies.calibration import VSBC, symmetry_test, vsbc
+from pyro_flowguides.studies import VSBC, vsbc
+from pyro_flowguides.studies.symmetry import symmetry_test
 
 DATA = torch.zeros(3)
 
@@ -24,7 +25,7 @@ def conjugate(y):
 
 
 def fixed(shift=0.0, stretch=1.0):
-    """Makes guides that are the exact posterior, moved by so many of its sd and stretched."""
+    """Return a factory of guides that are the exact posterior, shifted by some of its sd and stretched."""
 
     def make(model):
         y = poutine.trace(model).get_trace(DATA).nodes["y"]["value"]
@@ -49,37 +50,37 @@ def study(guide, model=conjugate, *args, **options):
 
 
 def test_the_exact_posterior_gives_uniform_p():
-    found = study(fixed(), replicates=100)
-    assert found.p["z"].shape == (100,)
-    assert stats.kstest(found.p["z"].numpy(), "uniform").pvalue > 0.01
-    assert found.p_values["z"] > 0.05
-    assert found.biased == []
-    assert found.table["width"][0] == ""
+    result = study(fixed(), replicates=100)
+    assert result.p["z"].shape == (100,)
+    assert stats.kstest(result.p["z"].numpy(), "uniform").pvalue > 0.01
+    assert result.p_values["z"] > 0.05
+    assert result.biased == []
+    assert result.table["width"][0] == ""
 
 
 @pytest.mark.parametrize(("shift", "direction"), [(-1.0, "too low"), (1.0, "too high")])
 def test_a_biased_guide_is_flagged_with_its_direction(shift, direction):
-    found = study(fixed(shift))
-    assert found.p_values["z"] < 0.01
-    assert found.biased == ["z"]
-    assert found.table["bias"][0] == direction
-    assert f"{direction}" in str(found)
+    result = study(fixed(shift))
+    assert result.p_values["z"] < 0.01
+    assert result.biased == ["z"]
+    assert result.table["bias"][0] == direction
+    assert direction in str(result)
 
 
 @pytest.mark.parametrize(("stretch", "width"), [(0.3, "too narrow"), (4.0, "too wide")])
-def test_a_wrong_spread_is_symmetric(stretch, width):
-    found = study(fixed(stretch=stretch))
-    assert found.p_values["z"] > 0.01
-    assert found.table["width"][0] == width
+def test_a_wrong_spread_is_symmetric_and_shown_as_width(stretch, width):
+    result = study(fixed(stretch=stretch))
+    assert result.p_values["z"] > 0.01
+    assert result.table["width"][0] == width
 
 
 @pytest.mark.parametrize("guide", [AutoDiagonalNormal, fg.AutoPlanar])
 def test_fitted_guides(guide):
     options = {"steps": 80, "lr": 0.1, "num_particles": 8}
-    found = study(guide, replicates=5, fit_options=options)
-    assert found.errors == ()
-    assert found.biased == []
-    assert 0.1 < found.p["z"].mean() < 0.9
+    result = study(guide, replicates=5, fit_options=options)
+    assert result.errors == ()
+    assert result.biased == []
+    assert 0.1 < result.p["z"].mean() < 0.9
 
 
 def two_sites(x, y=None):
@@ -93,14 +94,14 @@ def two_sites(x, y=None):
 @pytest.mark.parametrize("y", [None, torch.zeros(5)])
 def test_shapes_labels_and_observed(y):
     x = torch.arange(10.0).reshape(5, 2) / 5
-    found = study(AutoDiagonalNormal, two_sites, x, replicates=4, observed=["y"], y=y)
-    assert {name: value.shape for name, value in found.p.items()} == {"w": (4, 2), "s": (4,)}
-    assert {name: value.shape for name, value in found.p_values.items()} == {"w": (2,), "s": ()}
-    assert set(found.table["marginal"]) == {"w[0]", "w[1]", "s"}
-    assert sum(axes.has_data() for axes in found.plot().axes) == 3
+    result = study(AutoDiagonalNormal, two_sites, x, replicates=4, observed=["y"], y=y)
+    assert {name: value.shape for name, value in result.p.items()} == {"w": (4, 2), "s": (4,)}
+    assert {name: value.shape for name, value in result.p_values.items()} == {"w": (2,), "s": ()}
+    assert set(result.table["marginal"]) == {"w[0]", "w[1]", "s"}
+    assert sum(axes.has_data() for axes in result.plot().axes) == 3
 
 
-def test_same_seed_same_p_and_nothing_outside_changes():
+def test_the_seed_determines_p_and_nothing_outside_changes():
     pyro.param("nothing", torch.tensor(7.0))
     state = torch.get_rng_state()
     first, second, other = (study(fixed(), replicates=3, seed=seed).p["z"] for seed in (1, 1, 2))
@@ -112,13 +113,13 @@ def test_same_seed_same_p_and_nothing_outside_changes():
 
 def test_replicates_that_fail_are_left_out():
     makers = itertools.cycle([fixed(), lambda model: 1 / 0])
-    found = study(lambda model: next(makers)(model), replicates=6)
-    assert found.replicates == 3
-    assert len(found.errors) == 3
-    assert "3 failed" in str(found)
+    result = study(lambda model: next(makers)(model), replicates=6)
+    assert result.replicates == 3
+    assert len(result.errors) == 3
+    assert "3 failed" in str(result)
 
 
-def test_failing_from_the_start_is_an_error():
+def test_it_is_an_error_if_the_first_replicates_fail():
     with pytest.raises(RuntimeError, match=r"first 3 replicates failed.*division by zero"):
         study(lambda model: 1 / 0)
 
@@ -180,7 +181,7 @@ def test_the_statistic_is_that_of_kolmogorov_and_smirnov():
 
 
 def test_the_p_value_is_exact():
-    """Over all ways in which eight distances from 1/2 can lie on either side."""
+    """Over all ways to place eight distances on either side of 1/2."""
     distances = torch.linspace(0.05, 0.45, 8, dtype=torch.float64)
     signs = torch.tensor(list(itertools.product([-1.0, 1.0], repeat=8)), dtype=torch.float64)
     tests = [symmetry_test(0.5 + row * distances) for row in signs]
@@ -189,11 +190,11 @@ def test_the_p_value_is_exact():
         assert p_value == pytest.approx((statistics >= statistic - 1e-9).mean())
 
 
-def test_no_asymmetry_at_all():
+def test_a_constant_half_is_symmetric():
     assert symmetry_test(torch.full((5,), 0.5)) == (0.0, 1.0)
 
 
-def test_many_marginals_are_cut_short():
+def test_only_the_first_of_many_marginals_are_shown():
     p = torch.rand(50, 20, dtype=torch.float64)
     text = str(VSBC({"z": p}, num_samples=100))
     assert "... and 8 more" in text

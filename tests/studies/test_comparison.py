@@ -1,4 +1,4 @@
-"""Several guides side by side: the order, the verdicts, and that nothing of one fit touches another."""
+"""Several guides side by side: their order, their verdicts, and the isolation of each fit."""
 
 import math
 
@@ -17,7 +17,7 @@ QUICK = {"steps": 150, "num_particles": 16, "lr": 0.05}
 
 
 def correlated():
-    """The posterior of two coordinates whose sum is nearly known: correlation -0.96."""
+    """Two coordinates whose sum is nearly known: their posterior correlation is -0.96."""
     z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
     pyro.sample("x", dist.Normal(z.sum(-1), 0.2), obs=torch.tensor(1.0))
 
@@ -36,7 +36,7 @@ def two_modes():
 
 
 def starting_at(*values):
-    """Makes guides that start at one value after the other."""
+    """Return a factory of guides, each of which starts at the next value."""
     values = iter(values)
     return lambda model: AutoDiagonalNormal(model, init_loc_fn=init_to_value(values={"z": torch.tensor(next(values))}))
 
@@ -47,31 +47,33 @@ def quick(model, **options):
 
 def test_the_guide_that_can_follow_the_correlation_comes_first():
     options = {"steps": 300, "num_particles": 16, "lr": 0.05}
-    found = quick(correlated, guides=["diagonal", "mvn"], fit_options=options)
-    assert list(found.table["guide"]) == ["mvn", "diagonal"]
-    mvn, diagonal = found.table.to_dict("records")
+    comparison = quick(correlated, guides=["diagonal", "mvn"], fit_options=options)
+    assert list(comparison.table["guide"]) == ["mvn", "diagonal"]
+    mvn, diagonal = comparison.table.to_dict("records")
     assert mvn["elbo"] == pytest.approx(LOG_EVIDENCE, abs=0.15)
     assert mvn["elbo"] - diagonal["elbo"] > 0.7
     assert mvn["agreement"] < 0.3
-    assert found.best is found.results["mvn"]
-    assert found.best.diagnosis.agreement.num_fits == 2
-    assert found.best.diagnosis.verdict == mvn["verdict"]
+    assert comparison.best is comparison.results["mvn"]
+    assert comparison.best.diagnosis.agreement.num_fits == 2
+    assert comparison.best.diagnosis.verdict == mvn["verdict"]
     assert diagonal["verdict"] != "good"
 
 
-def test_fits_that_disagree_are_not_called_good():
-    found = quick(two_modes, guides=[("one mode", starting_at(-5.0, -5.0)), ("either mode", starting_at(-5.0, 5.0))])
-    rows = {row["guide"]: row for row in found.table.to_dict("records")}
+def test_fits_that_disagree_are_not_trusted():
+    comparison = quick(
+        two_modes, guides=[("one mode", starting_at(-5.0, -5.0)), ("either mode", starting_at(-5.0, 5.0))]
+    )
+    rows = {row["guide"]: row for row in comparison.table.to_dict("records")}
     assert rows["one mode"]["agreement"] < 0.2
     assert rows["either mode"]["agreement"] > 5
     assert rows["either mode"]["verdict"] == "do not trust"
-    assert "disagree" in found.results["either mode"].diagnosis.reason
+    assert "disagree" in comparison.results["either mode"].diagnosis.reason
 
 
-def test_one_fit_leaves_the_agreement_open():
-    found = quick(normal, guides=["diagonal"], repeats=1)
-    assert math.isnan(found.table["agreement"][0])
-    assert found.results["diagonal"].diagnosis.agreement is None
+def test_one_fit_has_no_agreement():
+    comparison = quick(normal, guides=["diagonal"], repeats=1)
+    assert math.isnan(comparison.table["agreement"][0])
+    assert comparison.results["diagonal"].diagnosis.agreement is None
 
 
 def broken(model):
@@ -79,51 +81,51 @@ def broken(model):
 
 
 def test_a_guide_that_raises_is_listed_as_failed():
-    found = quick(normal, guides=[broken, "diagonal", ("nothing", lambda model: None)], repeats=1)
-    assert list(found.table["guide"]) == ["diagonal", "broken", "nothing"]
-    assert list(found.table["verdict"][1:]) == ["failed", "failed"]
-    assert found.table["error"][1] == "failed: RuntimeError: out of order"
-    assert "must return a guide" in found.table["error"][2]
-    assert list(found.results) == ["diagonal"]
-    assert "failed: RuntimeError: out of order" in str(found)
-    assert "second line" not in str(found)
+    comparison = quick(normal, guides=[broken, "diagonal", ("nothing", lambda model: None)], repeats=1)
+    assert list(comparison.table["guide"]) == ["diagonal", "broken", "nothing"]
+    assert list(comparison.table["verdict"][1:]) == ["failed", "failed"]
+    assert comparison.table["error"][1] == "failed: RuntimeError: out of order"
+    assert "must return a guide" in comparison.table["error"][2]
+    assert list(comparison.results) == ["diagonal"]
+    assert "failed: RuntimeError: out of order" in str(comparison)
+    assert "second line" not in str(comparison)
 
 
-def test_all_guides_may_fail():
-    found = quick(normal, guides=[broken])
-    assert "out of order" in str(found)
+def test_every_guide_may_fail():
+    comparison = quick(normal, guides=[broken])
+    assert "out of order" in str(comparison)
     with pytest.raises(RuntimeError, match="every fit failed"):
-        _ = found.best
-    found.plot()
+        _ = comparison.best
+    assert not comparison.plot().has_data()
 
 
-def test_one_repeat_may_fail():
+def test_one_of_the_repeats_may_fail():
     makers = iter([broken, AutoDiagonalNormal])
-    found = quick(normal, guides=[("sometimes", lambda model: next(makers)(model))])
-    assert found.table["verdict"][0] != "failed"
-    assert found.table["error"][0].startswith("1 of 2 fits failed")
-    assert "1 of 2 fits failed" in str(found)
+    comparison = quick(normal, guides=[("sometimes", lambda model: next(makers)(model))])
+    assert comparison.table["verdict"][0] != "failed"
+    assert comparison.table["error"][0].startswith("1 of 2 fits failed")
+    assert "1 of 2 fits failed" in str(comparison)
 
 
-def test_a_fit_that_cannot_be_judged_has_no_place_in_the_order():
+def test_a_fit_without_a_verdict_counts_as_failed():
     def minibatch():
         z = pyro.sample("z", dist.Normal(0.0, 1.0))
         with pyro.plate("data", 10, subsample_size=5) as index:
             pyro.sample("x", dist.Normal(z, 1.0), obs=torch.zeros(10)[index])
 
-    found = quick(minibatch, guides=["diagonal"], repeats=1, fit_options={"steps": 4})
-    assert found.table["verdict"][0] == "failed"
-    assert "subsampled" in found.table["error"][0]
+    comparison = quick(minibatch, guides=["diagonal"], repeats=1, fit_options={"steps": 4})
+    assert comparison.table["verdict"][0] == "failed"
+    assert "subsampled" in comparison.table["error"][0]
 
 
-def test_the_callers_store_and_generator_are_untouched():
+def test_parameter_store_and_generator_are_left_as_they_were():
     AutoNormal(normal)()  # parameters with the names that a guide of compare would have
     before = dict(pyro.get_param_store().items())
     state = torch.get_rng_state()
     quick(normal, guides=["normal"], repeats=1)
     after = dict(pyro.get_param_store().items())
     assert before.keys() == after.keys()
-    assert all(after[name] is not None and torch.equal(value, after[name]) for name, value in before.items())
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
     assert torch.equal(state, torch.get_rng_state())
 
 
@@ -143,10 +145,10 @@ def by_hand(model):
 
 @pytest.mark.parametrize("make", [AutoNormal, by_hand])
 def test_results_keep_their_parameters(make):
-    """Side by side in one store, with parameters of the model, and for guides that are plain functions."""
-    found = quick(with_parameter, guides=[("first", make), ("second", make)], repeats=1, seed=3)
-    AutoNormal(with_parameter)()  # someone else's parameters under the same names
-    for result in found.results.values():
+    """Also parameters of the model, those of guides that are plain functions, and those with the same names."""
+    comparison = quick(with_parameter, guides=[("first", make), ("second", make)], repeats=1, seed=3)
+    AutoNormal(with_parameter)()  # other parameters under the same names
+    for result in comparison.results.values():
         again = diagnose(result.model, result.guide)
         assert again.elbo == pytest.approx(result.diagnosis.elbo, abs=0.1)
     assert "loc" not in pyro.get_param_store()
@@ -162,29 +164,29 @@ class Module(PyroModule):
         pyro.sample("x", dist.Normal(z, self.scale), obs=torch.tensor(0.5))
 
 
-def test_a_module_is_trained_in_copies():
+def test_each_fit_trains_a_copy_of_a_module():
     model = Module()
-    found = quick(model, guides=["diagonal"], repeats=1)
+    comparison = quick(model, guides=["diagonal"], repeats=1)
     assert model.scale.item() == pytest.approx(3.0)
-    assert found.results["diagonal"].model.scale.item() < 2.5
+    assert comparison.results["diagonal"].model.scale.item() < 2.5
 
 
-def test_same_seed_same_table():
+def test_the_seed_determines_the_table():
     first, second = (quick(correlated, guides=["planar"], fit_options={"steps": 20}, seed=4) for _ in range(2))
     assert_close(first.table["elbo"][0], second.table["elbo"][0])
     assert_close(first.table["agreement"][0], second.table["agreement"][0])
 
 
 def test_print_and_plot():
-    found = quick(normal, guides=["diagonal", ("broken", broken)], repeats=1)
-    header, row, failure = str(found).splitlines()
+    comparison = quick(normal, guides=["diagonal", ("broken", broken)], repeats=1)
+    header, row, failure = str(comparison).splitlines()
     assert header.split() == ["guide", "ELBO", "k-hat", "ESS", "agreement", "time", "steps", "verdict"]
     assert row.startswith("diagonal")
-    assert row.index(" s ") < row.index(found.table["verdict"][0])
+    assert row.index(" s ") < row.index(comparison.table["verdict"][0])
     assert failure.startswith("broken")
-    axes = found.plot()
+    axes = comparison.plot()
     assert [label.get_text() for label in axes.get_yticklabels()] == ["diagonal"]
-    assert found.plot(axes) is axes
+    assert comparison.plot(axes) is axes
 
 
 @pytest.mark.parametrize(
@@ -205,6 +207,6 @@ def test_refusals(options, error, match):
         compare(normal, progress=False, **options)
 
 
-def test_a_guide_made_already_is_refused():
+def test_a_guide_instead_of_a_factory_is_refused():
     with pytest.raises(TypeError, match="of its own"):
         compare(normal, guides=[AutoNormal(normal)], progress=False)

@@ -1,0 +1,131 @@
+"""Fits that leave nothing behind: each has its own parameter store, parameters and random state."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TypeAlias
+
+import pyro
+import torch
+from pyro.nn import PyroModule
+from pyro.params.param_store import StateDict
+from torch import nn
+
+from pyro_flowguides.diagnostics import Agreement, Diagnosis
+from pyro_flowguides.diagnostics.resampling import resample
+from pyro_flowguides.diagnostics.verdict import diagnose_program
+from pyro_flowguides.diagnostics.weights import weigh
+from pyro_flowguides.inference.fitting import FitResult, fit
+from pyro_flowguides.programs.types import Args, Guide, Kwargs, Model, Values
+from pyro_flowguides.studies.guide_factories import GuideFactory
+
+__all__ = ["IsolatedFit", "diagnose_again", "fit_in_isolation"]
+
+Result: TypeAlias = FitResult[Guide]
+
+#: Draws by which independent fits are compared, before and after resampling.
+NUM_AGREEMENT_SAMPLES = 4000
+
+_numbers = itertools.count()
+
+
+@dataclass(frozen=True)
+class IsolatedFit:
+    """A fit that succeeded.
+
+    Attributes:
+        result: the result, whose model and guide find their parameters wherever they run.
+        diagnosis: its verdict.
+        draws: importance-resampled draws; ``None`` where no draw has a positive weight.
+    """
+
+    result: Result
+    diagnosis: Diagnosis
+    draws: Values | None
+
+    @property
+    def elbo(self) -> float:
+        """The ELBO, −inf where it is undefined."""
+        return -math.inf if math.isnan(self.diagnosis.elbo) else self.diagnosis.elbo
+
+
+def fit_in_isolation(
+    label: str, factory: GuideFactory, model: Model, args: Args, kwargs: Kwargs, options: Kwargs, seed: int
+) -> IsolatedFit:
+    """Fit a guide made for the occasion; a model that is a module is trained as a copy.
+
+    Raises:
+        TypeError: if the factory does not return a guide.
+        ValueError: if the fit cannot be diagnosed.
+        Exception: whatever model, guide or fit raise.
+    """
+    with _isolation(seed) as store_state:
+        own = copy.deepcopy(model) if isinstance(model, nn.Module) else model
+        guide = _with_own_names(factory(own), label)
+        result = fit(own, guide, *args, seed=seed, progress=False, **options, **kwargs)
+        if result.diagnosis is None:
+            raise ValueError(result.why_no_verdict)
+        draws = _resampled(result)
+    return IsolatedFit(_with_parameters(result, store_state), result.diagnosis, draws)
+
+
+def diagnose_again(fit: IsolatedFit, agreement: Agreement, seed: int) -> IsolatedFit:
+    """Judge a fit again, together with its agreement with others."""
+    with _isolation(seed):
+        diagnosis = diagnose_program(fit.result.program, agreement=agreement)
+    return replace(fit, result=replace(fit.result, diagnosis=diagnosis), diagnosis=diagnosis)
+
+
+@contextmanager
+def _isolation(seed: int) -> Iterator[StateDict]:
+    """Provide a parameter store and a random state for a block; yield the store's state, which the block fills."""
+    with torch.random.fork_rng(devices=[]), pyro.get_param_store().scope() as state:
+        torch.manual_seed(seed)
+        yield state
+
+
+def _with_own_names(guide: Guide, label: str) -> Guide:
+    """Give a guide names in the parameter store that no other guide has."""
+    if not callable(guide):
+        raise TypeError(f"the function for {label!r} must return a guide, not {type(guide).__name__}")
+    if isinstance(guide, PyroModule) and not guide._pyro_context.used:
+        guide._pyro_set_supermodule(f"compare_{next(_numbers)}_{label}", guide._pyro_context)
+    return guide
+
+
+def _resampled(result: Result) -> Values | None:
+    weighted = weigh(result.program, NUM_AGREEMENT_SAMPLES)
+    try:
+        return resample(weighted, NUM_AGREEMENT_SAMPLES).draws
+    except ValueError:  # no draw has a positive weight, which the diagnosis says too
+        return None
+
+
+class _WithStore:
+    """A model or guide that always runs with a given state of the parameter store."""
+
+    def __init__(self, program: Model, state: StateDict) -> None:
+        self.program, self.state = program, state
+        self.__name__ = str(getattr(program, "__name__", type(program).__name__))
+
+    def __call__(self, *args: object, **kwargs: object) -> object:
+        with pyro.get_param_store().scope(self.state):
+            return self.program(*args, **kwargs)
+
+
+def _with_parameters(result: Result, state: StateDict) -> Result:
+    """Tie model and guide to the parameters of the fit, unless all of them belong to modules."""
+    program = result.program
+    modules = [part for part in (program.model, program.guide) if isinstance(part, PyroModule)]
+    owned = {id(parameter) for module in modules for parameter in module.parameters()}
+    if all(id(parameter) in owned for parameter in state["params"].values()):
+        return result
+    model, guide = (
+        part if isinstance(part, PyroModule) else _WithStore(part, state) for part in (program.model, program.guide)
+    )
+    return replace(result, program=replace(program, model=model, guide=guide))
