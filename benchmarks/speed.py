@@ -1,11 +1,11 @@
-"""What training steps, inverses and whole fits cost: ours beside Pyro, NumPyro, FlowJAX, zuko, normflows and the floor.
+"""The cost of training steps, inverses and fits, next to Pyro, NumPyro, FlowJAX, zuko, normflows and a floor.
 
     python benchmarks/speed.py --numpyro PYTHON --peers PYTHON
 
-PYTHON are interpreters with the libraries that are not installed here: one with NumPyro and FlowJAX, one with torch,
-zuko and normflows. What cannot be imported is left out. Every competitor runs in a process of its own on one thread.
-Within a setting they take turns, and what is compared is processor time: medians, and medians of the ratios within a
-round. Compilation is timed apart.
+PYTHON is an interpreter with libraries that are not installed here: one with NumPyro and FlowJAX, one with torch,
+zuko and normflows. Competitors whose libraries are missing are left out. Every competitor runs in a process of its
+own on one thread. Within a setting, they take turns. Processor times are compared by their medians, and by the
+medians of the ratios within a round. Compilation is timed separately.
 
 Studies:
     steps    a step of a three-layer IAF on a hierarchical normal model with D latent variables, P particles
@@ -13,7 +13,7 @@ Studies:
     vae      a step of an MLP VAE with 64 latent variables
     gap      wall time until the ELBO is within 0.1 nat of the known evidence, compilation included
 
-Each writes ``speed_STUDY.csv``, the table ``speed_STUDY.md`` and the figure ``speed_STUDY.png``.
+Each study writes ``speed_STUDY.csv``, the table ``speed_STUDY.md`` and the figure ``speed_STUDY.png``.
 """
 
 from __future__ import annotations
@@ -35,12 +35,14 @@ from speed_workers import COMPETITORS, Worker
 
 RESULTS = Path(__file__).parent / "results"
 Setting = dict[str, Any]
-#: Hidden widths of ``AutoIAF``, whatever D.
+#: Hidden widths of ``AutoIAF`` for every D.
 HIDDEN = 64
-#: Wall seconds after which a peer is given up that is not near the evidence.
+#: Wall seconds after which a peer that is not near the evidence is stopped.
 PATIENCE = 30.0
-#: Processor seconds of a turn; and rounds, fewer where a single call takes longer than so many seconds.
-TURN, ROUNDS, FEWER_ROUNDS = 0.05, 9, ((1.0, 3), (0.2, 5))
+#: Processor seconds of a turn.
+TURN = 0.05
+#: Rounds of turns; and smaller numbers of rounds for calls that take longer than some seconds.
+ROUNDS, FEWER_ROUNDS = 9, ((1.0, 3), (0.2, 5))
 
 
 def steps(*settings: tuple[int, int, int]) -> list[Setting]:
@@ -61,7 +63,7 @@ def gaps(*settings: tuple[str, int]) -> list[Setting]:
 
 @dataclass(frozen=True)
 class Study:
-    """The settings in which competitors take part, those of a quick run, and facts that workers tell beside times."""
+    """The settings of a study, those of a quick run, and the facts that workers report in addition to times."""
 
     settings: Sequence[Setting]
     quick: Sequence[Setting]
@@ -94,63 +96,70 @@ STUDIES = {
 }
 
 
-def told(study: str, setting: Setting) -> Setting:
-    """What a worker has to know of a setting."""
+def for_worker(study: str, setting: Setting) -> Setting:
+    """Return a setting with everything that a worker needs to know."""
     if study != "gap":
         return setting
     return {**setting, "log_evidence": log_evidence(setting["target"], setting["dim"]), "seconds": PATIENCE}
 
 
 def measure(study: str, setting: Setting, workers: Sequence[Worker], rounds: int) -> list[dict[str, Any]]:
-    """A row for every worker: set up one after the other, then in turns."""
-    found = {worker.name: worker.ask(setup=told(study, setting)) for worker in workers}
-    running = [worker for worker in workers if found[worker.name]]
-    times: dict[str, list[float]] = {worker.name: [] for worker in workers}
-    if STUDIES[study].timed and running:
-        slowest = max(answer["call"] for answer in found.values() if answer)
-        for _ in range(next((most for limit, most in FEWER_ROUNDS if slowest > limit and most < rounds), rounds)):
-            for worker in list(running):
-                answer = worker.ask(run=max(1, round(TURN / max(1e-9, found[worker.name]["call"]))))
-                if answer:
-                    times[worker.name].append(answer["ms"])
-                else:
-                    running.remove(worker)
-                    times[worker.name].clear()
+    """Return a row for every worker. They are set up one after the other, and then take turns."""
+    setups = {worker.name: worker.ask(setup=for_worker(study, setting)) for worker in workers}
+    times = take_turns(setups, workers, rounds) if STUDIES[study].timed else {}
     return [
         {
             **setting,
             "competitor": worker.name,
-            "ms": speed_report.median(times[worker.name]),
-            "first": f"{found[worker.name].get('first', float('nan')):.3g}",
-            **{fact: found[worker.name].get("facts", {}).get(fact, "") for fact in STUDIES[study].facts},
+            "ms": speed_report.median(times.get(worker.name, [])),
+            "first": f"{setups[worker.name].get('first', float('nan')):.3g}",
+            **{fact: setups[worker.name].get("facts", {}).get(fact, "") for fact in STUDIES[study].facts},
             "left_out": worker.left_out,
-            "rounds": " ".join(f"{ms:.4g}" for ms in times[worker.name]),
+            "rounds": " ".join(f"{ms:.4g}" for ms in times.get(worker.name, [])),
         }
         for worker in workers
     ]
 
 
-def run(study: str, arguments: argparse.Namespace, about: Mapping[str, str]) -> Path:
-    """All settings of a study; the file with the rows."""
-    interpreters = {"own": sys.executable, "numpyro": arguments.numpyro, "peers": arguments.peers}
-    if arguments.device != "cpu":
+def take_turns(
+    setups: Mapping[str, Mapping[str, Any]], workers: Sequence[Worker], rounds: int
+) -> dict[str, list[float]]:
+    """Return the milliseconds per step of every round and worker; none for workers that fail."""
+    running = [worker for worker in workers if setups[worker.name]]
+    times: dict[str, list[float]] = {worker.name: [] for worker in running}
+    slowest = max((setup["call"] for setup in setups.values() if setup), default=0.0)
+    for _ in range(next((fewer for limit, fewer in FEWER_ROUNDS if slowest > limit and fewer < rounds), rounds)):
+        for worker in list(running):
+            answer = worker.ask(run=max(1, round(TURN / max(1e-9, setups[worker.name]["call"]))))
+            if answer:
+                times[worker.name].append(answer["ms"])
+            else:
+                running.remove(worker)
+                times[worker.name].clear()
+    return times
+
+
+def run(study: str, settings: Sequence[Setting], options: argparse.Namespace) -> Path:
+    """Run all settings of a study, and return the path of the file with its rows."""
+    interpreters = {"own": sys.executable, "numpyro": options.numpyro, "peers": options.peers}
+    if options.device != "cpu":
         del interpreters["numpyro"]
-    suffix = "" if arguments.device == "cpu" else f"_{arguments.device}"
-    path: Path = arguments.output / f"speed_{study}{suffix}.csv"
+    suffix = "" if options.device == "cpu" else f"_{options.device}"
+    path: Path = options.output / f"speed_{study}{suffix}.csv"
     path.unlink(missing_ok=True)
-    settings = STUDIES[study].quick if arguments.quick else STUDIES[study].settings
-    with tempfile.TemporaryDirectory() as cache:  # so that compilation starts from nothing
-        names = [name for name in COMPETITORS[study] if not arguments.only or name in arguments.only]
-        workers = [Worker(study, name, interpreters, arguments.device, Path(cache)) for name in names]
+    about = {"date": str(datetime.date.today()), "hardware": hardware(options.device)}
+    with tempfile.TemporaryDirectory() as cache:  # an empty cache for the compilers
+        names = [name for name in COMPETITORS[study] if not options.only or name in options.only]
+        workers = [Worker(study, name, interpreters, options.device, Path(cache)) for name in names]
         try:
             for worker in workers:
                 worker.start()
             for setting in settings:
-                for row, worker in zip(measure(study, setting, workers, arguments.rounds), workers, strict=True):
+                for row, worker in zip(measure(study, setting, workers, options.rounds), workers, strict=True):
                     versions = ", ".join(f"{name} {version}" for name, version in worker.versions.items())
                     append_row(path, {**row, **about, "versions": versions})
-                    told_of = ", ".join(f"{key} {row[key]}" for key in ("ms", "first", *STUDIES[study].facts))
-                    print(*setting.values(), f"{worker.name}: {row['left_out'] or told_of}", flush=True)
+                    summary = ", ".join(f"{key} {row[key]}" for key in ("ms", "first", *STUDIES[study].facts))
+                    print(*setting.values(), f"{worker.name}: {row['left_out'] or summary}", flush=True)
         finally:
             for worker in workers:
                 worker.stop()
@@ -158,6 +167,7 @@ def run(study: str, arguments: argparse.Namespace, about: Mapping[str, str]) -> 
 
 
 def hardware(device: str) -> str:
+    """Return the names of the processors that run the studies."""
     if device == "cpu":
         return processor()
     import torch
@@ -165,7 +175,7 @@ def hardware(device: str) -> str:
     return f"{torch.cuda.get_device_name()}, {processor()}"
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--studies", nargs="*", choices=STUDIES, default=list(STUDIES))
     parser.add_argument("--numpyro", default=sys.executable, help="interpreter that has NumPyro and FlowJAX")
@@ -173,13 +183,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", nargs="*", metavar="COMPETITOR", help="only these, by their names in the tables")
     parser.add_argument("--quick", action="store_true", help="a few settings of every study")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
-    parser.add_argument("--device", default="cpu", help="cuda: wall time of what runs on torch there")
+    parser.add_argument("--device", default="cpu", help="cuda: wall time on a GPU of everything built on torch")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for tables and figures")
-    given = parser.parse_args(arguments)
-    about = {"date": str(datetime.date.today()), "hardware": hardware(given.device)}
-    for study in given.studies:
-        path = run(study, given, about)
-        print(speed_report.write(study, path))
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    options = parse(argv)
+    for study in options.studies:
+        settings = STUDIES[study].quick if options.quick else STUDIES[study].settings
+        print(speed_report.write(study, run(study, settings, options)))
 
 
 if __name__ == "__main__":

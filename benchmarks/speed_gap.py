@@ -1,4 +1,4 @@
-"""Time until the ELBO is near the evidence: the targets with their known evidence, and how that time is taken."""
+"""Time until the ELBO is near the evidence: targets with known evidence, and the clock."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from typing import Any
 
 from speed_workers import Job
 
-#: Nats between the ELBO and the log evidence that count as near.
+#: The ELBO is near the log evidence if it is at most this many nats below.
 NEAR = 0.1
-RATE = 1e-2
+LR = 1e-2
 
 
 @dataclass(frozen=True)
 class Target:
-    """How peers are trained: particles of a step, steps between looks at the ELBO, draws behind a look."""
+    """The training of the peers: particles of a step, steps between checks of the ELBO, draws for a check."""
 
-    particles: int = 32
-    chunk: int = 100
-    draws: int = 2000
+    num_particles: int = 32
+    check_every: int = 100
+    num_samples: int = 2000
 
 
 def log_evidence(target: str, dim: int) -> float:
-    r"""Of observations y evenly spaced in [-1, 1], D - 1 = n of them.
+    r"""Return the log evidence of n = D - 1 observations y, evenly spaced in [-1, 1].
 
-    "location", :math:`y \sim N(0, \tfrac54 I + 11^\top)`: by its determinant and inverse, where y sums to 0. "scale",
-    :math:`y_i \mid s \sim N(0, e^{2s} + \tfrac14), s \sim N(0, 1)`: by the trapezium rule over s.
+    For "location", :math:`y \sim N(0, \tfrac54 I + 11^\top)`, from its determinant and inverse, where y sums to 0. For
+    "scale", :math:`y_i \mid s \sim N(0, e^{2s} + \tfrac14), s \sim N(0, 1)`, by the trapezoidal rule over s.
     """
     n = dim - 1
     squares = sum((-1 + 2 * i / (n - 1)) ** 2 for i in range(n)) if n > 1 else 1.0
@@ -43,28 +43,32 @@ def log_evidence(target: str, dim: int) -> float:
 
     width = 0.005
     values = [log_density(width * k) for k in range(-2000, 2001)]
-    most = max(values)
-    return most + math.log(width * sum(math.exp(value - most) for value in values))
+    largest = max(values)
+    return largest + math.log(width * sum(math.exp(value - largest) for value in values))
 
 
 def until_near(
-    chunk: Callable[[], None], elbo: Callable[[], float], evidence: float, seconds: float, spent: float = 0.0
+    train: Callable[[], None], elbo: Callable[[], float], evidence: float, seconds: float, spent: float = 0.0
 ) -> Job:
-    """Chunks of steps until the ELBO is near, or so many wall seconds are over; looking is not counted.
+    """Return a job that trains in stretches until the ELBO is near, or its wall seconds are over. Checks are not timed.
 
     Args:
-        spent: seconds that were used before, to be counted.
+        train: takes the steps between two checks.
+        elbo: estimates the ELBO.
+        evidence: the log evidence.
+        seconds: wall seconds after which the training is stopped.
+        spent: seconds that were spent before, to be added.
     """
     facts: dict[str, Any] = {}
 
     def call() -> None:
-        used, chunks, near = 0.0, 0, False
+        used, stretches, gap, near = 0.0, 0, math.nan, False
         while not near and used < seconds:
             begin = time.perf_counter()
-            chunk()
-            used, chunks = used + time.perf_counter() - begin, chunks + 1
+            train()
+            used, stretches = used + time.perf_counter() - begin, stretches + 1
             gap = evidence - elbo()
             near = gap < NEAR
-        facts.update(near=near, seconds=spent + used, steps=chunks * Target.chunk, gap=gap)
+        facts.update(near=near, seconds=spent + used, steps=stretches * Target.check_every, gap=gap)
 
     return Job(call, warm_up=0, facts=lambda: facts)

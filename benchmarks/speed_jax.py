@@ -15,12 +15,12 @@ from jax import Array, lax, random
 from jax.example_libraries import stax
 from numpyro.infer import SVI, Trace_ELBO
 from numpyro.infer.autoguide import AutoIAFNormal
-from speed_gap import RATE, Target, until_near
+from speed_gap import LR, Target, until_near
 from speed_workers import Job, not_below
 
 FLOWS = 3
-STEP_RATE = 1e-3
-#: Steps in one compiled scan: fewer where they are long.
+STEP_LR = 1e-3
+#: Steps in one compiled scan, fewer in many dimensions.
 SCAN, SHORT_SCAN = 100, 10
 
 
@@ -45,23 +45,23 @@ def observations(dim: int) -> Array:
     return jnp.linspace(-1.0, 1.0, dim - 1)
 
 
-def svi(target: str, dim: int, particles: int, hidden: int, rate: float) -> tuple[SVI, Any]:
-    """NumPyro's guide with three flows, and the state it starts in."""
+def make_svi(target: str, dim: int, num_particles: int, hidden: int, lr: float) -> tuple[SVI, Any]:
+    """Return NumPyro's SVI for a guide with three flows, and its first state."""
     model = partial(MODELS[target], observations(dim))
     guide = AutoIAFNormal(model, num_flows=FLOWS, hidden_dims=not_below(dim, hidden), nonlinearity=stax.Elu)
-    found = SVI(model, guide, numpyro.optim.Adam(rate), Trace_ELBO(num_particles=particles))
-    return found, jax.jit(found.init)(random.key(0))
+    svi = SVI(model, guide, numpyro.optim.Adam(lr), Trace_ELBO(num_particles=num_particles))
+    return svi, jax.jit(svi.init)(random.key(0))
 
 
-def advance(found: SVI, length: int) -> Callable[[Any], Any]:
-    """So many steps in one compiled call."""
+def compile_steps(svi: SVI, length: int) -> Callable[[Any], Any]:
+    """Return a compiled function that takes ``length`` steps."""
     if length == 1:
-        return jax.jit(lambda state: found.update(state)[0])
-    return jax.jit(lambda state: lax.scan(lambda s, _: (found.update(s)[0], None), state, None, length)[0])
+        return jax.jit(lambda state: svi.update(state)[0])
+    return jax.jit(lambda state: lax.scan(lambda s, _: (svi.update(s)[0], None), state, None, length)[0])
 
 
 class _Stepper:
-    """Calls of a compiled function of the state, each waited for."""
+    """A compiled function of the state, called until its result is ready."""
 
     def __init__(self, step: Callable[[Any], Any], state: Any) -> None:
         self.step, self.state = step, state
@@ -71,13 +71,13 @@ class _Stepper:
 
 
 def numpyro_steps(dim: int, particles: int, hidden: int, scan: bool = False) -> Job:
-    found, state = svi("location", dim, particles, hidden, STEP_RATE)
+    svi, state = make_svi("location", dim, particles, hidden, STEP_LR)
     length = 1 if not scan else SCAN if dim <= 100 else SHORT_SCAN
-    return Job(_Stepper(advance(found, length), state), steps=length, warm_up=3)
+    return Job(_Stepper(compile_steps(svi, length), state), steps=length, warm_up=3)
 
 
 def flowjax_steps(dim: int, particles: int, hidden: int) -> Job:
-    """FlowJAX's flow, loss and training step; one pass from noise to draws."""
+    """Train FlowJAX's flow with its loss and training step. Draws take one pass."""
     import equinox as eqx
     import optax
     from flowjax.distributions import Normal
@@ -102,7 +102,7 @@ def flowjax_steps(dim: int, particles: int, hidden: int) -> Job:
         invert=False,
     )
     params, static = eqx.partition(flow, eqx.is_inexact_array, is_leaf=lambda leaf: isinstance(leaf, NonTrainable))
-    optimizer, loss = optax.adam(STEP_RATE), ElboLoss(log_joint, particles)
+    optimizer, loss = optax.adam(STEP_LR), ElboLoss(log_joint, particles)
 
     def advance_once(state: Any) -> Any:
         params, opt_state, key = state
@@ -114,18 +114,18 @@ def flowjax_steps(dim: int, particles: int, hidden: int) -> Job:
 
 
 def numpyro_gap(dim: int, target: str, log_evidence: float, seconds: float) -> Job:
-    """SVI, a compiled scan at a time, until near the evidence; the widths are NumPyro's own, D."""
+    """Train by SVI, one compiled scan at a time, until near the evidence, with NumPyro's default widths, D."""
     begin = time.perf_counter()
-    found, state = svi(target, dim, Target.particles, dim, RATE)
-    stepper = _Stepper(advance(found, Target.chunk), state)
+    svi, state = make_svi(target, dim, Target.num_particles, dim, LR)
+    stepper = _Stepper(compile_steps(svi, Target.check_every), state)
     spent = time.perf_counter() - begin
-    exact = Trace_ELBO(num_particles=Target.draws)
+    check = Trace_ELBO(num_particles=Target.num_samples)
 
     @jax.jit
     def negative_elbo(key: Array, params: Any) -> Array:
-        return exact.loss(key, params, found.model, found.guide)
+        return check.loss(key, params, svi.model, svi.guide)
 
     def elbo() -> float:
-        return -float(negative_elbo(random.key(2), found.get_params(stepper.state)))
+        return -float(negative_elbo(random.key(2), svi.get_params(stepper.state)))
 
     return until_near(stepper, elbo, log_evidence, seconds - spent, spent)

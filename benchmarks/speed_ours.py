@@ -11,16 +11,16 @@ import pyro.distributions as dist
 import torch
 from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoIAFNormal
-from speed_gap import NEAR, RATE, Target, until_near
+from speed_gap import LR, NEAR, Target, until_near
 from speed_torch import FLOWS, observations, round_trip
-from speed_torch import RATE as STEP_RATE
+from speed_torch import LR as STEP_LR
 from speed_workers import Job, LeftOut, not_below
 from torch import Tensor
 
 import pyro_flowguides as fg
 from pyro_flowguides.transforms.updates import UPDATES
 
-#: Most steps that are taken in one call where they are compiled.
+#: Largest number of compiled steps in one call.
 STEPS_PER_CALL = 50
 
 Model = Callable[[], None]
@@ -33,7 +33,7 @@ torch.optim.Adam([torch.zeros(1, requires_grad=True)], fused=True)
 
 
 def make_model(dim: int, target: str = "location") -> Model:
-    """A global location, or the logarithm of a scale, and dim - 1 group means, each observed once."""
+    """Return a model with a location, or the logarithm of a scale, and dim - 1 group means, each observed once."""
     data = observations(dim)
     zero, one = data.new_zeros(()), data.new_ones(())
 
@@ -56,10 +56,10 @@ def make_model(dim: int, target: str = "location") -> Model:
 
 
 def our_steps(dim: int, particles: int, hidden: int, compiling: bool = False) -> Job:
-    """The step of ``fit`` while it explores; compiled steps are taken several in one call, as ``fit`` takes them."""
+    """Take the steps that ``fit`` takes while it explores; compiled ones several in one call, as ``fit`` does."""
     model = make_model(dim)
     guide = fg.AutoIAF(model, hidden_dim=[hidden, hidden], num_transforms=FLOWS)
-    stepper = fg.inference.Stepper(model, guide, num_particles=particles, lr=STEP_RATE, compile=compiling)
+    stepper = fg.inference.Stepper(model, guide, num_particles=particles, lr=STEP_LR, compile=compiling)
     if not compiling:
         return Job(stepper.step)
     stepper.run(STEPS_PER_CALL)
@@ -69,16 +69,16 @@ def our_steps(dim: int, particles: int, hidden: int, compiling: bool = False) ->
 
 
 def pyro_steps(dim: int, particles: int, hidden: int) -> Job:
-    """Pyro's guide and training loop."""
+    """Train Pyro's guide in Pyro's loop."""
     pyro.clear_param_store()
     model = make_model(dim)
     guide = AutoIAFNormal(model, hidden_dim=not_below(dim, hidden), num_transforms=FLOWS)
-    return Job(_svi(model, guide, particles, STEP_RATE).step)
+    return Job(_svi(model, guide, particles, STEP_LR).step)
 
 
-def _svi(model: Model, guide: Any, particles: int, rate: float) -> SVI:
-    elbo = Trace_ELBO(particles, max_plate_nesting=1, vectorize_particles=True)
-    return SVI(model, guide, pyro.optim.Adam({"lr": rate}), elbo)
+def _svi(model: Model, guide: Any, num_particles: int, lr: float) -> SVI:
+    elbo = Trace_ELBO(num_particles, max_plate_nesting=1, vectorize_particles=True)
+    return SVI(model, guide, pyro.optim.Adam({"lr": lr}), elbo)
 
 
 # -- inverses ----------------------------------------------------------------------------------------------------------
@@ -95,7 +95,7 @@ def our_inverse(dim: int, batch: int, hidden: int) -> Job:
 
 
 def sequential_inverse(dim: int, batch: int, hidden: int) -> Job:
-    """The same flow, D passes of every network: one coordinate after the other."""
+    """Invert the same flow by D passes of every network, one coordinate after the other."""
     flow = _flow(dim, hidden)
 
     def inverse(y: Tensor) -> Tensor:
@@ -116,12 +116,12 @@ def sequential_inverse(dim: int, batch: int, hidden: int) -> Job:
 def our_gap(
     dim: int, target: str, log_evidence: float, seconds: float, compiling: bool | Literal["auto"] = False
 ) -> Job:
-    """All of ``fit``, to where it stops by itself."""
+    """Run ``fit`` until it stops by itself."""
     model = make_model(dim, target)
     facts: dict[str, Any] = {}
 
     def call() -> None:
-        result = fg.fit(model, fg.AutoIAF(model), num_particles=Target.particles, compile=compiling, progress=False)
+        result = fg.fit(model, fg.AutoIAF(model), num_particles=Target.num_particles, compile=compiling, progress=False)
         assert result.diagnosis is not None
         gap = log_evidence - result.diagnosis.elbo
         facts.update(near=gap < NEAR, seconds=result.seconds, steps=result.steps, gap=gap)
@@ -130,22 +130,22 @@ def our_gap(
 
 
 def pyro_gap(dim: int, target: str, log_evidence: float, seconds: float) -> Job:
-    """Pyro's SVI until near the evidence, with the widths that its guide has of its own, D."""
+    """Train by Pyro's SVI until near the evidence, with the default widths of Pyro's guide, D."""
     pyro.clear_param_store()
     pyro.set_rng_seed(0)
     begin = time.perf_counter()
     model = make_model(dim, target)
     guide = AutoIAFNormal(model, num_transforms=FLOWS)
-    svi = _svi(model, guide, Target.particles, RATE)
-    exact = Trace_ELBO(Target.draws, max_plate_nesting=1, vectorize_particles=True)
+    svi = _svi(model, guide, Target.num_particles, LR)
+    check = Trace_ELBO(Target.num_samples, max_plate_nesting=1, vectorize_particles=True)
     spent = time.perf_counter() - begin
 
-    def chunk() -> None:
-        for _ in range(Target.chunk):
+    def train() -> None:
+        for _ in range(Target.check_every):
             svi.step()
 
     @torch.no_grad()
     def elbo() -> float:
-        return -float(exact.loss(model, guide))
+        return -float(check.loss(model, guide))
 
-    return until_near(chunk, elbo, log_evidence, seconds - spent, spent)
+    return until_near(train, elbo, log_evidence, seconds - spent, spent)

@@ -1,6 +1,6 @@
 """Competitors of speed.py that need zuko or normflows: the training step of a flow, and its inverse.
 
-Their masked autoregressive layers are of the same sizes as ours and point the same way: one pass from noise to draws.
+Their masked autoregressive layers have the same sizes and the same direction as ours: one pass from noise to draws.
 normflows has no activation between its first two matrices.
 """
 
@@ -65,7 +65,7 @@ def _steps(flow: nn.Module, dim: int, particles: int) -> Job:
 
 def zuko_steps(dim: int, particles: int, hidden: int) -> Job:
     if dim > WIDE_LIMIT:
-        raise LeftOut("its masks are made from a D × D matrix, which takes minutes")
+        raise LeftOut("its masks come from a D × D matrix, which takes minutes")
     return _steps(Zuko(dim, hidden), dim, particles)
 
 

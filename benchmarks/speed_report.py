@@ -1,4 +1,4 @@
-"""Tables and figures from the rows of speed.py."""
+"""Tables and figures of speed.py, made from its rows."""
 
 from __future__ import annotations
 
@@ -13,23 +13,24 @@ from typing import Any
 
 import matplotlib
 from row_files import read_rows
+from tables import markdown_table
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-#: Most columns of a table.
-COLUMNS = 5
+#: Largest number of settings in a table.
+MAX_COLUMNS = 5
 Row = dict[str, Any]
 Table = list[Row]
 
 
 def median(values: Iterable[float]) -> str:
-    """Of the finite ones, with four digits; empty where there is none."""
+    """Format the median of the finite values with four digits; empty if there is none."""
     finite = [value for value in values if math.isfinite(value)]
     return f"{statistics.median(finite):.4g}" if finite else ""
 
 
-# -- what rows say -----------------------------------------------------------------------------------------------------
+# -- rows --------------------------------------------------------------------------------------------------------------
 
 
 def rounds(row: Row) -> list[float]:
@@ -37,19 +38,19 @@ def rounds(row: Row) -> list[float]:
 
 
 def ratio(row: Row, reference: Row) -> float:
-    """How many times as long as the reference: the median over the rounds; NaN where one was left out."""
+    """Return the median over the rounds of the ratio to the reference; NaN if one of them was left out."""
     ratios = [a / b for a, b in zip(rounds(row), rounds(reference), strict=False)]
     return statistics.median(ratios) if ratios else math.nan
 
 
 def find(rows: Table, competitor: str, **setting: Any) -> Row | None:
-    """The row of a competitor in a setting."""
+    """Return the row of a competitor in a setting, or None."""
     wanted = {"competitor": competitor, **{key: str(value) for key, value in setting.items()}}
     return next((row for row in rows if wanted.items() <= row.items()), None)
 
 
 def distinct(rows: Table, *keys: str) -> list[tuple[str, ...]]:
-    """The values of these columns, in the order of appearance."""
+    """Return the distinct values of some columns, in the order of appearance."""
     return list(dict.fromkeys(tuple(row[key] for key in keys) for row in rows))
 
 
@@ -58,17 +59,21 @@ def distinct(rows: Table, *keys: str) -> list[tuple[str, ...]]:
 
 @dataclass(frozen=True)
 class Aim:
-    """A ratio that is to be at most so much, in one setting of a study."""
+    """The largest ratio that a competitor should have to a reference, in one setting of a study."""
 
     competitor: str
     reference: str
-    most: float
+    largest: float
     setting: dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Study:
-    """How the rows of a study are shown."""
+    """The presentation of a study.
+
+    ``keys`` are the columns that make up a setting, ``names`` names a setting, ``extra`` are further columns with the
+    titles of their tables.
+    """
 
     title: str
     text: str
@@ -80,53 +85,47 @@ class Study:
     extra: tuple[tuple[str, str], ...] = ()
 
 
-def grid(header: str, columns: Sequence[str], lines: Iterable[tuple[str, Sequence[str]]]) -> str:
-    head = [f"| {header} | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
-    return "\n".join(head + [f"| {name} | {' | '.join(cells)} |" for name, cells in lines])
-
-
-def by_setting(rows: Table, study: Study, header: str, cell: Callable[[Row, Row | None], str]) -> str:
-    """A row of the table for every competitor, a column for every setting."""
-    settings = distinct(rows, *study.keys)
-    names = [study.names(dict(zip(study.keys, setting, strict=True))) for setting in settings]
+def by_setting(rows: Table, study: Study, title: str, cell: Callable[[Row, Row | None], str]) -> str:
+    """Return a table with a row for every competitor and a column for every setting."""
+    settings = [dict(zip(study.keys, values, strict=True)) for values in distinct(rows, *study.keys)]
     lines = []
     for (competitor,) in distinct(rows, "competitor"):
         cells = []
         for setting in settings:
-            here = dict(zip(study.keys, setting, strict=True))
-            row = find(rows, competitor, **here)
-            cells.append("—" if row is None or row["left_out"] else cell(row, find(rows, study.reference, **here)))
-        lines.append((competitor, cells))
-    return grid(header, names, lines)
+            row = find(rows, competitor, **setting)
+            is_missing = row is None or row["left_out"]
+            cells.append("—" if is_missing else cell(row, find(rows, study.reference, **setting)))
+        lines.append([competitor, *cells])
+    return markdown_table([title, *map(study.names, settings)], lines)
 
 
 def timed(row: Row, reference: Row | None) -> str:
-    """Milliseconds, and in brackets how many times faster than the reference."""
+    """Format milliseconds, and in brackets the speedup over the reference."""
     times = 1 / ratio(row, reference) if reference is not None and ratio(row, reference) else math.nan
     return f"{float(row['ms']):.3g}" + (f" ({times:.3g}×)" if math.isfinite(times) else "")
 
 
-def number(key: str, row: Row, _: Row | None) -> str:
+def two_digits(key: str, row: Row, _: Row | None) -> str:
     return f"{float(row[key]):.2g}"
 
 
 def near(row: Row, _: Row | None) -> str:
-    """Seconds, or how far from the evidence it was in the end."""
+    """Format the seconds, and the last gap if the target was missed."""
     if row["near"] == "True":
         return f"{float(row['seconds']):.1f} s ({row['steps']} steps)"
     return f"not in {float(row['seconds']):.0f} s (gap {float(row['gap']):.2g})"
 
 
 def groups(study: Study, rows: Table) -> list[Table]:
-    """Rows in tables that are not too wide, other widths than 64 in tables of their own."""
-    found = []
+    """Divide the rows into tables that are not too wide, with networks of other widths than 64 in their own tables."""
+    parts = []
     for _, part in itertools.groupby(rows, lambda row: row.get("hidden") in (None, "64")):
         here = list(part)
         settings = distinct(here, *study.keys)
-        for start in range(0, len(settings), COLUMNS):
-            chosen = settings[start : start + COLUMNS]
-            found.append([row for row in here if tuple(row[key] for key in study.keys) in chosen])
-    return found
+        for start in range(0, len(settings), MAX_COLUMNS):
+            chosen = settings[start : start + MAX_COLUMNS]
+            parts.append([row for row in here if tuple(row[key] for key in study.keys) in chosen])
+    return parts
 
 
 def tables(study: Study, rows: Table) -> str:
@@ -134,7 +133,7 @@ def tables(study: Study, rows: Table) -> str:
     for part in groups(study, rows):
         if study.reference:
             parts.append(by_setting(part, study, "ms", timed))
-            parts += [by_setting(part, study, title, partial(number, key)) for key, title in study.extra]
+            parts += [by_setting(part, study, title, partial(two_digits, key)) for key, title in study.extra]
         else:
             parts.append(by_setting(part, study, "time", near))
     return "\n\n".join(parts)
@@ -146,18 +145,15 @@ def aims(study: Study, rows: Table) -> str:
         row, reference = find(rows, aim.competitor, **aim.setting), find(rows, aim.reference, **aim.setting)
         if row is None or reference is None or not row["rounds"] or not reference["rounds"]:
             continue
-        found = ratio(row, reference)
-        lines.append(
-            (
-                f"{aim.competitor} / {aim.reference}, {study.names({k: str(v) for k, v in aim.setting.items()})}",
-                [f"{aim.most:.3g}", f"{found:.3g}", "yes" if found <= aim.most else "no"],
-            )
-        )
-    return grid("aim", ["at most", "measured", "reached"], lines) if lines else ""
+        measured = ratio(row, reference)
+        setting = study.names({key: str(value) for key, value in aim.setting.items()})
+        name = f"{aim.competitor} / {aim.reference}, {setting}"
+        lines.append([name, f"{aim.largest:.3g}", f"{measured:.3g}", "yes" if measured <= aim.largest else "no"])
+    return markdown_table(["aim", "at most", "measured", "reached"], lines) if lines else ""
 
 
 def left_out(rows: Table) -> str:
-    """What was left out and why, each reason once."""
+    """List the competitors that were left out, each reason once."""
     reasons: dict[tuple[str, str], list[str]] = {}
     for row in rows:
         if row["left_out"]:
@@ -167,11 +163,11 @@ def left_out(rows: Table) -> str:
 
 
 def write(name: str, path: Path) -> str:
-    """Table and figure beside the CSV file; the table's text."""
+    """Write table and figure beside the CSV file, and return the text."""
     study, rows = STUDIES[name], read_rows(path)
     versions = dict(part.rsplit(" ", 1) for row in rows for part in row["versions"].split(", ") if part)
     about = ", ".join(f"{package} {version}" for package, version in versions.items())
-    out = left_out(rows)
+    missing = left_out(rows)
     text = "\n\n".join(
         part
         for part in (
@@ -180,7 +176,7 @@ def write(name: str, path: Path) -> str:
             f"{rows[0]['date']}, {rows[0]['hardware']}; {about}. {study.text}",
             tables(study, rows),
             aims(study, rows),
-            f"Left out:\n\n{out}" if out else "",
+            f"Left out:\n\n{missing}" if missing else "",
         )
         if part
     )
@@ -205,7 +201,7 @@ STYLES = {
     "normflows": ("tab:pink", ">"),
     "floor": ("black", "."),
 }
-#: Lines of variants of the same competitor.
+#: Line styles of the variants of a competitor.
 DASHES = ("-", "--", ":")
 
 
@@ -216,8 +212,8 @@ def style(competitor: str, competitors: Sequence[str]) -> dict[str, Any]:
     return {"color": color, "marker": marker, "linestyle": DASHES[variant % len(DASHES)]}
 
 
-def lines(axes: Any, rows: Table, key: str, title: str) -> None:
-    """Milliseconds of every competitor against one column."""
+def plot_lines(axes: Any, rows: Table, key: str, title: str) -> None:
+    """Plot the milliseconds of every competitor against one column."""
     competitors = [name for (name,) in distinct(rows, "competitor") if not name.endswith("again")]
     for name in competitors:
         points = sorted((float(row[key]), float(row["ms"])) for row in rows if row["competitor"] == name and row["ms"])
@@ -240,7 +236,7 @@ def draw_steps(rows: Table, _: Study) -> Any:
     panels = [panel for panel in panels if panel[1]]
     figure, all_axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 5), squeeze=False)
     for axes, (key, part, title, label) in zip(all_axes[0], panels, strict=True):
-        lines(axes, part, key, title)
+        plot_lines(axes, part, key, title)
         axes.set_xlabel(label)
     all_axes[0, 0].set_ylabel("processor time of a step, ms")
     all_axes[0, -1].legend(*all_axes[0, 0].get_legend_handles_labels(), bbox_to_anchor=(1.02, 1), loc="upper left")
@@ -249,14 +245,14 @@ def draw_steps(rows: Table, _: Study) -> Any:
 
 def draw_inverse(rows: Table, _: Study) -> Any:
     figure, axes = plt.subplots(figsize=(6, 4.5))
-    lines(axes, rows, "dim", "inverse of three layers, batch of 256")
+    plot_lines(axes, rows, "dim", "inverse of three layers, batch of 256")
     axes.set(xlabel="dimensions", ylabel="processor time, ms")
     axes.legend()
     return figure
 
 
 def bars(rows: Table, study: Study, value: str, label: str, scale: str) -> Any:
-    """A panel of bars for every setting; pale bars for what did not arrive."""
+    """Draw a panel of bars for every setting, with pale bars for competitors that missed the target."""
     settings = distinct(rows, *study.keys)
     competitors = [name for (name,) in distinct(rows, "competitor")]
     figure, all_axes = plt.subplots(
@@ -268,10 +264,10 @@ def bars(rows: Table, study: Study, value: str, label: str, scale: str) -> Any:
             row = find(rows, name, **here)
             if row is None or not row[value]:
                 continue
-            arrived = row.get("near", "True") == "True"
+            is_reached = row.get("near", "True") == "True"
             length = float(row[value])
-            axes.barh(place, length, color=style(name, competitors)["color"], alpha=0.9 if arrived else 0.25)
-            text = f" {length:.3g}" if arrived else " not reached"
+            axes.barh(place, length, color=style(name, competitors)["color"], alpha=0.9 if is_reached else 0.25)
+            text = f" {length:.3g}" if is_reached else " not reached"
             axes.annotate(text, (length, place), va="center", fontsize=8)
         axes.set(xscale=scale, title=study.names(here), xlabel=label)
         axes.xaxis.set_major_formatter("{x:g}")
@@ -292,33 +288,34 @@ def setting_name(row: Row) -> str:
     return f"D={row['dim']}, P={row['particles']}{widths}"
 
 
-def step_aim(competitor: str, reference: str, most: float, dim: int) -> Aim:
-    return Aim(competitor, reference, most, {"dim": dim, "particles": 32, "hidden": 64})
+def step_aim(competitor: str, reference: str, largest: float, dim: int) -> Aim:
+    return Aim(competitor, reference, largest, {"dim": dim, "particles": 32, "hidden": 64})
 
 
-STEPS = """Three-layer IAF, two hidden layers of 64 (the default of `AutoIAF` for every D) unless it says otherwise,
-hierarchical normal target with D latent variables, P particles, float32, one thread. Processor time of a step, median
-over interleaved rounds; in brackets how many times less than Pyro's SVI. Pyro and NumPyro take no widths below D:
-beyond D = 64 theirs are D, and only the columns with widths D compare like with like. The first call includes all
-preparation and compilation, in wall seconds; the compilers' caches are empty, except for "again", a second process
-after the first. The floor is the matrix products of the layers, one forward and two backward, and reading and writing
-the parameters with Adam's averages; for small D it is the cost of calling torch so often."""
-INVERSE = """Three layers, two hidden layers of 64, batch of 256, one thread. Weight matrices are N(0, 1.5² / inputs),
-biases N(0, 0.1²), which takes the log-scales of our layers to their bound. Ours and the loop invert the same flow, with
-masks multiplied into the weights beforehand; zuko's and normflows' layers are of the same sizes, with the same
-distribution of weights. Processor time in float32, median over interleaved rounds; in brackets how many times less than
-the loop. Errors: the root mean square of x - found over images of standard normal x, and the largest |x - found|; the
-median over five draws of the weights."""
-VAES = """MLP 784-300-300, 64 latent variables, float32, one thread; default flows of the registry. Processor time of a
-step, median over interleaved rounds; in brackets how many times less than the loop written by hand with the same
-modules. The first call includes compilation, in wall seconds."""
-GAP = """Wall seconds until the ELBO is within 0.1 nat of the known log evidence, one thread, compilation and warm start
-included, imports not. `fit` is timed whole, to where it stops by itself, and its gap is that of its diagnosis; peers
-(three flows, their own widths D, 32 particles, Adam at 0.01) are stopped at the first look at which they are near, one
-every 100 steps, and the looks are not counted. Caches of compilers are empty. Targets: "location", the hierarchical
-normal model, whose posterior is normal and so within reach of the warm start alone; "scale", group means with an
-unknown scale, whose posterior is a funnel cut by data."""
-#: Seconds until the first call is done, as a table.
+STEPS = """Processor time of a training step, median over interleaved rounds; in brackets the speedup over Pyro's SVI.
+A three-layer IAF with two hidden layers of 64 (the default of `AutoIAF` for every D) unless stated otherwise, on a
+hierarchical normal target with D latent variables, with P particles, in float32, on one thread. Pyro and NumPyro take
+no widths below D. Beyond D = 64, their widths are D, and only the columns with widths D compare equal networks. The
+first call includes all preparation and compilation, in wall seconds. The caches of the compilers are empty, except
+for "again", a second process after the first. The floor consists of the matrix products of the layers, one forward
+and two backward, and of reading and writing the parameters with Adam's averages. For small D, it is the overhead of
+the calls of torch."""
+INVERSE = """Processor time of an inverse in float32, median over interleaved rounds; in brackets the speedup over one
+coordinate after the other. Three layers, two hidden layers of 64, batch of 256, one thread. Weight matrices are N(0,
+1.5² / inputs), biases N(0, 0.1²), large enough for the log-scales of our layers to reach their bound. Our inverse and
+the loop invert the same flow, with masked weights computed beforehand. The layers of zuko and normflows have the same
+sizes and the same distribution of the weights. Errors are the root mean square and the largest of |x − x'|, where x'
+is the inverse at the image of a standard normal x; the median over five draws of the weights."""
+VAES = """Processor time of a step, median over interleaved rounds; in brackets the speedup over a loop written by
+hand with the same modules. MLP 784-300-300, 64 latent variables, default flows of the registry, float32, one thread.
+The first call includes compilation, in wall seconds."""
+GAP = """Wall seconds until the ELBO is within 0.1 nat of the known log evidence, on one thread. They include
+compilation and warm start; import time is excluded for all competitors. `fit` runs until it stops by itself, and its
+gap is that of its diagnosis. Peers (three flows of their default widths D, 32 particles, Adam at 0.01) stop at the
+first check that finds them near, one check every 100 steps; checks are not timed. The caches of the compilers are
+empty. Targets: "location" is the hierarchical normal model, whose posterior is normal and within reach of the warm
+start alone. "scale" has group means with an unknown scale, whose posterior is a funnel cut off by data."""
+#: The table of the seconds to the end of the first call.
 FIRST = (("first", "first call, s"),)
 
 STUDIES = {
@@ -348,8 +345,8 @@ STUDIES = {
         "one coordinate after the other",
         draw_inverse,
         tuple(
-            Aim("ours", "one coordinate after the other", most, {"dim": dim})
-            for dim, most in ((10, 1.0), (100, 1 / 10), (500, 1 / 60))
+            Aim("ours", "one coordinate after the other", largest, {"dim": dim})
+            for dim, largest in ((10, 1.0), (100, 1 / 10), (500, 1 / 60))
         ),
         (
             ("error32", "error, float32"),

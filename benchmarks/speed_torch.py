@@ -1,6 +1,6 @@
-"""Competitors of speed.py in plain torch: a loop written by hand, and the floor under every step.
+"""Competitors of speed.py in plain torch: a loop written by hand, and a floor for every step.
 
-The target, too, is written out here: a hierarchical normal model with D latent variables,
+The target is written by hand too: a hierarchical normal model with D latent variables,
 
     loc ~ N(0, 1),  mean_i ~ N(loc, 1),  y_i ~ N(mean_i, 1/2),  i = 1 ... D - 1
 """
@@ -19,10 +19,10 @@ from speed_workers import Job
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-#: From points to their images and the log-determinants there.
+#: Maps points to their images and the log-determinants there.
 Map = Callable[[Tensor], tuple[Tensor, Tensor]]
 FLOWS = 3
-RATE = 1e-3
+LR = 1e-3
 DEVICE = os.environ.get("SPEED_DEVICE", "cpu")
 torch.set_num_threads(1)
 
@@ -68,8 +68,8 @@ class Layer(nn.Module):
 
 
 def train(parameters: Any, flow: Map, dim: int, particles: int) -> Callable[[], None]:
-    """A step of Adam on the ELBO of a flow that maps noise to draws and their log-determinants."""
-    optimizer, data = torch.optim.Adam(parameters, lr=RATE, fused=True), observations(dim)
+    """Return a step of Adam on the ELBO of a flow that maps noise to draws and their log-determinants."""
+    optimizer, data = torch.optim.Adam(parameters, lr=LR, fused=True), observations(dim)
 
     def step() -> None:
         z, ladj = flow(torch.randn(particles, dim, device=DEVICE))
@@ -82,7 +82,7 @@ def train(parameters: Any, flow: Map, dim: int, particles: int) -> Callable[[], 
 
 
 def stack(layers: Iterable[Map], z: Tensor) -> tuple[Tensor, Tensor]:
-    """The image of the last map, and the log-determinant of all."""
+    """Apply all maps, and return the last image and the log-determinant of the composition."""
     total = z.new_zeros(len(z))
     for layer in layers:
         z, ladj = layer(z)
@@ -91,7 +91,7 @@ def stack(layers: Iterable[Map], z: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def by_hand(dim: int, particles: int, hidden: int) -> Job:
-    """The same flow without guide, traces or recording."""
+    """Train the same flow without guide, traces or recording."""
     layers = nn.ModuleList(Layer(dim, hidden, place % 2 == 1) for place in range(FLOWS))
     return Job(train(layers.parameters(), lambda noise: stack(layers, noise), dim, particles))
 
@@ -100,10 +100,10 @@ def by_hand(dim: int, particles: int, hidden: int) -> Job:
 
 
 def floor(dim: int, particles: int, hidden: int, products: bool = True, memory: bool = True) -> Job:
-    """What no step of this flow can do without.
+    """Do only what every step of this flow must do.
 
-    The matrix products of its layers, one forward and two backward each; and for every parameter to be read with its
-    gradient and the two averages of Adam, and all but the gradient to be written.
+    That is the matrix products of its layers, one forward and two backward each; and for every parameter, reading it
+    with its gradient and Adam's two averages, and writing all but the gradient.
     """
     sizes = list(itertools.pairwise([dim, hidden, hidden, 2 * dim])) * FLOWS
     calls: list[Callable[[], Any]] = []
@@ -140,13 +140,13 @@ def _traffic(parameters: int) -> list[Callable[[], Any]]:
 
 #: Standard deviation of the products of a matrix with independent standard normal inputs.
 GAIN = 1.5
-#: Draws of the weights.
-DRAWS = 5
+#: Number of draws of the weights.
+NUM_WEIGHT_DRAWS = 5
 
 
 @torch.no_grad()
 def draw_weights(flow: nn.Module, seed: int) -> None:
-    """Random weights: matrices N(0, GAIN² / inputs), vectors N(0, 0.1²)."""
+    """Draw the weights: matrices N(0, GAIN² / inputs), vectors N(0, 0.1²)."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in flow.parameters():
         scale = GAIN / parameter.shape[1] ** 0.5 if parameter.ndim == 2 else 0.1
@@ -156,9 +156,9 @@ def draw_weights(flow: nn.Module, seed: int) -> None:
 def round_trip(
     flow: nn.Module, forward: Callable[[Tensor], Tensor], inverse: Callable[[Tensor], Tensor], dim: int, batch: int
 ) -> Job:
-    """The inverse at images of normal draws, in float32; and how well the draws are found, also in float64.
+    """Return a job that inverts images of normal draws in float32, and the errors in float32 and float64.
 
-    The root mean square error and the largest one, in the median over some draws of the weights.
+    They are the root mean square error and the largest error, each the median over several draws of the weights.
     """
     x = torch.randn(batch, dim, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     flow.to(DEVICE)
@@ -169,11 +169,11 @@ def round_trip(
         error = inverse(forward(x.to(dtype))) - x.to(dtype)
         return {f"error{bits}": float(error.square().mean().sqrt()), f"largest{bits}": float(error.abs().max())}
 
-    found = []
-    for seed in range(DRAWS):
+    by_draw = []
+    for seed in range(NUM_WEIGHT_DRAWS):
         draw_weights(flow, seed)
-        found.append(errors(torch.float64, 64) | errors(torch.float32, 32))
-    medians = {name: statistics.median(each[name] for each in found) for name in found[0]}
+        by_draw.append(errors(torch.float64, 64) | errors(torch.float32, 32))
+    medians = {name: statistics.median(each[name] for each in by_draw) for name in by_draw[0]}
     with torch.no_grad():
         y = forward(x.float())
 

@@ -1,15 +1,15 @@
-"""The competitors of speed.py, each in a process of its own, and what is said between that process and the program.
+"""The competitors of speed.py, each in a process of its own, and the protocol between that process and the program.
 
     PYTHON benchmarks/speed_workers.py STUDY COMPETITOR
 
-One JSON object per line. The worker begins with ``{"versions": ...}`` and then answers requests, one at a time:
+Each line is a JSON object. The worker begins with ``{"versions": ...}`` and then answers requests, one at a time:
 
-- ``{"setup": {...}}``, a setting of the study: ``{"first": seconds until the first call was done, "call": seconds of
-  one call, "facts": {...}}``;
-- ``{"run": n}``, make n calls: ``{"ms": processor milliseconds of a step}``;
-- whatever cannot be done: ``{"left_out": why}``, also in place of the versions.
+- ``{"setup": SETTING}`` by ``{"first": seconds to the end of the first call, "call": seconds of one call, "facts":
+  {...}}``;
+- ``{"run": n}``, for n calls, by ``{"ms": processor milliseconds of a step}``;
+- anything it cannot do by ``{"left_out": reason}``, also instead of the versions.
 
-This file needs the standard library only, so that every competitor may live in the interpreter where its library is.
+This file needs only the standard library, so that every competitor can run in the interpreter that has its library.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ ONE_THREAD = {
     "JAX_PLATFORMS": "cpu",
     "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1",
 }
-#: Largest D at which widths of D are tried.
+#: Largest D with networks of width D.
 WIDE_LIMIT = 2000
 PACKAGES = ("torch", "pyro-ppl", "numpyro", "jax", "flowjax", "zuko", "normflows")
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a competitor does over and over: a call, how many steps that is, how often before it is timed."""
+    """The work of a competitor: a call, the steps it takes, the number of untimed calls, and facts to report."""
 
     call: Callable[[], Any]
     steps: int = 1
@@ -53,7 +53,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Competitor:
-    """Where to find what makes its job: a file of this folder, a function in it, the interpreter that can run it."""
+    """The function that makes the job of a competitor: module, name, interpreter and options."""
 
     module: str
     function: str
@@ -99,11 +99,11 @@ COMPETITORS: dict[str, dict[str, Competitor]] = {
 
 
 class LeftOut(Exception):
-    """A competitor cannot do what a setting asks for."""
+    """A competitor cannot run in a setting."""
 
 
 def not_below(dim: int, hidden: int) -> list[int]:
-    """Widths of two hidden layers for Pyro and NumPyro, which take none below D."""
+    """Return the widths of two hidden layers for Pyro and NumPyro, which take none below D."""
     if dim > WIDE_LIMIT:
         raise LeftOut("takes no widths below D, and with D its weights and Adam's averages are gigabytes")
     return [max(dim, hidden)] * 2
@@ -113,7 +113,7 @@ def not_below(dim: int, hidden: int) -> list[int]:
 
 
 def clock(device: str) -> Callable[[], float]:
-    """Processor seconds; on a GPU, whose work no processor clock sees, wall seconds after all of it."""
+    """Return a clock of processor seconds; on a GPU, of wall seconds at the end of all work."""
     if device == "cpu":
         return time.process_time
     import torch
@@ -126,16 +126,16 @@ def clock(device: str) -> Callable[[], float]:
 
 
 def versions() -> dict[str, str]:
-    """Those of the packages there are."""
-    found = {"Python": sys.version.split()[0]}
+    """Return the versions of the installed packages."""
+    installed = {"Python": sys.version.split()[0]}
     for name in PACKAGES:
         with suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
+            installed[name] = version(name)
+    return installed
 
 
 class Server:
-    """Answers requests about one competitor."""
+    """The worker's side: answers the requests about one competitor."""
 
     def __init__(self, competitor: Competitor, device: str) -> None:
         self.options, self.now, self.job = competitor.options, clock(device), Job(lambda: None)
@@ -164,7 +164,7 @@ class Server:
 
 def serve(study: str, name: str, device: str) -> None:
     channel = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what libraries print is no answer
+    os.dup2(2, 1)  # libraries print to stderr, not into the answers
 
     def attempt(work: Callable[[], dict[str, Any]]) -> bool:
         try:
@@ -192,15 +192,18 @@ def serve(study: str, name: str, device: str) -> None:
 
 
 class Worker:
-    """A competitor's process. ``left_out`` says why it takes no part, in anything or in the present setting."""
+    """The program's side: the process of a competitor.
+
+    ``left_out`` is the reason why it takes no part in the current setting; with ``is_hopeless``, in any setting.
+    """
 
     def __init__(self, study: str, name: str, interpreters: Mapping[str, str], device: str, cache: Path) -> None:
-        self.name, self.left_out, self.hopeless = name, "", False
+        self.name, self.left_out, self.is_hopeless = name, "", False
         kind = COMPETITORS[study][name].interpreter
         self.process: subprocess.Popen[str] | None = None
         self.versions: dict[str, str] = {}
         if kind not in interpreters:
-            self.left_out, self.hopeless = "measured on the processor only", True
+            self.left_out, self.is_hopeless = "measured on the processor only", True
             return
         environment = {**os.environ, **ONE_THREAD, "SPEED_DEVICE": device, "TORCHINDUCTOR_CACHE_DIR": str(cache)}
         command = [interpreters[kind], str(Path(__file__)), study, name, "--device", device]
@@ -208,18 +211,18 @@ class Worker:
         try:
             self.process = subprocess.Popen(command, **pipes, text=True, env=environment)
         except OSError as error:
-            self.left_out, self.hopeless = str(error), True
+            self.left_out, self.is_hopeless = str(error), True
 
     def start(self) -> None:
-        """Wait until it is ready."""
+        """Wait until the process is ready."""
         if self.process is not None:
             answer = self._read()
             self.versions = answer.get("versions", {})
-            self.hopeless = bool(self.left_out)
+            self.is_hopeless = bool(self.left_out)
 
     def ask(self, **request: Any) -> dict[str, Any]:
-        """The answer to a request; empty where there is none."""
-        if self.hopeless or self.process is None or self.process.stdin is None:
+        """Return the answer to a request, or an empty dictionary if there is none."""
+        if self.is_hopeless or self.process is None or self.process.stdin is None:
             return {}
         self.left_out = ""
         with suppress(BrokenPipeError):
@@ -232,7 +235,7 @@ class Worker:
         line = self.process.stdout.readline()
         answer: dict[str, Any] = json.loads(line) if line else {"left_out": "its process ended"}
         self.left_out = answer.get("left_out", "")
-        self.hopeless = self.hopeless or not line
+        self.is_hopeless = self.is_hopeless or not line
         return {} if self.left_out else answer
 
     def stop(self) -> None:
@@ -247,5 +250,5 @@ if __name__ == "__main__":
     parser.add_argument("name")
     parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
-    # The modules of the competitors import this one by its name.
+    # The modules of the competitors import this module under its name, not as __main__.
     importlib.import_module("speed_workers").serve(arguments.study, arguments.name, arguments.device)

@@ -127,7 +127,7 @@ def stein_z(name: str, score: Tensor) -> Tensor:
 
     E[score] = 0 and E[score (u - E u)^T] = -I, D + D² scalars. Both are linear in the score, so they are evaluated in
     whitened coordinates, where |z| is about 100 times the error of a mean or a scale in posterior standard deviations.
-    The standard error is that of the means of 25 successive draws, which allows for draws that are not quite independent.
+    The standard error is that of the means of 25 successive draws, which allows for slightly dependent draws.
     """
     u = as_matrix(unconstrained(name).values())
     scale = torch.linalg.cholesky(torch.cov(u.T))
