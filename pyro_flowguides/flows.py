@@ -67,7 +67,7 @@ def planar(input_dim: int, context_dim: int = 0, *, depth: int = 8, hidden_dims:
     """Build a flow of planar layers (Rezende & Mohamed 2015).
 
     Args:
-        input_dim: D.
+        input_dim: number of coordinates, D.
         context_dim: width of the context, 0 for none.
         depth: number of layers.
         hidden_dims: hidden widths of the hypernetworks that read a context (default: none); unused without one.
@@ -88,7 +88,7 @@ def radial(input_dim: int, context_dim: int = 0, *, depth: int = 8, hidden_dims:
     """Build a flow of radial layers (Rezende & Mohamed 2015).
 
     Args:
-        input_dim: D.
+        input_dim: number of coordinates, D.
         context_dim: width of the context, 0 for none.
         depth: number of layers.
         hidden_dims: hidden widths of the hypernetworks that read a context (default: none); unused without one.
@@ -128,7 +128,7 @@ def sylvester(
     :class:`~pyro_flowguides.transforms.TriangularSylvester`, whose layers alternate the order of the coordinates.
 
     Args:
-        input_dim: D.
+        input_dim: number of coordinates, D.
         context_dim: width of the context, 0 for none.
         depth: number of layers.
         hidden_dims: hidden widths of the hypernetworks that read a context (default: none); unused without one.
@@ -172,7 +172,7 @@ def iaf(
     Every other layer takes the coordinates in reversed order.
 
     Args:
-        input_dim: D.
+        input_dim: number of coordinates, D.
         context_dim: width of the context, 0 for none.
         depth: number of layers.
         hidden_dims: hidden widths of each layer's MADE (default 64, 64).
@@ -211,7 +211,7 @@ def maf(
     :func:`~pyro_flowguides.flows.iaf` for a posterior, unless draws of other distributions must be scored.
 
     Args:
-        input_dim: D.
+        input_dim: number of coordinates, D.
         context_dim: width of the context, 0 for none.
         depth: number of layers.
         hidden_dims: hidden widths of each layer's MADE (default 64, 64).
@@ -252,7 +252,7 @@ def nice(
     Couplings alternate between the two halves of the coordinates.
 
     Args:
-        input_dim: D.
+        input_dim: number of coordinates, D.
         context_dim: width of the context, 0 for none.
         depth: number of couplings.
         hidden_dims: hidden widths of each coupling's network (default 64, 64).
@@ -286,7 +286,7 @@ def realnvp(
     Couplings alternate between the two halves of the coordinates.
 
     Args:
-        input_dim: D.
+        input_dim: number of coordinates, D.
         context_dim: width of the context, 0 for none.
         depth: number of couplings.
         hidden_dims: hidden widths of each coupling's network (default 64, 64).

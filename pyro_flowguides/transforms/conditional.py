@@ -180,7 +180,7 @@ class AmortizedFlow(_FamilyFlow):
     behind them, see :class:`~pyro_flowguides.nn.HyperNetwork`.
 
     Args:
-        input_dim: D.
+        input_dim: number of coordinates, D.
         context_dim: width of the context.
         hidden_dims: widths of the hypernetwork's hidden layers; ``()`` for the linear amortization of the papers.
         **options: passed to the family.
@@ -200,7 +200,7 @@ class ContextFlow(_FamilyFlow):
     """The second way in which a context enters: every layer of a family's conditioner gets a projection of it.
 
     Args:
-        input_dim: D.
+        input_dim: number of coordinates, D.
         context_dim: width of the context.
         **options: passed to the family, ``hidden_dims`` of its conditioner among them.
     """

@@ -193,7 +193,7 @@ class InverseAutoregressive(_Autoregressive):
     (:meth:`~pyro_flowguides.nn.MADE.substitute`) and two passes, more at large weights. Starts at the identity.
 
     Args:
-        input_dim: D.
+        input_dim: number of coordinates, D.
         hidden_dims: hidden widths of the MADE; they may be below D.
         order: a permutation of ``range(D)``, listing the coordinates from first to last (default: natural order).
         update: "affine", "gated", or "shift" (:math:`y_i = x_i + m_i`, volume preserving).
@@ -249,7 +249,7 @@ class MaskedAutoregressive(_Autoregressive):
     (:meth:`~pyro_flowguides.nn.MADE.substitute`) and two passes, more at large weights. Starts at the identity.
 
     Args:
-        input_dim: D.
+        input_dim: number of coordinates, D.
         hidden_dims: hidden widths of the MADE; they may be below D.
         order: a permutation of ``range(D)``, listing the coordinates from first to last (default: natural order).
         update: "affine", "gated" or "shift", see :class:`InverseAutoregressive`.

@@ -67,7 +67,7 @@ class AdditiveCoupling(_Coupling):
     Cost: one network pass in both directions. Starts at the identity.
 
     Args:
-        input_dim: D.
+        input_dim: number of coordinates, D.
         hidden_dims: widths of the network.
         order: a permutation of ``range(D)`` whose first ⌊D/2⌋ entries are kept (default: natural order).
         activation: elementwise nonlinearity.
@@ -111,7 +111,7 @@ class AffineCoupling(_Coupling):
     Cost: one network pass in both directions. Starts at the identity.
 
     Args:
-        input_dim: D.
+        input_dim: number of coordinates, D.
         hidden_dims: widths of the network.
         order: a permutation of ``range(D)`` whose first ⌊D/2⌋ entries are kept (default: natural order).
         activation: elementwise nonlinearity.

@@ -20,7 +20,7 @@ class ElementwiseAffine(Flow):
     Cost: O(D) in both directions. Starts at the identity by default.
 
     Args:
-        input_dim: D.
+        input_dim: number of coordinates, D.
         loc: initial location, a number or ``(D,)``.
         scale: initial scale, positive, a number or ``(D,)``.
 
@@ -60,7 +60,7 @@ class ActNorm(ElementwiseAffine):
     Cost: O(D) in both directions. Starts at the identity.
 
     Args:
-        input_dim: D.
+        input_dim: number of coordinates, D.
 
     Shapes:
         input, output ``(..., D)``; ladj ``(...)``.

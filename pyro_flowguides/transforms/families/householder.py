@@ -21,7 +21,7 @@ class Householder(Flow):
     Cost: O(KD) in both directions. Starts within 1e-2 of the identity.
 
     Args:
-        input_dim: D.
+        input_dim: number of coordinates, D.
         reflections: K, even.
 
     Shapes:

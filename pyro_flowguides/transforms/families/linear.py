@@ -37,7 +37,7 @@ class LowerTriangularAffine(Flow):
     Cost: O(D²) in both directions. Starts at the identity by default.
 
     Args:
-        input_dim: D.
+        input_dim: number of coordinates, D.
         loc: initial location, a number or ``(D,)``.
         scale: initial scale, positive, a number or ``(D,)``.
 
@@ -87,7 +87,7 @@ class LULinear(Flow):
     Cost: O(D²) in both directions. Starts at its permutation, by default the identity.
 
     Args:
-        input_dim: D.
+        input_dim: number of coordinates, D.
         permutation: p, the permutation of ``range(D)`` with ``(P v)_i = v_{p_i}`` (default: natural order).
 
     Shapes:
@@ -143,7 +143,7 @@ class QRLinear(Flow):
     Cost: O(D² + KD) in both directions. Starts within 1e-2 of the identity.
 
     Args:
-        input_dim: D.
+        input_dim: number of coordinates, D.
         reflections: K, even.
 
     Shapes:

@@ -30,7 +30,7 @@ class LowRankAffine(Flow):
     the identity: the directions are random and nothing is stretched along them.
 
     Args:
-        input_dim: D.
+        input_dim: number of coordinates, D.
         rank: R ≤ D (default: the smaller of 20 and D).
         loc: initial location, a number or ``(D,)``.
         scale: initial scale, positive, a number or ``(D,)``.

@@ -58,7 +58,7 @@ class Reverse(Permute):
     Cost: O(D) in both directions.
 
     Args:
-        input_dim: D.
+        input_dim: number of coordinates, D.
 
     Example:
         >>> import torch

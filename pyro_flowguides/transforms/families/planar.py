@@ -32,7 +32,7 @@ class Planar(Flow):
     Cost: O(D) forward; O(D) and four to eight ``tanh`` inverse. Starts within 1e-2 of the identity.
 
     Args:
-        input_dim: D.
+        input_dim: number of coordinates, D.
 
     Shapes:
         input, output ``(..., D)``; ladj ``(...)``.

@@ -28,7 +28,7 @@ class Radial(Flow):
     Cost: O(D) in both directions. Starts within 1e-2 of the identity.
 
     Args:
-        input_dim: D.
+        input_dim: number of coordinates, D.
 
     Shapes:
         input, output ``(..., D)``; ladj ``(...)``.

@@ -141,7 +141,7 @@ class OrthogonalSylvester(_Sylvester):
     Starts within 1e-2 of the identity.
 
     Args:
-        input_dim: D.
+        input_dim: number of coordinates, D.
         bottleneck: M ≤ D (default D).
 
     Shapes:
@@ -196,7 +196,7 @@ class HouseholderSylvester(_Sylvester):
     Starts within 1e-2 of the identity.
 
     Args:
-        input_dim: D.
+        input_dim: number of coordinates, D.
         bottleneck: M ≤ D (default D).
         reflections: K, even.
 
@@ -241,7 +241,7 @@ class TriangularSylvester(_Sylvester):
     identity.
 
     Args:
-        input_dim: D.
+        input_dim: number of coordinates, D.
         bottleneck: M ≤ D (default D).
         order: a permutation o of ``range(D)`` (default: natural order).
 

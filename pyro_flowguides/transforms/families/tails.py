@@ -34,7 +34,7 @@ class HeavyTail(Flow):
     :math:`|x| \le 4`.
 
     Args:
-        input_dim: D.
+        input_dim: number of coordinates, D.
         start: initial tail weight, in (0, 1/2).
 
     Shapes:
