@@ -65,13 +65,7 @@ def get_networks(network: str) -> Networks:
 
 
 def make_posterior(posterior: str, latent_dim: int, context_dim: int, options: Options | None = None) -> Posterior:
-    """Build a family of posteriors by name.
-
-    Args:
-        posterior: "normal", or a name in :data:`~pyro_flowguides.flows.FLOWS`.
-        latent_dim: width of z.
-        context_dim: width of the encoder's context.
-        options: options of :class:`~pyro_flowguides.guides.FlowPosterior`; none for "normal".
+    """Build a family of posteriors: "normal", or one by its name in :data:`~pyro_flowguides.flows.FLOWS`.
 
     Raises:
         ValueError: if the name is unknown, or a Gaussian is given options.
@@ -86,14 +80,7 @@ def make_posterior(posterior: str, latent_dim: int, context_dim: int, options: O
 def make_prior(
     prior: str, latent_dim: int, data_shape: Sequence[int], likelihood: Likelihood, options: Options | None = None
 ) -> Prior:
-    """Build a prior by name.
-
-    Args:
-        prior: "normal", "vamp", or a name in :data:`~pyro_flowguides.flows.FLOWS`.
-        latent_dim: width of z.
-        data_shape: shape of one datum.
-        likelihood: its range bounds the pseudo-inputs of "vamp".
-        options: options of the flow or of :class:`~pyro_flowguides.vae.VampPrior`; none for "normal".
+    """Build a prior: "normal", "vamp", or one by its name in :data:`~pyro_flowguides.flows.FLOWS`.
 
     Raises:
         ValueError: if the name is unknown, or a Gaussian is given options.
@@ -108,11 +95,7 @@ def make_prior(
 
 
 def check_no_options(owner: str, options: Options | None) -> None:
-    """Refuse options for a component that has none.
-
-    Raises:
-        ValueError: if there are options.
-    """
+    """Raise a :class:`ValueError` if options are given for a component that has none."""
     if options:
         raise ValueError(f"the {owner} has no options, got {sorted(options)}")
 

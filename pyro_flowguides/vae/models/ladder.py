@@ -15,7 +15,7 @@ from pyro_flowguides.transforms.bounds import soft_bound
 from pyro_flowguides.vae.models.conv_iaf import ConvIAF
 from pyro_flowguides.vae.networks import WeightNormConv2d
 from pyro_flowguides.vae.networks.image_shapes import params_last
-from pyro_flowguides.vae.networks.residual_blocks import RESIDUAL_SCALE, UpsampleConv2d
+from pyro_flowguides.vae.networks.resnet import RESIDUAL_SCALE, UpsampleConv2d
 
 __all__ = ["BottomUp", "DownLayer", "DownState", "Evidence", "Gaussian", "TopDown", "TopLayer", "UpLayer", "Widths"]
 
@@ -24,15 +24,7 @@ LOG_SCALE_BOUND = 7.0
 
 
 class Gaussian(NamedTuple):
-    """Location and log-scale of independent Gaussians.
-
-    Example:
-        >>> import torch
-        >>> from pyro_flowguides.vae.models.ladder import Gaussian
-        >>> gaussian = Gaussian.from_statistics(torch.randn(5, 4, 8, 8))
-        >>> gaussian.draw(torch.randn(5, 2, 8, 8)).shape
-        torch.Size([5, 2, 8, 8])
-    """
+    """Location and log-scale of independent Gaussians."""
 
     loc: Tensor
     log_scale: Tensor
@@ -103,18 +95,7 @@ class UpLayer(TopLayer):
 
 
 class BottomUp(nn.Module):
-    """The pass from the image upwards.
-
-    Args:
-        channels: channels of the image.
-        features: channels of the features.
-        layers: all layers but the topmost, the lowest first.
-        top: the topmost layer.
-        latent_dim: number of latents of all layers together.
-
-    Shapes:
-        ``(N, channels, height, width)`` -> the evidence of each layer, the topmost first.
-    """
+    """The pass upwards: ``(N, channels, height, width)`` -> the evidence of each layer, the topmost first."""
 
     def __init__(self, channels: int, features: int, layers: Sequence[UpLayer], top: TopLayer, latent_dim: int) -> None:
         super().__init__()
@@ -149,11 +130,7 @@ ChooseLatents: TypeAlias = Callable[[int, "DownLayer", DownState], Tensor]
 class DownLayer(nn.Module):
     """A layer of the pass downwards: the prior and the posterior of its latents, and their effect on the features.
 
-    Args:
-        widths: numbers of channels.
-        size: height and width of the latents.
-        size_below: height and width of the layer below: twice those of this layer, or the same.
-        steps: the IAF steps of the posterior.
+    The latents have the height and width ``size``, the layer below ``size_below``: twice as much, or the same.
     """
 
     def __init__(
@@ -213,15 +190,7 @@ class DownLayer(nn.Module):
 class TopDown(nn.Module):
     """The pass downwards, with latents chosen by the caller: draws of the prior or the posterior, or given values.
 
-    Args:
-        layers: the layers, the topmost first.
-        features: channels of the features.
-        data_shape: ``(channels, height, width)``.
-        parameters_per_value: likelihood parameters of each value of the image.
-
-    Shapes:
-        ``z (N, latent_dim)``, the latents of all layers, the topmost first -> ``(N, *data_shape,
-        parameters_per_value)``.
+    Its forward maps given latents ``(N, latent_dim)`` to likelihood parameters ``(N, *data_shape, P)``.
     """
 
     def __init__(

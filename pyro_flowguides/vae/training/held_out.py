@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor
@@ -22,20 +22,11 @@ CHUNK_SIZE = 200
 #: Test images that decide which latent coordinates are active.
 ACTIVE_UNITS_IMAGES = 1000
 
-
 #: Numbers by name: of a bound ``elbo``, ``reconstruction`` and ``kl`` in nats per image, and ``bits_per_dim``; of a
 #: log-likelihood ``mean`` and ``standard_error`` over the images in nats, ``images`` and ``num_samples``.
 Metrics: TypeAlias = dict[str, float]
-
-
-class Pictures(NamedTuple):
-    """Images ``(N, C, H, W)`` in [0, 1]."""
-
-    #: Drawn from the prior.
-    samples: Tensor
-    originals: Tensor
-    #: One of each original.
-    reconstructions: Tensor
+#: Draws from the prior, test images and their reconstructions, ``(N, C, H, W)`` in [0, 1].
+Pictures: TypeAlias = tuple[Tensor, Tensor, Tensor]
 
 
 class HeldOut:
@@ -94,7 +85,7 @@ class HeldOut:
         torch.manual_seed(derive_seed(self.seed, "pictures"))
         x, high = self._scaled("test")[:reconstructions], self.vae.likelihood.high
         drawn = self.vae.mean(self.vae.sample_prior(samples))
-        return Pictures(drawn / high, x / high, self.vae.reconstruct(x) / high)
+        return drawn / high, x / high, self.vae.reconstruct(x) / high
 
     def _scaled(self, split: str) -> Tensor:
         return self.sharded_terms.scale(self.pixels[split].to(self.fabric.device))

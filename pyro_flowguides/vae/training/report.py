@@ -8,7 +8,7 @@ import os
 import platform
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -22,29 +22,11 @@ if TYPE_CHECKING:
 
 __all__ = ["Summary", "describe_machine", "write_report"]
 
+#: The summary of a run, as it is written to ``summary.json``.
+Summary: TypeAlias = dict[str, Any]
+
 #: Images per row of a picture.
 COLUMNS = 8
-
-
-class Summary(TypedDict, total=False):
-    """The summary of a run; the first process adds the last two entries."""
-
-    settings: dict[str, object]
-    data: dict[str, object]
-    #: Why training ended.
-    reason: str
-    epochs: int
-    steps: int
-    skipped_steps: int
-    best_epoch: int
-    parameters: int
-    valid: Metrics
-    test: Metrics
-    seconds: float
-    images_per_second: float
-    machine: dict[str, object]
-    active_units: int
-    iw_log_likelihood: Metrics
 
 
 def describe_machine(fabric: Fabric) -> dict[str, object]:
@@ -65,8 +47,9 @@ def describe_machine(fabric: Fabric) -> dict[str, object]:
 
 def write_report(folder: Path, summary: Summary, history: Sequence[Metrics], pictures: Pictures) -> None:
     """Write ``summary.json``, ``samples.png``, ``reconstructions.png`` and ``curve.png``."""
-    _save_page(folder / "samples.png", _arrange(pictures.samples), "Draws from the prior")
-    pairs = torch.stack([pictures.originals, pictures.reconstructions], 1).flatten(0, 1)
+    samples, originals, reconstructions = pictures
+    _save_page(folder / "samples.png", _arrange(samples), "Draws from the prior")
+    pairs = torch.stack([originals, reconstructions], 1).flatten(0, 1)
     _save_page(folder / "reconstructions.png", _arrange(pairs), "Test images, each beside its reconstruction")
     _save_curve(folder / "curve.png", history)
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")

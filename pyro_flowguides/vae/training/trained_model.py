@@ -26,27 +26,17 @@ class ModelState(TypedDict):
 
 
 def build_model(settings: Settings, data_shape: tuple[int, ...]) -> VAE:
-    """Build the model that the settings describe.
-
-    Example:
-        >>> from pyro_flowguides.vae import Settings
-        >>> from pyro_flowguides.vae.training.trained_model import build_model
-        >>> build_model(Settings(latent_dim=4), (1, 8, 8)).latent_dim
-        4
-    """
-    options = dict(settings.model_options)
-    if settings.posterior_options:
-        options["posterior_options"] = settings.posterior_options
-    if settings.prior_options:
-        options["prior_options"] = settings.prior_options
+    """Build the model that the settings describe."""
     return MODELS[settings.model](
         data_shape,
         likelihood=settings.likelihood,
         latent_dim=settings.latent_dim,
         posterior=settings.posterior,
+        posterior_options=settings.posterior_options,
         prior=settings.prior,
+        prior_options=settings.prior_options,
         network=settings.network,
-        **options,
+        **settings.model_options,
     )
 
 
