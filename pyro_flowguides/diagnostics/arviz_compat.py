@@ -74,12 +74,7 @@ def psislw(log_weights: NDArray[np.float64]) -> tuple[NDArray[np.float64], float
 
 
 def build_tree(groups: Mapping[str, xr.Dataset], attrs: Mapping[str, str]) -> ArvizData:
-    """Join datasets into an ``arviz.InferenceData`` (0.2x) or an ``xarray.DataTree`` (1.x).
-
-    Args:
-        groups: dataset of each group.
-        attrs: attributes of the root.
-    """
+    """Join the datasets of all groups into an ``arviz.InferenceData`` (0.2x) or an ``xarray.DataTree`` (1.x)."""
     arviz = load()
     if is_legacy(arviz):
         return arviz.InferenceData(attrs=dict(attrs), **groups)

@@ -30,8 +30,6 @@ _INVALID_FRACTION = 0.01
 _HARMLESS_KHAT = 1.0
 _FAR_WIDENING = 2.5
 
-_RESAMPLE = "Use importance_resample. A longer fit or a more flexible guide may make it unnecessary."
-
 
 @dataclass(frozen=True, kw_only=True)
 class Findings:
@@ -75,9 +73,15 @@ def decide(findings: Findings) -> tuple[Verdict, str, str]:
     explanation = _without_usable_weights(findings) or _untrustworthy(findings)
     if explanation is not None:
         return "do not trust", *explanation
-    explanation = _improved_by_weighting(findings)
-    if explanation is not None:
-        return "usable with importance resampling", *explanation
+    reason = _improved_by_weighting(findings)
+    if reason is not None:
+        advice = "Use importance_resample. A longer fit or a more flexible guide may make it unnecessary."
+        return "usable with importance resampling", reason, advice
+    agreement = findings.agreement
+    if agreement is not None and agreement.worst_difference > _GOOD_DISAGREEMENT:
+        reason = f"Independent fits differ slightly: {_differences(agreement)}."
+        advice = "Fit longer, or pool the resampled draws of several fits."
+        return "usable with importance resampling", reason, advice
     return "good", *_good(findings)
 
 
@@ -140,33 +144,23 @@ def _missed(check: DefensiveCheck) -> str | None:
     return None
 
 
-def _improved_by_weighting(f: Findings) -> tuple[str, str] | None:
+def _improved_by_weighting(f: Findings) -> str | None:
     """Explain why weighted draws are better than the guide's own, if so."""
     if max(f.mean_shift, f.log_sd_shift) > _GOOD_SHIFT:
         return (
             f"Weighting changes means by up to {f.mean_shift:.2f} sd and log sd by up to {f.log_sd_shift:.2f} "
-            f"(most at site '{f.shift_site}').",
-            _RESAMPLE,
+            f"(most at site '{f.shift_site}')."
         )
     if not f.khat <= f.khat_threshold:
-        return (
-            f"k-hat is {f.khat:.2f}: the guide's tails are too light, but the widened guide gives the same moments.",
-            _RESAMPLE,
-        )
+        return f"k-hat is {f.khat:.2f}: the guide's tails are too light, but the widened guide gives the same moments."
     if f.khat > _GOOD_KHAT and f.ess_fraction < _FLAT_ESS_FRACTION and not f.is_confirmed:
-        return f"k-hat is {f.khat:.2f}: some tails of the guide are too light.", _RESAMPLE
+        return f"k-hat is {f.khat:.2f}: some tails of the guide are too light."
     if f.defensive is not None and not f.is_confirmed:
-        return _unconfirmed(f.defensive), _RESAMPLE
+        return _unconfirmed(f.defensive)
     if f.ess_fraction < _GOOD_ESS_FRACTION:
-        return f"The effective sample size is only {100 * f.ess_fraction:.0f} % of the number of draws.", _RESAMPLE
+        return f"The effective sample size is only {100 * f.ess_fraction:.0f} % of the number of draws."
     if f.num_invalid > 0 or f.num_zero > _INVALID_FRACTION * f.num_samples:
-        reason = f"{f.num_zero} draws have zero density under the model, and {f.num_invalid} have an undefined density."
-        return reason, _RESAMPLE
-    if f.agreement is not None and f.agreement.worst_difference > _GOOD_DISAGREEMENT:
-        return (
-            f"Independent fits differ slightly: {_differences(f.agreement)}.",
-            "Fit longer, or pool the resampled draws of several fits.",
-        )
+        return f"{f.num_zero} draws have zero density under the model, and {f.num_invalid} have an undefined density."
     return None
 
 

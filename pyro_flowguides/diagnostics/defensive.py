@@ -51,12 +51,10 @@ def defensive_log_weights(
     of the widened draws stays within the posterior.
 
     Args:
-        model: a Pyro model.
-        guide: any Pyro guide for it.
-        *args: arguments of model and guide.
+        model, guide: a Pyro model and any Pyro guide for it.
+        *args, **kwargs: arguments of both.
         num_samples: number of draws S from each.
         chunk_size: number of draws that run together; chosen by the size of the sites by default.
-        **kwargs: keyword arguments of model and guide.
 
     Returns:
         2S weighted draws, or fewer if runs are draw by draw; their ``log_q`` is the density of the mixture. ``None`` if
@@ -89,10 +87,9 @@ def defensive_log_weights(
     own, own_ratio = weigh_widened(program, widening, num_samples, chunk_size)
     if not widening.sites:
         return None
-    num_wide = _num_wide(own, num_samples)
-    wide, wide_ratio = weigh_widened(program, widening, num_wide, chunk_size, from_widened=True)
-    share = own.num_samples / (own.num_samples + wide.num_samples)
-    parts = _weigh_by_mixture(own, own_ratio, share), _weigh_by_mixture(wide, wide_ratio, share)
+    mixture = _Mixture(own, num_samples)
+    wide, wide_ratio = weigh_widened(program, widening, mixture.num_wide, chunk_size, from_widened=True)
+    parts = mixture.weigh(own, own_ratio), mixture.weigh(wide, wide_ratio)
     return replace(
         parts[0],
         draws={name: torch.cat([part.draws[name] for part in parts]) for name in own.draws},
@@ -116,7 +113,7 @@ def weigh_own_and_widened(
     for part, log_ratio in _weighted_chunks(program, widening, num_samples, chunk_size):
         own.add(part.draws, part.log_w)
         if widening.sites:
-            mixture = mixture or _Mixture(num_samples, _num_wide(part, num_samples))
+            mixture = mixture or _Mixture(part, num_samples)
             mixture.add(part, log_ratio)
     if mixture is None:
         return own, None
@@ -126,15 +123,28 @@ def weigh_own_and_widened(
 
 
 class _Mixture:
-    """Moments of a mixture of draws of a guide and of the widened guide."""
+    """Mixture of a guide and a widened copy of it.
 
-    def __init__(self, num_own: int, num_wide: int) -> None:
-        self.num_wide = num_wide
-        self.share = num_own / (num_own + num_wide)
-        self.moments = SmoothedMoments(num_own + num_wide)
+    Args:
+        own: some draws of the guide.
+        num_own: number of all its draws.
+    """
+
+    def __init__(self, own: WeightedDraws, num_own: int) -> None:
+        self.num_wide = num_own if own.vectorized else -(-num_own // _SLOW_REDUCTION)
+        self.share = num_own / (num_own + self.num_wide)
+        self.moments = SmoothedMoments(num_own + self.num_wide)
+
+    def weigh(self, part: WeightedDraws, log_ratio: Tensor) -> WeightedDraws:
+        """Weigh draws by the density of the mixture; the log ratio is that of the widened guide to the guide."""
+        log_q = part.log_q
+        own, wide = torch.full_like(log_q, math.log(self.share)), log_ratio + math.log1p(-self.share)
+        log_mix = log_q + torch.logaddexp(own, wide)
+        return replace(part, log_q=log_mix, log_w=log_weight(part.log_p, log_mix))
 
     def add(self, part: WeightedDraws, log_ratio: Tensor) -> None:
-        self.moments.add(part.draws, _weigh_by_mixture(part, log_ratio, self.share).log_w)
+        """Add weighted draws to the moments of the mixture."""
+        self.moments.add(part.draws, self.weigh(part, log_ratio).log_w)
 
 
 def _weighted_chunks(
@@ -143,18 +153,6 @@ def _weighted_chunks(
     """Yield weighted draws and their log ratios, as many at a time as run together."""
     for chunk in chunks(num_samples, program.default_chunk_size if chunk_size is None else chunk_size):
         yield weigh_widened(program, widening, chunk.stop - chunk.start, from_widened=from_widened)
-
-
-def _num_wide(own: WeightedDraws, num_samples: int) -> int:
-    """Return the number of draws from the widened guide: fewer if runs are draw by draw."""
-    return num_samples if own.vectorized else -(-num_samples // _SLOW_REDUCTION)
-
-
-def _weigh_by_mixture(weighted: WeightedDraws, log_ratio: Tensor, share: float) -> WeightedDraws:
-    """Weigh draws by the density of the mixture, in which the guide itself has the given share."""
-    log_q = weighted.log_q
-    log_mix = log_q + torch.logaddexp(torch.full_like(log_q, math.log(share)), log_ratio + math.log1p(-share))
-    return replace(weighted, log_q=log_mix, log_w=log_weight(weighted.log_p, log_mix))
 
 
 @dataclass(frozen=True)
@@ -221,7 +219,7 @@ def defensive_check(
     Returns:
         The comparison; ``None`` if no weight of the mixture is positive.
     """
-    log_w, own_log_w = mixture.log_w, own.log_w
+    log_w, own_log_w = mixture.log_w, own.weighted.log_w
     ess = effective_sample_size(log_w)
     if ess == 0:
         return None
@@ -240,7 +238,7 @@ def defensive_check(
         log_evidence=log_evidence,
         log_evidence_se=standard_error,
         missed_mass=1 - math.exp(-excess) if is_excess_clear else 0.0,
-        shift=max(moment_shift(own.unweighted, reference)[:2]),
+        shift=max(moment_shift(own.unweighted.moments, reference)[:2]),
         weighted_shift=max(moment_shift(corrected, reference)[:2]),
         has_dominant_draw=share > max(_DOMINANT_SHARE, 3 * own_share, 20 / len(log_w)),
     )

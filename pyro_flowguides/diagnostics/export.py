@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
+from functools import partial
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import pyro
 import torch
 from numpy.typing import NDArray
+from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
@@ -56,13 +57,11 @@ def to_inference_data(
     no draws, and a datum has no log likelihood of its own if discrete sites are summed out.
 
     Args:
-        model: a Pyro model.
-        guide: any Pyro guide for it.
-        *args: arguments of model and guide.
+        model, guide: a Pyro model and any Pyro guide for it.
+        *args, **kwargs: arguments of both.
         num_samples: number of draws.
         resample: whether to take four times as many draws and resample them with Pareto-smoothed importance weights.
         coords: labels of plates or other dimensions: name -> labels; integers by default.
-        **kwargs: keyword arguments of model and guide.
 
     Returns:
         An ``arviz.InferenceData`` (ArviZ 0.2x) or an ``xarray.DataTree`` (1.x); both have ``to_netcdf``.
@@ -126,86 +125,63 @@ def collect_groups(program: Program, weighted: WeightedDraws) -> tuple[dict[str,
         "sample_stats": {"log_p": weighted.log_p, "log_q": weighted.log_q, "log_weights": weighted.log_w},
         "observed_data": {name: site.value for name, site in program.observed.items()},
     }
-    runs = _ModelRuns(program, weighted)
     if program.enumerated:
         notes["log_likelihood"] = f"left out: sites {', '.join(program.enumerated)} are summed out"
     else:
-        collected = runs.log_likelihood_and_deterministics()
-        groups["posterior"] |= {name: collected[name] for name in program.deterministics}
-        groups["log_likelihood"] = {name: collected[name] for name in program.observed}
-    for group, draw in (("posterior_predictive", runs.posterior_predictive), ("prior_predictive", runs.prior)):
-        if not program.observed:
-            continue
+        scored = _score_data(program, weighted)
+        groups["posterior"] |= {name: scored[name] for name in program.deterministics}
+        groups["log_likelihood"] = {name: scored[name] for name in program.observed}
+    for group, values in (("posterior_predictive", weighted.draws), ("prior_predictive", {})):
         try:
-            groups[group] = draw()
+            groups[group] = _draw_data(program, weighted, values) if program.observed else {}
         except (NotImplementedError, RuntimeError, ValueError) as error:
             notes[group] = f"left out: {first_line(error)}"
-    _split_prior(program, groups)
+    prior = groups.get("prior_predictive", {})
+    groups["prior"] = {name: prior.pop(name) for name in program.latents if name in prior}
     return groups, notes
 
 
-def _split_prior(program: Program, groups: dict[str, Values]) -> None:
-    drawn = groups.get("prior_predictive", {})
-    if drawn:
-        groups["prior"] = {name: value for name, value in drawn.items() if name not in program.observed}
-        groups["prior_predictive"] = {name: drawn[name] for name in program.observed}
+def _score_data(program: Program, weighted: WeightedDraws) -> Values:
+    """Return the log likelihood of each datum, and the deterministic sites."""
+
+    def collect(trace: Trace, layout: Layout) -> Values:
+        scored = dict(scored_sites(trace))
+        log_likelihood = {
+            name: layout.split(scored[name]["unscaled_log_prob"], site.batch_shape)
+            for name, site in program.observed.items()
+        }
+        return log_likelihood | _split_sites(trace, layout, program.deterministics)
+
+    return _run(program, weighted, weighted.draws, collect)
 
 
-class _ModelRuns:
-    """Runs of the model on the draws, in the mode in which the draws were weighed."""
+def _draw_data(program: Program, weighted: WeightedDraws, values: Values) -> Values:
+    """Draw data, and the latent sites without given values from their prior."""
+    latents = {name: site for name, site in program.latents.items() if name not in values}
+    for name, site in latents.items():
+        if site.is_improper:
+            raise NotImplementedError(f"the prior of site '{name}' is improper")
+    drawn = latents | program.observed
+    return _run(program, weighted, values, lambda trace, layout: _split_sites(trace, layout, drawn), [SampleObserved()])
 
-    def __init__(self, program: Program, weighted: WeightedDraws) -> None:
-        self.program, self.weighted = program, weighted
 
-    def log_likelihood_and_deterministics(self) -> Values:
-        """Return the log likelihood of each datum and the deterministic sites."""
-
-        def collect(trace: Trace, layout: Layout) -> Values:
-            scored = dict(scored_sites(trace))
-            out = {
-                name: layout.split(scored[name]["unscaled_log_prob"], site.batch_shape)
-                for name, site in self.program.observed.items()
-            }
-            return out | _split_sites(trace, layout, self.program.deterministics)
-
-        return self._run(self.weighted.draws, collect)
-
-    def posterior_predictive(self) -> Values:
-        """Draw new data given the latent sites."""
-
-        def collect(trace: Trace, layout: Layout) -> Values:
-            return _split_sites(trace, layout, self.program.observed)
-
-        return self._run(self.weighted.draws, collect, sample_observed=True)
-
-    def prior(self) -> Values:
-        """Draw latent sites and data from the prior."""
-        _refuse_improper(self.program)
-
-        def collect(trace: Trace, layout: Layout) -> Values:
-            return _split_sites(trace, layout, self.program.latents | self.program.observed)
-
-        return self._run({}, collect, sample_observed=True)
-
-    def _run(self, values: Values, collect: Collect, *, sample_observed: bool = False) -> Values:
-        def run(mode: RunMode) -> Values:
-            with evaluation():
-                return run_model(
-                    self.program,
-                    values,
-                    self.weighted.num_samples,
-                    collect,
-                    self.program.default_chunk_size,
-                    mode=mode,
-                    handlers=[SampleObserved()] if sample_observed else [],
-                )
-
+def _run(
+    program: Program,
+    weighted: WeightedDraws,
+    values: Values,
+    collect: Collect,
+    handlers: Sequence[Messenger] = (),
+) -> Values:
+    """Run the model in the mode in which the draws were weighed, or draw by draw where that fails."""
+    size = program.default_chunk_size
+    run = partial(run_model, program, values, weighted.num_samples, collect, size, handlers=handlers)
+    with evaluation():
         try:
-            return run(self.weighted.model_mode)
+            return run(mode=weighted.model_mode)
         except (NotVectorizedError, RuntimeError):  # some distributions score many draws at once but cannot sample so
-            if self.weighted.model_mode is RunMode.SINGLE:
+            if weighted.model_mode is RunMode.SINGLE:
                 raise
-            return run(RunMode.SINGLE)
+            return run(mode=RunMode.SINGLE)
 
 
 def _split_sites(trace: Trace, layout: Layout, sites: Mapping[str, SiteInfo]) -> Values:
@@ -216,12 +192,6 @@ def _split_sites(trace: Trace, layout: Layout, sites: Mapping[str, SiteInfo]) ->
             raise ValueError(f"a draw of site '{name}' has shape {tuple(value.shape)}, not {tuple(site.shape)}")
         out[name] = layout.split(value, site.shape)
     return out
-
-
-def _refuse_improper(program: Program) -> None:
-    for name, site in program.latents.items():
-        if site.is_improper:
-            raise NotImplementedError(f"the prior of site '{name}' is improper")
 
 
 # --- datasets -------------------------------------------------------------------------------------------------------
@@ -251,8 +221,7 @@ class DatasetBuilder:
             dims = (*sample_dims, *self._dims(name, is_density=group == "log_likelihood"))
             variables[name] = (dims, array[np.newaxis] if sample_dims else array)
             self._sizes |= dict(zip(dims, variables[name][1].shape, strict=True))
-        sizes = {dim: size for dims, array in variables.values() for dim, size in zip(dims, array.shape, strict=True)}
-        coords = {dim: self._labels(dim, size) for dim, size in sizes.items()}
+        coords = {dim: self._labels(dim) for dims, _ in variables.values() for dim in dims}
         return xr.Dataset(variables, coords=coords, attrs=dict(attrs))
 
     def check_labels(self) -> None:
@@ -261,8 +230,8 @@ class DatasetBuilder:
             if name not in self._sizes:
                 raise ValueError(f"coords: no dimension '{name}'; the dimensions are {', '.join(sorted(self._sizes))}")
 
-    def _labels(self, dim: str, size: int) -> NDArray[np.generic]:
-        labels = self.labels.get(dim)
+    def _labels(self, dim: str) -> NDArray[np.generic]:
+        size, labels = self._sizes[dim], self.labels.get(dim)
         if labels is None:
             return np.arange(size)
         if len(labels) != size:
@@ -299,7 +268,7 @@ def describe_origin(program: Program, num_samples: int, *, resampled: bool) -> d
     return {
         "created_at": datetime.now(timezone.utc).isoformat(),
         "inference_library": "pyro_flowguides",
-        "inference_library_version": _version(),
+        "inference_library_version": str(sys.modules["pyro_flowguides"].__version__),
         "pyro_version": pyro.__version__,
         "torch_version": str(torch.__version__),
         "guide": _qualified_name(program.guide),
@@ -307,13 +276,6 @@ def describe_origin(program: Program, num_samples: int, *, resampled: bool) -> d
         "num_samples": str(num_samples),
         "draws": "importance-resampled" if resampled else "from the guide",
     }
-
-
-def _version() -> str:
-    try:
-        return importlib.metadata.version("pyro_flowguides")
-    except importlib.metadata.PackageNotFoundError:
-        return str(getattr(sys.modules.get("pyro_flowguides"), "__version__", "unknown"))
 
 
 def _qualified_name(program: Model | Guide) -> str:

@@ -77,13 +77,15 @@ def pareto_smooth(log_w: Tensor) -> ParetoSmoothed:
     if len(finite) == 0:
         raise ValueError("no draw has a positive, finite importance weight")
     length = tail_length(len(clean))
-    if len(finite) <= length + 1:
-        return ParetoSmoothed(_normalize(clean), math.inf)
-    tail = finite.topk(length).values
-    if float(tail[0] - tail[-1]) < _FLAT_TAIL:
-        return ParetoSmoothed(_normalize(clean), 0.0)
-    smoothed, khat = arviz_compat.psislw((clean - finite.max()).numpy())
-    return ParetoSmoothed(_normalize(torch.from_numpy(smoothed)), khat)
+    smoothed, khat = clean, math.inf
+    if len(finite) > length + 1:
+        tail = finite.topk(length).values
+        if float(tail[0] - tail[-1]) < _FLAT_TAIL:
+            khat = 0.0
+        else:
+            normalized, khat = arviz_compat.psislw((clean - finite.max()).numpy())
+            smoothed = torch.from_numpy(normalized)
+    return ParetoSmoothed(smoothed - smoothed.logsumexp(0), khat)
 
 
 def khat_threshold(num_samples: int) -> float:
@@ -166,10 +168,6 @@ def without_invalid(log_w: Tensor) -> Tensor:
     """Return log weights in double precision on the CPU, with −inf in place of NaN and +inf."""
     log_w = log_w.detach().cpu().double()
     return torch.where(log_w.isnan() | log_w.isposinf(), -torch.inf, log_w)
-
-
-def _normalize(log_w: Tensor) -> Tensor:
-    return log_w - log_w.logsumexp(0)
 
 
 def tail_length(num_samples: int) -> int:

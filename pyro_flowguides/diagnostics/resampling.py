@@ -33,13 +33,11 @@ def importance_resample(
     resampling helps little.
 
     Args:
-        model: a Pyro model.
-        guide: any Pyro guide for it.
-        *args: arguments of model and guide.
+        model, guide: a Pyro model and any Pyro guide for it.
+        *args, **kwargs: arguments of both.
         num_samples: number of draws n to return.
         num_proposals: number of draws S from the guide.
         replace: whether a draw may be selected more than once.
-        **kwargs: keyword arguments of model and guide.
 
     Returns:
         Draws of each latent site, ``(n, *batch, *event)``.

@@ -67,25 +67,16 @@ class GuideSummary:
         num_samples: total number of draws.
 
     Attributes:
-        weighted: moments under Pareto-smoothed weights.
+        weighted: moments under Pareto-smoothed weights, and all log weights.
+        unweighted: moments of equally weighted draws.
         constant: sites where all draws so far are equal.
     """
 
     def __init__(self, num_samples: int) -> None:
         self.weighted = SmoothedMoments(num_samples)
         self.constant: set[str] = set()
-        self._unweighted = RunningMoments()
+        self.unweighted = RunningMoments()
         self._first: Values = {}
-
-    @property
-    def log_w(self) -> Tensor:
-        """All log weights so far."""
-        return self.weighted.log_w
-
-    @property
-    def unweighted(self) -> Moments:
-        """Moments of all draws so far, equally weighted."""
-        return self._unweighted.moments
 
     def add(self, draws: Values, log_w: Tensor) -> None:
         """Add a part: site -> (S', ...), and log weights (S',)."""
@@ -93,7 +84,7 @@ class GuideSummary:
             self._first = {name: value[0].clone() for name, value in draws.items()}
             self.constant = set(draws)
         self.constant = {name for name in self.constant if bool((draws[name] == self._first[name]).all())}
-        self._unweighted.add(draws, torch.zeros_like(log_w))
+        self.unweighted.add(draws, torch.zeros_like(log_w))
         self.weighted.add(draws, log_w)
 
 

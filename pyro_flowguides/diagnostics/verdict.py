@@ -114,13 +114,11 @@ def diagnose(
     that matters, pass the :func:`agreement` of independent fits.
 
     Args:
-        model: a Pyro model.
-        guide: any Pyro guide for it.
-        *args: arguments of model and guide.
+        model, guide: a Pyro model and any Pyro guide for it.
+        *args, **kwargs: arguments of both.
         num_samples: number of draws S, at least 25.
         chunk_size: number of draws that run together; chosen by the size of the sites by default.
         agreement: comparison of the resampled draws of independent fits.
-        **kwargs: keyword arguments of model and guide.
 
     Raises:
         ValueError: if there are fewer than 25 draws, and for the reasons that :func:`log_weights` gives.
@@ -161,7 +159,8 @@ def diagnose_program(
     _check_num_samples(num_samples)
     widening = Widening.of(program)
     own, mixture = weigh_own_and_widened(program, widening, num_samples, chunk_size)
-    return _diagnosis(own, mixture, widening.factor, agreement, point_sites(program, own.constant))
+    constant = point_sites(program, own.constant)
+    return _diagnosis(_findings(own, mixture, widening.factor, agreement, constant), own.weighted.log_w)
 
 
 def diagnose_draws(
@@ -188,7 +187,7 @@ def diagnose_draws(
     if defensive is not None:
         mixture = SmoothedMoments(defensive.num_samples)
         mixture.add(defensive.draws, defensive.log_w)
-    return _diagnosis(own, mixture, widening_factor, agreement, weighted.point_sites)
+    return _diagnosis(_findings(own, mixture, widening_factor, agreement, weighted.point_sites), own.weighted.log_w)
 
 
 def _check_num_samples(num_samples: int) -> None:
@@ -196,18 +195,11 @@ def _check_num_samples(num_samples: int) -> None:
         raise ValueError(f"a diagnosis needs at least {MIN_DRAWS} draws, got {num_samples}")
 
 
-def _diagnosis(
-    own: GuideSummary,
-    mixture: SmoothedMoments | None,
-    widening_factor: float,
-    agreement: Agreement | None,
-    point_sites: tuple[str, ...],
-) -> Diagnosis:
-    findings = _findings(own, mixture, widening_factor, agreement, point_sites)
+def _diagnosis(findings: Findings, log_w: Tensor) -> Diagnosis:
     verdict, reason, advice = decide(findings)
-    elbo, elbo_se = _elbo(own.log_w)
-    log_evidence, log_evidence_se = log_mean_weight(own.log_w)
-    finite = own.log_w[own.log_w.isfinite()]
+    elbo, elbo_se = _elbo(log_w)
+    log_evidence, log_evidence_se = log_mean_weight(log_w)
+    finite = log_w[log_w.isfinite()]
     return Diagnosis(
         **vars(findings),
         verdict=verdict,
@@ -229,12 +221,12 @@ def _findings(
     agreement: Agreement | None,
     point_sites: tuple[str, ...],
 ) -> Findings:
-    log_w = own.log_w
+    log_w = own.weighted.log_w
     ess = effective_sample_size(log_w)
-    khat, shift, defensive = math.nan, (math.nan, math.nan, next(iter(own.unweighted))), None
+    khat, shift, defensive = math.nan, (math.nan, math.nan, next(iter(own.unweighted.moments))), None
     if ess > 0:
         smoothed, corrected = own.weighted.smooth()
-        khat, shift = smoothed.khat, moment_shift(own.unweighted, corrected)
+        khat, shift = smoothed.khat, moment_shift(own.unweighted.moments, corrected)
         defensive = None if mixture is None else defensive_check(own, corrected, mixture, widening_factor)
     return Findings(
         khat=khat,

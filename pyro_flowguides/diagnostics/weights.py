@@ -88,12 +88,10 @@ def log_weights(
     function of them, as in Pyro's autoguides.
 
     Args:
-        model: a Pyro model.
-        guide: any Pyro guide for it.
-        *args: arguments of model and guide.
+        model, guide: a Pyro model and any Pyro guide for it.
+        *args, **kwargs: arguments of both.
         num_samples: number of draws S.
         chunk_size: number of draws that run together; chosen by the size of the sites by default.
-        **kwargs: keyword arguments of model and guide.
 
     Raises:
         ValueError: if S or the chunk size is not positive; if a plate is subsampled, since a weight needs the density
