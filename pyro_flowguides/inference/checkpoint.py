@@ -18,33 +18,18 @@ FORMAT = "pyro_flowguides fit 4"
 
 
 class FitState(TypedDict):
-    """The state of a fit.
-
-    Attributes:
-        settings: the options that decide its course.
-        parameters: all parameters by name.
-        moments: Adam's first and second moments and its number of steps, for each group of parameters.
-        scales: the scales of the parameters, for each group.
-        schedule: the state of the schedule.
-        generator: the state of the generator of the noise.
-        global_generator: the state of torch's global generator.
-        history: the bound at every step.
-        average: the running average of the iterates, for each group; empty before averaging.
-        counts: numbers of dropped particles, of failed steps in a row, and of averaged iterates.
-        start: description of the warm start.
-        seconds: wall time so far.
-    """
+    """The state of a fit; lists of tensors are by group of parameters."""
 
     settings: dict[str, object]
     parameters: dict[str, Tensor]
-    moments: list[list[Tensor]]
+    moments: list[list[Tensor]]  # of Adam, with the number of steps
     scales: list[Tensor]
     schedule: dict[str, object]
     generator: Tensor
     global_generator: Tensor
     history: list[float]
-    average: list[Tensor]
-    counts: list[int]
+    average: list[Tensor]  # of the iterates; empty before averaging
+    counts: list[int]  # of dropped particles, failed steps in a row, averaged iterates
     start: str
     seconds: float
 

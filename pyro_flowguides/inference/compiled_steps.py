@@ -16,7 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from pyro_flowguides.inference.flat_adam import BETAS, EPSILON, MAX_GRADIENT_NORM, FlatAdam, unflatten
 from pyro_flowguides.inference.replay import assert_same
 
-__all__ = ["CapturedSteps", "CompiledSteps", "LoopedSteps", "compile_steps"]
+__all__ = ["MAX_STEPS_PER_CALL", "CapturedSteps", "CompiledSteps", "LoopedSteps", "compile_steps"]
 
 #: Most steps of one call.
 MAX_STEPS_PER_CALL = 50
@@ -39,11 +39,7 @@ def compile_steps(recording: fx.GraphModule, adam: FlatAdam, noise: Tensor, *sha
     On a GPU this is a CUDA graph of several steps; on a CPU, with few parameters, a compiled loop over steps;
     otherwise, and where those fail, one step.
 
-    Args:
-        recording, adam, noise, *shared: as for :class:`CompiledSteps`.
-
-    Raises:
-        Exception: whatever the compiler or its tools raise for the simplest form.
+    Arguments and errors are those of :class:`CompiledSteps`.
     """
     num_parameters = sum(vector.numel() for vector in adam.vectors)
     form = CapturedSteps if adam.device.type == "cuda" else LoopedSteps
@@ -177,14 +173,7 @@ class CompiledSteps:
 
 
 class LoopedSteps(CompiledSteps):
-    """Compiled steps whose function loops over the steps of a call, for steps that are shorter than a call's overhead.
-
-    Args:
-        recording, adam, noise, *shared: as for :class:`CompiledSteps`.
-
-    Raises:
-        Exception: as :class:`CompiledSteps`.
-    """
+    """Compiled steps whose function loops over the steps of a call, for steps shorter than the overhead of a call."""
 
     steps_per_call = MAX_STEPS_PER_CALL
 
@@ -219,12 +208,8 @@ class CapturedSteps(CompiledSteps):
     A graph reads and writes fixed memory: that of Adam's state and of the first inputs, into which later inputs are
     copied.
 
-    Args:
-        recording, adam, noise, *shared: as for :class:`CompiledSteps`.
-
     Raises:
         RuntimeError: if an operation of the step cannot be captured.
-        Exception: as :class:`CompiledSteps`.
     """
 
     def __init__(self, recording: fx.GraphModule, adam: FlatAdam, noise: Tensor, *shared: Tensor) -> None:

@@ -21,7 +21,7 @@ from pyro_flowguides.inference.objective import StepOptions
 from pyro_flowguides.inference.schedule import Schedule
 from pyro_flowguides.inference.step_loop import CompileMode
 from pyro_flowguides.inference.stepper import GuideT, Stepper
-from pyro_flowguides.inference.warm_start import Density, Gaussian, LowRankStart, low_rank_warm_start, warm_start
+from pyro_flowguides.inference.warm_start import Density, Start, low_rank_warm_start, warm_start
 from pyro_flowguides.programs.types import Args, Kwargs, Model
 
 __all__ = ["FitSettings", "Run"]
@@ -42,15 +42,7 @@ NUM_COMPARISON_SAMPLES = 1000
 
 @dataclass(frozen=True)
 class FitSettings:
-    """The options of ``fit`` that decide its course; a checkpoint is only for the same settings.
-
-    Attributes:
-        steps, num_particles, lr, tolerance, path_gradient, importance, temper, seed: as for
-            :func:`~pyro_flowguides.inference.fit`.
-
-    Raises:
-        ValueError: for a number out of range.
-    """
+    """The options of ``fit`` that decide its course; a checkpoint belongs to one set of them."""
 
     steps: int = 2000
     num_particles: int = 32
@@ -124,16 +116,18 @@ class Run(Generic[GuideT]):
         guide = self.guide
         if not isinstance(self.objective, DensityObjective) or not isinstance(guide, AutoFlow):
             return
-        best = self._best_gaussian(self.objective.density, guide)
+        best = self._best_start(self.objective.density, guide)
         bound = self._bound()
         if not math.isfinite(best.elbo) or bound >= best.elbo:
             return
         best.apply_to(guide)
         guide.set_tail_weight(min(TAIL_WEIGHT, TOTAL_TAIL_WEIGHT / self.objective.latent_dim))
-        self.adam.set_scale(guide.location, best.scale)  # or a step would be far too long for a narrow posterior
+        self.adam.set_scale(
+            guide.location, best.gaussian.scale
+        )  # or a step would be far too long for a narrow posterior
         self.start = f"{best.origin} (ELBO {best.elbo:.2f})"
 
-    def _best_gaussian(self, density: Density, guide: AutoFlow) -> Gaussian | LowRankStart:
+    def _best_start(self, density: Density, guide: AutoFlow) -> Start:
         location = guide._init_loc().to(next(guide.get_transform().parameters()))
         if len(location) <= FULL_RANK_LIMIT:
             return warm_start(density, location, seed=self.settings.seed)[0]

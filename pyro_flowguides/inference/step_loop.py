@@ -81,7 +81,6 @@ class CompiledStepLoop(StepLoop):
     cannot take, because a particle is not finite, is taken by itself.
 
     Args:
-        objective, adam, generator: as for :class:`StepLoop`.
         mode: ``True`` to compile every kind of step; ``"auto"`` to compile on a GPU, and on a CPU where the number of
             remaining steps repays it.
 

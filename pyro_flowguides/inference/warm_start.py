@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from pyro_flowguides.guides.autoflow import AutoFlow
 from pyro_flowguides.inference.low_rank_laplace import LowRankGaussian, low_rank_laplace
 
-__all__ = ["Density", "Gaussian", "LowRankStart", "low_rank_warm_start", "warm_start"]
+__all__ = ["Density", "Gaussian", "Start", "low_rank_warm_start", "warm_start"]
 
 Density: TypeAlias = Callable[[Tensor], Tensor]
 
@@ -30,65 +30,58 @@ LARGE_LOSS = 1e20
 
 @dataclass(frozen=True)
 class Gaussian:
-    """A candidate start with a full covariance.
-
-    Attributes:
-        loc: location ``(D,)``.
-        scale_tril: lower-triangular scale ``(D, D)``.
-        origin: where the candidate comes from.
-        elbo: its ELBO.
-    """
+    """The normal distribution with location ``(D,)`` and lower-triangular scale ``(D, D)``."""
 
     loc: Tensor
     scale_tril: Tensor
-    origin: str
-    elbo: float = -math.inf
 
     @property
     def scale(self) -> Tensor:
         """The diagonal of the scale ``(D,)``."""
         return self.scale_tril.diagonal()
 
-    def scored(self, density: Density, noise: Tensor) -> Gaussian:
-        """Return a copy with its ELBO over the noise ``(S, D)``; -inf where the density is not finite."""
-        with torch.no_grad():
-            log_p = density(self.loc + noise @ self.scale_tril.mT)
-        entropy = self.scale.log().sum() + 0.5 * self.loc.shape[0] * math.log(2 * math.pi * math.e)
-        return Gaussian(self.loc, self.scale_tril, self.origin, _finite_or_lowest(log_p.mean() + entropy))
+    @property
+    def entropy(self) -> Tensor:
+        """The differential entropy, in nats."""
+        return self.scale.log().sum() + 0.5 * self.loc.shape[0] * math.log(2 * math.pi * math.e)
 
-    def apply_to(self, guide: AutoFlow) -> None:
-        """Set the affine part of a guide to this Gaussian."""
-        guide.set_affine(self.loc, self.scale_tril)
+    def draw(self, noise: Tensor) -> Tensor:
+        """Map standard normal noise ``(S, D)`` to draws ``(S, D)``."""
+        return self.loc + noise @ self.scale_tril.mT
 
 
 @dataclass(frozen=True)
-class LowRankStart:
-    """A candidate start in many dimensions.
+class Start:
+    """A candidate start: the Gaussian, where it comes from, and its ELBO (-inf where that is not finite)."""
 
-    Attributes:
-        gaussian: the distribution.
-        origin: where the candidate comes from.
-        elbo: its ELBO.
-    """
-
-    gaussian: LowRankGaussian
+    gaussian: Gaussian | LowRankGaussian
     origin: str
     elbo: float
 
-    @property
-    def scale(self) -> Tensor:
-        """The diagonal of the scale ``(D,)``."""
-        return self.gaussian.scale
-
     def apply_to(self, guide: AutoFlow) -> None:
-        """Set the affine part of a guide to this Gaussian."""
-        gaussian = self.gaussian
-        guide.set_low_rank_affine(gaussian.loc, gaussian.scale, gaussian.directions, gaussian.log_stretch)
+        """Set the affine part of a guide to the Gaussian."""
+        if isinstance(self.gaussian, Gaussian):
+            guide.set_affine(self.gaussian.loc, self.gaussian.scale_tril)
+        else:
+            low_rank = self.gaussian
+            guide.set_low_rank_affine(low_rank.loc, low_rank.scale, low_rank.directions, low_rank.log_stretch)
+
+
+def _ranked(
+    gaussians: Iterable[tuple[Gaussian | LowRankGaussian, str]], density: Density, noise: Tensor
+) -> list[Start]:
+    """Rank Gaussians with their origins by the ELBO over the noise ``(S, D)``."""
+    starts = []
+    for gaussian, origin in gaussians:
+        with torch.no_grad():
+            elbo = float(density(gaussian.draw(noise)).mean() + gaussian.entropy)
+        starts.append(Start(gaussian, origin, elbo if math.isfinite(elbo) else -math.inf))
+    return sorted(starts, key=lambda start: -start.elbo)
 
 
 def warm_start(
-    density: Density, start: Tensor, *, starts: int = 4, iterations: int = 100, num_samples: int = 128, seed: int = 0
-) -> list[Gaussian]:
+    density: Density, start: Tensor, *, num_paths: int = 4, iterations: int = 100, num_samples: int = 128, seed: int = 0
+) -> list[Start]:
     r"""Rank Gaussian starts by ELBO: plain ones, and Laplace approximations along L-BFGS paths.
 
     From the guide's own location and random points around it, L-BFGS climbs the log density. At points along each path,
@@ -101,7 +94,7 @@ def warm_start(
     Args:
         density: log density, ``(S, D) -> (S,)``.
         start: the guide's own location ``(D,)``.
-        starts: number of L-BFGS paths.
+        num_paths: number of L-BFGS paths.
         iterations: L-BFGS iterations per path.
         num_samples: draws for each ELBO, in pairs of opposite sign.
         seed: seed of the starting points and draws; the global generator is not touched.
@@ -117,27 +110,22 @@ def warm_start(
     dim = start.shape[0]
     noise = _antithetic_noise(num_samples, start, generator)
     eye = torch.eye(dim, dtype=start.dtype, device=start.device)
-    candidates = [
-        Gaussian(start, scale * eye, f"plain start, scale {scale}").scored(density, noise) for scale in PLAIN_SCALES
-    ]
+    gaussians = [(Gaussian(start, scale * eye), f"plain start, scale {scale}") for scale in PLAIN_SCALES]
     ends: list[Tensor] = []
-    for path in range(starts):
+    for path in range(num_paths):
         offset = torch.randn(dim, generator=generator, dtype=start.dtype, device="cpu").to(start.device) if path else 0
         points = _climb(density, start + offset, iterations)
         if any(torch.allclose(points[-1], end, rtol=1e-3, atol=1e-3) for end in ends):
             continue  # the same mode again
         ends.append(points[-1])
-        candidates += [
-            gaussian.scored(density, noise)
-            for point in _spaced(points)
-            for gaussian in _laplace(density, point, f"path {path}")
-        ]
-    return sorted(candidates, key=lambda candidate: -candidate.elbo)
+        for point in _spaced(points):
+            gaussians += _laplace(density, point, f"path {path}")
+    return _ranked(gaussians, density, noise)
 
 
 def low_rank_warm_start(
     density: Density, start: Tensor, *, iterations: int = 300, num_samples: int = 32, seed: int = 0
-) -> list[LowRankStart]:
+) -> list[Start]:
     """Rank Gaussian starts by ELBO where a dense Hessian costs too much.
 
     One L-BFGS path climbs the log density; the candidates are plain starts and the low-rank Laplace approximation at
@@ -159,12 +147,7 @@ def low_rank_warm_start(
     top = _climb(density, start, iterations)[-1]
     with contextlib.suppress(RuntimeError):  # an operation of the model may have no second derivative
         gaussians.append((low_rank_laplace(density, top, seed=seed), "low-rank Laplace"))
-    candidates = []
-    for gaussian, origin in gaussians:
-        with torch.no_grad():
-            elbo = density(gaussian.draw(noise)).mean() + gaussian.entropy
-        candidates.append(LowRankStart(gaussian, origin, _finite_or_lowest(elbo)))
-    return sorted(candidates, key=lambda candidate: -candidate.elbo)
+    return _ranked(gaussians, density, noise)
 
 
 def _antithetic_noise(num_samples: int, like: Tensor, generator: torch.Generator) -> Tensor:
@@ -172,10 +155,6 @@ def _antithetic_noise(num_samples: int, like: Tensor, generator: torch.Generator
     shape = (num_samples // 2, len(like))
     half = torch.randn(shape, generator=generator, dtype=like.dtype, device="cpu").to(like.device)
     return torch.cat([half, -half])
-
-
-def _finite_or_lowest(elbo: Tensor) -> float:
-    return float(elbo) if math.isfinite(elbo) else -math.inf
 
 
 def _climb(density: Density, start: Tensor, iterations: int) -> list[Tensor]:
@@ -213,7 +192,7 @@ def _spaced(points: list[Tensor]) -> Iterator[Tensor]:
         yield points[index]
 
 
-def _laplace(density: Density, point: Tensor, origin: str) -> Iterator[Gaussian]:
+def _laplace(density: Density, point: Tensor, origin: str) -> Iterator[tuple[Gaussian, str]]:
     """Yield Gaussians with the covariance of the local Hessian, non-concave directions bounded.
 
     The first has its mean at the point, the second at the end of a Newton step.
@@ -235,5 +214,5 @@ def _laplace(density: Density, point: Tensor, origin: str) -> Iterator[Gaussian]
     covariance = (vectors * (1 / precision)) @ vectors.mT
     scale_tril, info = torch.linalg.cholesky_ex((covariance + covariance.mT) / 2)
     if int(info) == 0:
-        yield Gaussian(point, scale_tril, f"{origin}, Laplace")
-        yield Gaussian(point + covariance @ gradient, scale_tril, f"{origin}, Laplace after a Newton step")
+        yield Gaussian(point, scale_tril), f"{origin}, Laplace"
+        yield Gaussian(point + covariance @ gradient, scale_tril), f"{origin}, Laplace after a Newton step"

@@ -30,15 +30,15 @@ def test_gaussian_targets_are_recovered_exactly(scales):
     corr = torch.tensor([[1.0, 0.8, -0.3], [0.8, 1.0, 0.1], [-0.3, 0.1, 1.0]])
     loc, covariance = sd * torch.tensor([1.0, -2.0, 0.5]), corr * sd[:, None] * sd
     best = warm_start(gaussian(loc, covariance), torch.zeros(3))[0]
-    assert_close(best.loc / sd, loc / sd, rtol=0, atol=1e-3)
-    assert_close((best.scale_tril @ best.scale_tril.mT) / sd[:, None] / sd, corr, rtol=0, atol=1e-6)
+    assert_close(best.gaussian.loc / sd, loc / sd, rtol=0, atol=1e-3)
+    assert_close((best.gaussian.scale_tril @ best.gaussian.scale_tril.mT) / sd[:, None] / sd, corr, rtol=0, atol=1e-6)
     assert best.elbo == pytest.approx(0.0, abs=0.3)  # log Z = 0; 128 draws
 
 
 def test_candidates_are_ranked_by_their_elbo():
     """Under N(0, I) the candidate N(m, s² I) has ELBO -KL."""
     candidates = warm_start(
-        gaussian(torch.zeros(2), torch.eye(2)), torch.tensor([0.5, -0.5]), num_samples=20_000, starts=1
+        gaussian(torch.zeros(2), torch.eye(2)), torch.tensor([0.5, -0.5]), num_samples=20_000, num_paths=1
     )
     plain = {candidate.origin: candidate for candidate in candidates if candidate.origin.startswith("plain")}
     assert len(plain) == 3
@@ -71,8 +71,8 @@ def test_a_hessian_that_is_not_positive_does_not_crash():
 
     best = warm_start(density, torch.zeros(2))[0]
     assert best.elbo == pytest.approx(-math.log(2), abs=0.1)  # one mode, and it says so
-    assert abs(best.loc[0]) == pytest.approx(3.0, abs=0.05)
-    assert_close(best.scale_tril, torch.eye(2), rtol=0, atol=0.02)
+    assert abs(best.gaussian.loc[0]) == pytest.approx(3.0, abs=0.05)
+    assert_close(best.gaussian.scale_tril, torch.eye(2), rtol=0, atol=0.02)
 
 
 def test_a_mode_at_infinity_gives_a_finite_start():
@@ -87,8 +87,8 @@ def test_a_mode_at_infinity_gives_a_finite_start():
     for target in (density, rising):
         best = warm_start(target, torch.zeros(2))[0]
         assert math.isfinite(best.elbo)
-        assert best.loc.isfinite().all()
-        assert (best.scale_tril.diagonal() > 0).all()
+        assert best.gaussian.loc.isfinite().all()
+        assert (best.gaussian.scale_tril.diagonal() > 0).all()
 
 
 def test_candidates_win_where_the_density_is_finite():
@@ -97,8 +97,8 @@ def test_candidates_win_where_the_density_is_finite():
         return torch.where(inside, -0.5 * (z / 0.1).square().sum(-1), -torch.inf)
 
     best = warm_start(density, torch.full((2,), 0.5))[0]
-    assert_close(best.loc, torch.zeros(2), rtol=0, atol=1e-3)
-    assert_close(best.scale_tril, 0.1 * torch.eye(2), rtol=0, atol=1e-3)
+    assert_close(best.gaussian.loc, torch.zeros(2), rtol=0, atol=1e-3)
+    assert_close(best.gaussian.scale_tril, 0.1 * torch.eye(2), rtol=0, atol=1e-3)
 
 
 def test_a_density_without_second_derivatives_still_gets_a_start():
