@@ -27,23 +27,20 @@ class _Member(AutoregressiveNetwork):
         self.net, self.context_projections = ensemble.net, ensemble.context_projections
         self.degrees = [each.to(ensemble.net.weights[0].device) for each in degrees]
 
-    def _masked_layers(self) -> dict[str, Tensor]:
-        """Return the layers of the network, masked for this ordering."""
-        layers = self.net.fold()
-        for number, mask in enumerate(layer_masks(self.degrees, self.outputs // self.shape[0])):
-            layers[f"weight{number}"] = layers[f"weight{number}"] * mask
-        return layers
+    def _masked_weights(self) -> list[Tensor]:
+        """Return the weights of all layers, masked for this ordering."""
+        masks = layer_masks(self.degrees, self.outputs // self.shape[0])
+        return [weight * mask for weight, mask in zip(self.net.weights, masks, strict=True)]
 
     def _bias_shifts(self, contexts: dict[nn.Module, Tensor]) -> list[Tensor]:
         """Return the terms that the context adds to the bias of every layer."""
-        widths = [*self.net.hidden_dims, self.net.out_features]
-        projections = zip(self.context_projections, widths, strict=True)
-        return [contexts[projection].flatten(1).expand(-1, width) for projection, width in projections]
+        pairs = zip(self.context_projections, self.net.biases, strict=True)
+        return [contexts[projection].flatten(1).expand(-1, len(bias)) for projection, bias in pairs]
 
     def evaluate(self, x: Tensor, contexts: dict[nn.Module, Tensor]) -> Tensor:
-        layers = self._masked_layers()
+        layers = {f"weight{number}": weight for number, weight in enumerate(self._masked_weights())}
         for number, shift in enumerate(self._bias_shifts(contexts)):
-            layers[f"bias{number}"] = layers[f"bias{number}"] + shift
+            layers[f"bias{number}"] = self.net.biases[number] + shift
         return self.net.run(x.flatten(1), layers).reshape(len(x), self.outputs, *self.shape[1:])
 
     def steps(self) -> Iterator[GenerationStep]:
@@ -53,12 +50,12 @@ class _Member(AutoregressiveNetwork):
 
     def outputs_by_step(self, x: Tensor, contexts: dict[nn.Module, Tensor]) -> Iterator[tuple[GenerationStep, Tensor]]:
         """Iterate over the steps, computing every hidden unit once: when the inputs up to its degree are drawn."""
-        layers, shifts = self._masked_layers(), self._bias_shifts(contexts)
+        weights, shifts = self._masked_weights(), self._bias_shifts(contexts)
         units_at = torch.arange(self.net.out_features, device=x.device).reshape(-1, *self.shape[1:])
         hidden = [x.new_zeros(len(x), width) for width in self.net.hidden_dims]
 
         def pre_activations(number: int, units: Tensor, inputs: Tensor) -> Tensor:
-            linear = F.linear(inputs, layers[f"weight{number}"][units], layers[f"bias{number}"][units])
+            linear = F.linear(inputs, weights[number][units], self.net.biases[number][units])
             return linear + shifts[number][:, units]
 
         for degree, step in enumerate(self.steps()):

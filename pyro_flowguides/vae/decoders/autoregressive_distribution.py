@@ -32,13 +32,7 @@ class AutoregressiveDistribution(TorchDistribution):
         likelihood: the distribution of the channels of one position.
         features: ``(*batch, network.features)``, if the network reads any.
         maps: ``(*batch, network.maps, *space)``, if the network reads any.
-        batch_shape: broadcast with the batch shapes of the context.
-
-    Shapes:
-        event shape ``network.shape``.
-
-    Raises:
-        ValueError: if network and likelihood do not fit.
+        batch_shape: broadcast with the batch shapes of the context; the event shape is ``network.shape``.
 
     Example:
         >>> import torch
@@ -69,12 +63,12 @@ class AutoregressiveDistribution(TorchDistribution):
                 f"channels, the likelihood needs {likelihood.outputs} for {likelihood.channels}"
             )
         self.network, self.likelihood, self.features, self.maps = network, likelihood, features, maps
-        shapes = [torch.Size(batch_shape)]
-        if features is not None:
-            shapes.append(features.shape[:-1])
-        if maps is not None:
-            shapes.append(maps.shape[: -len(network.shape)])
-        super().__init__(torch.broadcast_shapes(*shapes), torch.Size(network.shape), validate_args=validate_args)
+        contexts = ("features", features, 1), ("maps", maps, len(network.shape))
+        #: The context by name: values, and their number of dimensions for one datum.
+        self._contexts = {name: (values, dims) for name, values, dims in contexts if values is not None}
+        shapes = [values.shape[:-dims] for values, dims in self._contexts.values()]
+        batch = torch.broadcast_shapes(tuple(batch_shape), *shapes)
+        super().__init__(batch, torch.Size(network.shape), validate_args=validate_args)
 
     @property
     def support(self) -> constraints.Constraint:
@@ -90,26 +84,23 @@ class AutoregressiveDistribution(TorchDistribution):
             validate_args=self._validate_args,
         )
 
-    def _flat_context(self, batch: torch.Size) -> tuple[Tensor | None, Tensor | None]:
-        """Return features and maps, expanded to a batch shape and flattened to one batch dimension."""
-        features, maps = self.features, self.maps
-        if features is not None:
-            features = features.expand(*batch, features.shape[-1]).reshape(-1, features.shape[-1])
-        if maps is not None:
-            event = maps.shape[-len(self.event_shape) :]
-            maps = maps.expand(*batch, *event).reshape(-1, *event)
-        return features, maps
+    def _flat_context(self, batch: torch.Size) -> dict[str, Tensor]:
+        """Return the context by name, expanded to a batch shape and flattened to one batch dimension."""
+        return {
+            name: values.expand(*batch, *values.shape[-dims:]).reshape(-1, *values.shape[-dims:])
+            for name, (values, dims) in self._contexts.items()
+        }
 
     def log_prob(self, value: Tensor) -> Tensor:
         if self._validate_args:
             self._validate_sample(value)
         batch = torch.broadcast_shapes(self.batch_shape, value.shape[: -len(self.event_shape)])
         x = value.expand(*batch, *self.event_shape).reshape(-1, *self.event_shape)
-        features, maps = self._flat_context(batch)
+        context = self._flat_context(batch)
         inputs = self.likelihood.values.standardize(x.to(next(self.network.parameters()).dtype))
         members = self.network.members()
         log_probs = [
-            self.likelihood.log_prob(at_least_float32(member(inputs, features, maps)), x).flatten(1).sum(-1)
+            self.likelihood.log_prob(at_least_float32(member(inputs, **context)), x).flatten(1).sum(-1)
             for member in members
         ]
         return (torch.stack(log_probs).logsumexp(0) - math.log(len(members))).reshape(batch)
@@ -117,17 +108,12 @@ class AutoregressiveDistribution(TorchDistribution):
     @torch.no_grad()
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         batch = torch.Size((*sample_shape, *self.batch_shape))
-        features, maps = self._flat_context(batch)
-        members, size = self.network.members(), math.prod(batch)
+        context = self._flat_context(batch)
+        members, size, standardize = self.network.members(), math.prod(batch), self.likelihood.values.standardize
         member_of_row = torch.randint(len(members), (size,))
         x = next(self.network.parameters()).new_zeros(size, *self.event_shape)
         for number in member_of_row.unique().tolist():
             rows = (member_of_row == number).nonzero()[:, 0].to(x.device)
-            x[rows] = members[number].generate(
-                self.likelihood.draw,
-                len(rows),
-                None if features is None else features[rows],
-                None if maps is None else maps[rows],
-                self.likelihood.values.standardize,
-            )
+            here = {name: values[rows] for name, values in context.items()}
+            x[rows] = members[number].generate(self.likelihood.draw, len(rows), **here, standardize=standardize)
         return x.reshape(*batch, *self.event_shape)

@@ -33,11 +33,14 @@ class AutoregressiveNetwork(nn.Module):
     The network is independent of the likelihood: it maps standardized data to ``outputs`` parameters per position.
     :class:`~pyro_flowguides.vae.AutoregressiveDistribution` turns it into a distribution.
 
+    Cost: one pass for the density. :meth:`generate` computes every unit once per position (once per channel with
+    ``groups``) from cached values: unless a network says otherwise, about the arithmetic of one pass for a whole draw.
+
     Args:
         shape: ``(channels, height, width)`` for images, ``(channels, length)`` for sequences.
         outputs: number of parameters per position, a multiple of ``groups``.
-        features: number of global features in the context, which every layer reads.
-        maps: number of maps, of the size of the data, in the context, which every layer reads.
+        features: number of global features in the context.
+        maps: number of maps, of the size of the data, in the context.
         groups: 1 or the number of channels.
 
     Shapes:
@@ -153,8 +156,7 @@ class ContextProjection(nn.Module):
     convolution of maps.
 
     Args:
-        features: number of global features, 0 for none.
-        maps: number of maps of the size of the data, 0 for none.
+        features, maps: numbers of global features and of maps of the size of the data; 0 for none.
         width: number of channels of the result.
         spatial_dims: 2 for images, 1 for sequences.
         reach: reach of the convolution of the maps in every direction; 0 for a 1×1 convolution.

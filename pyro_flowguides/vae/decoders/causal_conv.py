@@ -21,9 +21,6 @@ __all__ = [
 def split_reach(owner: str, reach: int, depth: int) -> list[int]:
     """Split a total reach over the layers as evenly as possible, with the larger shares first.
 
-    Raises:
-        ValueError: if ``reach`` or ``depth`` is not positive.
-
     Example:
         >>> from pyro_flowguides.vae.decoders.causal_conv import split_reach
         >>> split_reach("PixelCNN", 6, 10), split_reach("PixelCNN", 8, 3)
@@ -61,13 +58,9 @@ class PaddedConv2d(nn.Conv2d):
         super().__init__(in_channels, out_channels, (above + 1, left + 1 + right), stride=stride)
         self.above, self.left, self.right = above, left, right
 
-    def unnormalized_weight(self) -> Tensor:
-        """Return the weight before normalization, with any mask applied."""
-        return self.weight
-
     def effective_weight(self) -> Tensor:
         """Return the weight that the layer applies."""
-        return self.unnormalized_weight()
+        return self.weight
 
     def apply_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Apply the layer with the given weight and bias."""
@@ -130,7 +123,7 @@ class MaskedConv2d(PaddedConv2d):
         mask[:, :, -1, left + 1 :] = False
         self.register_buffer("mask", mask)
 
-    def unnormalized_weight(self) -> Tensor:
+    def effective_weight(self) -> Tensor:
         return self.weight * self.mask
 
 
@@ -144,4 +137,4 @@ class WeightNormMaskedConv2d(WeightNorm, MaskedConv2d):
     """:class:`MaskedConv2d` with weight normalization of the masked filters."""
 
     bias: nn.Parameter
-    unnormalized_weight = MaskedConv2d.unnormalized_weight
+    unnormalized_weight = MaskedConv2d.effective_weight

@@ -9,8 +9,8 @@ from typing import NamedTuple
 from pyro_flowguides.vae.decoders.agnostic_made import AgnosticMADE
 from pyro_flowguides.vae.decoders.autoregressive_network import AutoregressiveNetwork
 from pyro_flowguides.vae.decoders.gated_pixelcnn import GatedPixelCNN
-from pyro_flowguides.vae.decoders.likelihoods import Likelihood
-from pyro_flowguides.vae.decoders.pixel_likelihoods import PixelLikelihood, get_pixel_likelihood
+from pyro_flowguides.vae.decoders.likelihoods import DiscretizedLogisticMixture, Likelihood, get_likelihood
+from pyro_flowguides.vae.decoders.pixel_likelihoods import IndependentChannels, PixelLikelihood, PixelLogisticMixture
 from pyro_flowguides.vae.decoders.pixelcnn import PixelCNN
 from pyro_flowguides.vae.decoders.pixelcnnpp import PixelCNNPlusPlus
 from pyro_flowguides.vae.decoders.pixelrnn import PixelRNN, RowLSTM
@@ -51,6 +51,8 @@ def make_decoder(
 ) -> tuple[AutoregressiveNetwork, PixelLikelihood]:
     """Return an autoregressive network and the likelihood of its pixels.
 
+    For a network of whole pixels the likelihood "logistic_mixture" is one mixture over all channels of a pixel.
+
     Args:
         decoder: a name in :data:`DECODERS`.
         data_shape: ``(channels, height, width)`` or ``(channels, length)``.
@@ -58,9 +60,6 @@ def make_decoder(
         latent_dim: width of z, for networks that read z as global features.
         maps: number of maps, for networks that read maps.
         options: options of the network, which override those derived from the arguments above.
-
-    Raises:
-        ValueError: if the name is unknown.
 
     Example:
         >>> from pyro_flowguides.vae import make_decoder
@@ -71,7 +70,10 @@ def make_decoder(
     if decoder not in DECODERS:
         raise ValueError(f"unknown decoder {decoder!r}; known decoders: {', '.join(DECODERS)}")
     build, reads_maps, whole_pixels = DECODERS[decoder]
-    pixels = get_pixel_likelihood(likelihood, data_shape[0], whole_pixels=whole_pixels)
+    values = get_likelihood(likelihood)
+    pixels: PixelLikelihood = IndependentChannels(values, data_shape[0])
+    if whole_pixels and isinstance(values, DiscretizedLogisticMixture):
+        pixels = PixelLogisticMixture(data_shape[0], values.components)
     derived = {"maps": maps} if reads_maps else {"features": latent_dim}
     if reads_maps and not whole_pixels:
         derived["groups"] = data_shape[0]

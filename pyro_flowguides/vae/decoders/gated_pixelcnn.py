@@ -61,9 +61,8 @@ class GatedPixelCNN(TwoStackNetwork[list[Tensor]]):
     A pixel (i, j) reads exactly the columns j − reach … j + reach of the rows i − reach … i − 1, and the columns
     j − reach … j − 1 of row i: there is no blind spot. ``reach`` is split over ``depth`` layers as evenly as possible.
 
-    Cost: one pass for the density. :meth:`generate` evaluates the vertical stack once per row, for the whole row, and
-    the horizontal stack once per pixel (once per channel with ``groups``) from cached maps: about the arithmetic of one
-    pass for a whole image.
+    Cost: that of :class:`AutoregressiveNetwork`. :meth:`generate` evaluates the vertical stack once per row, for the
+    whole row, and the horizontal stack once per pixel.
 
     Args:
         filters: channels of the hidden layers, a multiple of ``groups``.

@@ -12,18 +12,24 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 from torch.nn import functional as F
 
-from pyro_flowguides.vae.decoders.logistic_pixels import bounded_log_scale, draw_pixel, pixel_log_prob, pixel_mean
+from pyro_flowguides.transforms.bounds import soft_bound
 
 __all__ = [
     "LIKELIHOODS",
+    "LOG_SCALE_BOUND",
     "Bernoulli",
     "Categorical",
     "DiscretizedLogistic",
     "DiscretizedLogisticMixture",
     "Likelihood",
     "LikelihoodDistribution",
+    "draw_pixel",
     "get_likelihood",
+    "pixel_log_prob",
 ]
+
+#: Largest absolute log-scale, approached smoothly.
+LOG_SCALE_BOUND = 7.0
 
 
 class Likelihood(nn.Module):
@@ -64,11 +70,7 @@ class Likelihood(nn.Module):
         return LikelihoodDistribution(self, params)
 
     def check(self, x: Tensor) -> None:
-        """Check that all values of the data are in the support.
-
-        Raises:
-            ValueError: if a value is outside the support; the message names the remedy.
-        """
+        """Check that all values of the data are in the support; otherwise raise an error that names the remedy."""
         if x.numel() and not bool(self.support.check(x).all()):
             low, high = x.min().item(), x.max().item()
             raise ValueError(
@@ -83,12 +85,6 @@ class LikelihoodDistribution(TorchDistribution):
     Args:
         likelihood: the formulas.
         params: ``(..., parameters_per_value)``; the leading dimensions are the batch shape.
-
-    Example:
-        >>> import torch
-        >>> from pyro_flowguides.vae import Bernoulli
-        >>> Bernoulli().distribution(torch.zeros(5, 3, 1)).to_event(1).log_prob(torch.ones(5, 3)).shape
-        torch.Size([5])
     """
 
     arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
@@ -114,9 +110,9 @@ class LikelihoodDistribution(TorchDistribution):
             self._validate_sample(value)
         return self.likelihood.log_prob(self.params, value)
 
+    @torch.no_grad()
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        with torch.no_grad():
-            return self.likelihood.sample(self.params.expand((*sample_shape, *self.params.shape)))
+        return self.likelihood.sample(self.params.expand((*sample_shape, *self.params.shape)))
 
 
 class Bernoulli(Likelihood):
@@ -189,6 +185,37 @@ class Categorical(_PixelValues):
         return torch.distributions.Categorical(logits=params).sample().to(params.dtype)
 
 
+def pixel_log_prob(x: Tensor, loc: Tensor, log_scale: Tensor) -> Tensor:
+    """Return the log mass of the logistic on the interval of each pixel value; the outer intervals are half-lines.
+
+    For the ends a > b of an interval in units of the scale, σ(a) − σ(b) = σ(a) σ(−b) (1 − exp(b − a)). Every factor has
+    a stable logarithm. For a half-line one end is infinite, and two of the factors are 1.
+    """
+    precision = (-log_scale).exp()
+    centered = x.to(loc.dtype) / 127.5 - 1 - loc
+    above = F.logsigmoid(precision * (centered + 1 / 255))
+    below = F.logsigmoid(-precision * (centered - 1 / 255))
+    width = (-(-2 / 255 * precision).expm1()).log()
+    first, last = x <= 0, x >= 255
+    return above.masked_fill(last, 0) + below.masked_fill(first, 0) + width.masked_fill(first | last, 0)
+
+
+def pixel_mean(loc: Tensor, log_scale: Tensor) -> Tensor:
+    """Return the exact expectation E[X] = Σ_k P(X ≥ k) of a pixel value."""
+    precision, total = (-log_scale).exp(), torch.zeros_like(loc)
+    for k in range(1, 256):
+        total += ((loc - ((k - 0.5) / 127.5 - 1)) * precision).sigmoid()
+    return total
+
+
+def draw_pixel(loc: Tensor, log_scale: Tensor) -> Tensor:
+    """Draw pixel values, as whole numbers 0..255 in the dtype of the location."""
+    tiny = torch.finfo(loc.dtype).tiny
+    uniform = torch.rand_like(loc).clamp(tiny, 1 - torch.finfo(loc.dtype).eps)
+    value = loc + log_scale.exp() * (uniform.log() - (-uniform).log1p())
+    return ((value + 1) * 127.5).round().clamp(0, 255)
+
+
 class DiscretizedLogistic(_PixelValues):
     r"""A logistic distribution on [−1, 1], integrated over the interval of each pixel value: location and log-scale.
 
@@ -216,7 +243,7 @@ class DiscretizedLogistic(_PixelValues):
 
     def _split(self, params: Tensor) -> tuple[Tensor, Tensor]:
         """Return location and log-scale."""
-        return params[..., 0], bounded_log_scale(params[..., 1])
+        return params[..., 0], soft_bound(params[..., 1], LOG_SCALE_BOUND)
 
     def log_prob(self, params: Tensor, x: Tensor) -> Tensor:
         return pixel_log_prob(x, *self._split(params))
@@ -238,9 +265,6 @@ class DiscretizedLogisticMixture(_PixelValues):
 
     Cost: O(K) per value; :meth:`mean` is exact and takes 255 evaluations.
 
-    Raises:
-        ValueError: if ``components`` is not positive.
-
     References:
         T. Salimans, A. Karpathy, X. Chen, D. Kingma (2017). PixelCNN++. arXiv:1701.05517.
 
@@ -261,7 +285,7 @@ class DiscretizedLogisticMixture(_PixelValues):
     def _split(self, params: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return log weights, locations and log-scales."""
         logits, loc, raw = params.chunk(3, -1)
-        return logits.log_softmax(-1), loc, bounded_log_scale(raw)
+        return logits.log_softmax(-1), loc, soft_bound(raw, LOG_SCALE_BOUND)
 
     def log_prob(self, params: Tensor, x: Tensor) -> Tensor:
         log_weights, loc, log_scale = self._split(params)
@@ -287,16 +311,7 @@ LIKELIHOODS: dict[str, Callable[[], Likelihood]] = {
 
 
 def get_likelihood(likelihood: str | Likelihood) -> Likelihood:
-    """Return the likelihood of a registered name; a likelihood is returned unchanged.
-
-    Raises:
-        ValueError: if the name is unknown.
-
-    Example:
-        >>> from pyro_flowguides.vae.decoders.likelihoods import get_likelihood
-        >>> get_likelihood("logistic").parameters_per_value
-        2
-    """
+    """Return the likelihood of a name in :data:`LIKELIHOODS`, or the given likelihood itself."""
     if isinstance(likelihood, Likelihood):
         return likelihood
     if likelihood not in LIKELIHOODS:

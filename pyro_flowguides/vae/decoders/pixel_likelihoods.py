@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
+from pyro_flowguides.transforms.bounds import soft_bound
 from pyro_flowguides.vae.decoders.likelihoods import (
+    LOG_SCALE_BOUND,
     DiscretizedLogistic,
-    DiscretizedLogisticMixture,
     Likelihood,
+    draw_pixel,
     get_likelihood,
+    pixel_log_prob,
 )
-from pyro_flowguides.vae.decoders.logistic_pixels import bounded_log_scale, draw_pixel, pixel_log_prob
 
-__all__ = ["IndependentChannels", "PixelLikelihood", "PixelLogisticMixture", "get_pixel_likelihood"]
+__all__ = ["IndependentChannels", "PixelLikelihood", "PixelLogisticMixture"]
 
 
 class PixelLikelihood(nn.Module):
@@ -93,9 +97,6 @@ class PixelLogisticMixture(PixelLikelihood):
 
     Cost: O(K C²) per pixel.
 
-    Raises:
-        ValueError: if a size is not positive.
-
     References:
         T. Salimans, A. Karpathy, X. Chen, D. Kingma (2017). PixelCNN++. arXiv:1701.05517.
 
@@ -115,16 +116,14 @@ class PixelLogisticMixture(PixelLikelihood):
         super().__init__(DiscretizedLogistic(), channels, sum(self.sizes))
         self.components = components
 
-    def _split(self, params: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor], list[list[Tensor]]]:
-        """Return log weights and, by channel, locations, log-scales and coefficients; dimension 1 has components."""
-        logits, locations, scales, raw = params.split(self.sizes, 1)
-        coefficients = iter(raw.tanh().split(self.components, 1))
-        return (
-            logits.log_softmax(1),
-            list(locations.split(self.components, 1)),
-            list(bounded_log_scale(scales).split(self.components, 1)),
-            [[next(coefficients) for _ in range(channel)] for channel in range(self.channels)],
-        )
+    def _split(self, params: Tensor) -> tuple[Tensor, Iterator[tuple[Tensor, Tensor, list[Tensor]]]]:
+        """Return log weights and, for every channel, locations, log-scales and coefficients, each ``(B, K, ...)``."""
+        logits, locations, raw, tanh_inputs = params.split(self.sizes, 1)
+        scales = soft_bound(raw, LOG_SCALE_BOUND)
+        coefficients = iter(tanh_inputs.tanh().split(self.components, 1))
+        by_channel = [[next(coefficients) for _ in range(channel)] for channel in range(self.channels)]
+        parts = (part.split(self.components, 1) for part in (locations, scales))
+        return logits.log_softmax(1), zip(*parts, by_channel, strict=True)
 
     def _shifted(self, location: Tensor, coefficients: list[Tensor], x: Tensor) -> Tensor:
         """Return the location of a channel given the earlier channels, which are the first ones of x."""
@@ -134,41 +133,18 @@ class PixelLogisticMixture(PixelLikelihood):
         return location
 
     def log_prob(self, params: Tensor, x: Tensor) -> Tensor:
-        total, locations, scales, coefficients = self._split(params)
-        for channel in range(self.channels):
-            location = self._shifted(locations[channel], coefficients[channel], x)
-            total = total + pixel_log_prob(x[:, channel : channel + 1], location, scales[channel])
+        total, channels = self._split(params)
+        for channel, (location, scale, coefficients) in enumerate(channels):
+            shifted = self._shifted(location, coefficients, x)
+            total = total + pixel_log_prob(x[:, channel : channel + 1], shifted, scale)
         return total.logsumexp(1)
 
     def draw(self, params: Tensor) -> Tensor:
-        log_weights, locations, scales, coefficients = self._split(params)
+        log_weights, channels = self._split(params)
         component = torch.distributions.Categorical(logits=log_weights).sample()[:, None]
         drawn = params.new_zeros(len(params), 0)
-        for channel in range(self.channels):
-            location = self._shifted(locations[channel], coefficients[channel], drawn)
-            value = draw_pixel(location.gather(1, component), scales[channel].gather(1, component))
+        for location, scale, coefficients in channels:
+            shifted = self._shifted(location, coefficients, drawn)
+            value = draw_pixel(shifted.gather(1, component), scale.gather(1, component))
             drawn = torch.cat([drawn, value], 1)
         return drawn
-
-
-def get_pixel_likelihood(likelihood: str | Likelihood, channels: int, *, whole_pixels: bool) -> PixelLikelihood:
-    """Return the likelihood of all channels of a position, given that of one value.
-
-    Args:
-        likelihood: a name in :data:`~pyro_flowguides.vae.LIKELIHOODS`, or a likelihood.
-        channels: C.
-        whole_pixels: the network computes the parameters of all channels at once; a mixture is then one over whole
-            pixels.
-
-    Raises:
-        ValueError: if the name is unknown.
-
-    Example:
-        >>> from pyro_flowguides.vae.decoders.pixel_likelihoods import get_pixel_likelihood
-        >>> get_pixel_likelihood("logistic_mixture", channels=3, whole_pixels=True).outputs
-        100
-    """
-    values = get_likelihood(likelihood)
-    if whole_pixels and isinstance(values, DiscretizedLogisticMixture):
-        return PixelLogisticMixture(channels, values.components)
-    return IndependentChannels(values, channels)

@@ -41,9 +41,8 @@ class PixelCNN(AutoregressiveNetwork):
     d = 1 … reach. Pixels further to the right are the blind spot of masked convolutions, which :class:`GatedPixelCNN`
     does not have.
 
-    Cost: one pass for the density. :meth:`generate` visits every pixel once (once per channel with ``groups``) and
-    evaluates every kernel there from cached maps: a few small matrix products per layer and pixel, about the arithmetic
-    of one pass for a whole image, and O(depth · filters · H · W) memory per image.
+    Cost: that of :class:`AutoregressiveNetwork`. :meth:`generate` takes a few small matrix products per layer and
+    pixel, and O(depth · filters · H · W) memory per image.
 
     Args:
         filters: channels of the hidden layers, a multiple of ``groups``.

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from pyro_flowguides.vae.decoders.autoregressive_network import ContextProjection
 from pyro_flowguides.vae.decoders.causal_conv import WeightNormMaskedConv2d, WeightNormPaddedConv2d, shift_down
 from pyro_flowguides.vae.decoders.image_networks import MapRegion, TwoStackNetwork
-from pyro_flowguides.vae.networks.residual_blocks import RESIDUAL_SCALE
+from pyro_flowguides.vae.networks.resnet import RESIDUAL_SCALE
 
 __all__ = ["PixelCNNPlusPlus"]
 
@@ -33,18 +33,13 @@ class _Block(nn.Module):
     """A gated residual block of two convolutions; ``side_channels`` more channels enter through a 1×1 convolution."""
 
     def __init__(
-        self,
-        make_conv: MakeConv,
-        filters: int,
-        side_channels: int,
-        project: Callable[[int], ContextProjection],
-        dropout: float,
+        self, make_conv: MakeConv, filters: int, context: tuple[int, int], dropout: float, side_channels: int, pool: int
     ) -> None:
         super().__init__()
         self.first = make_conv(2 * filters, filters)
         self.second = make_conv(2 * filters, 2 * filters, init_scale=RESIDUAL_SCALE)
         self.side = WeightNormPaddedConv2d(2 * side_channels, filters) if side_channels else None
-        self.context_projection = project(2 * filters)
+        self.context_projection = ContextProjection(*context, 2 * filters, pool=pool)
         self.dropout = nn.Dropout2d(dropout)
 
     def forward(self, h: Tensor, sides: Sequence[Tensor], region: MapRegion) -> Tensor:
@@ -62,32 +57,27 @@ class _Level(nn.Module):
     def __init__(
         self,
         make_conv: MakeConv,
+        make_block: Callable[[int, int], _Block],
         filters: int,
         blocks: int,
         levels: int,
         side_channels: int,
-        context: tuple[int, int],
-        dropout: float,
         level: int = 0,
     ) -> None:
         super().__init__()
         self.level, self.inner = level, None
-
-        def project(width: int) -> ContextProjection:
-            return ContextProjection(*context, width, pool=2**level)
-
-        def make_blocks(side_channels: int) -> nn.ModuleList:
-            return nn.ModuleList(_Block(make_conv, filters, side_channels, project, dropout) for _ in range(blocks))
-
-        self.down, self.up = make_blocks(side_channels), make_blocks(side_channels + filters)
+        self.down = nn.ModuleList(make_block(side_channels, 2**level) for _ in range(blocks))
+        self.up = nn.ModuleList(make_block(side_channels + filters, 2**level) for _ in range(blocks))
         if levels > 1:
             self.shrink = make_conv(filters, filters, stride=2)
-            self.inner = _Level(make_conv, filters, blocks, levels - 1, side_channels, context, dropout, level + 1)
+            self.inner = _Level(make_conv, make_block, filters, blocks, levels - 1, side_channels, level + 1)
             self.grow = WeightNormPaddedConv2d(filters, 4 * filters)
 
-    def forward(self, h: Tensor, other: StackFeatures, region: MapRegion) -> StackFeatures:
-        """Return the features after every block; ``other`` holds those of the stack that this one reads, if any."""
-        own: StackFeatures = {}
+    def forward(self, h: Tensor, own: StackFeatures, other: StackFeatures, region: MapRegion) -> Tensor:
+        """Return the features after the last block, and write those after every block to ``own``.
+
+        ``other`` holds the features of the stack that this one reads, if any.
+        """
 
         def run(block: nn.Module, name: BlockName, h: Tensor, *shortcuts: Tensor) -> Tensor:
             sides = [region.crop(other[name])] if name in other else []
@@ -97,25 +87,14 @@ class _Level(nn.Module):
         for number, block in enumerate(self.down):
             h = run(block, (self.level, "down", number), h)
         if self.inner is not None:
-            h = h + self._lower_resolution(h, other, region, own)
+            upsampled, low = None, region.downsample(self.shrink, h)
+            if low is not None:
+                half = region.half_resolution
+                upsampled = F.pixel_shuffle(half.apply(self.grow, self.inner(low, own, other, half)), 2)
+            h = h + region.latest(self.grow, upsampled)
         for number, block in enumerate(self.up):
             h = run(block, (self.level, "up", number), h, own[self.level, "down", len(self.down) - 1 - number])
-        return own
-
-    def _lower_resolution(self, h: Tensor, other: StackFeatures, region: MapRegion, own: StackFeatures) -> Tensor:
-        """Return the upsampled features of the lower resolution, computed only where it has a new pixel."""
-        assert self.inner is not None
-        upsampled, low = None, region.downsample(self.shrink, h)
-        if low is not None:
-            half = region.half_resolution
-            own.update(self.inner(low, other, half))
-            upsampled = F.pixel_shuffle(half.apply(self.grow, own[self.inner.last_name]), 2)
-        return region.latest(self.grow, upsampled)
-
-    @property
-    def last_name(self) -> BlockName:
-        """The name of the features after the last block."""
-        return self.level, "up", len(self.up) - 1
+        return h
 
 
 class PixelCNNPlusPlus(TwoStackNetwork[StackFeatures]):
@@ -136,9 +115,8 @@ class PixelCNNPlusPlus(TwoStackNetwork[StackFeatures]):
     With one level a pixel reads the rows from i − 3 − 4 ``blocks`` to i; every further level adds more at half the
     resolution.
 
-    Cost: one pass for the density. :meth:`generate` evaluates the vertical stack once per row, the horizontal stack
-    once per pixel from cached maps, and a resolution 2^k times lower only at every 2^k-th row and pixel: about the
-    arithmetic of one pass for a whole image.
+    Cost: that of :class:`AutoregressiveNetwork`. :meth:`generate` evaluates the vertical stack once per row, the
+    horizontal stack once per pixel, and a resolution 2^k times lower only at every 2^k-th row and pixel.
 
     Args:
         shape: ``(channels, height, width)``; height and width divisible by ``2**(levels - 1)``.
@@ -184,16 +162,18 @@ class PixelCNNPlusPlus(TwoStackNetwork[StackFeatures]):
         # Features of the vertical stack depend only on rows strictly above, so that its kernels may reach to the right.
         vertical_conv = partial(WeightNormPaddedConv2d, above=1, left=1, right=1)
         horizontal_conv = partial(WeightNormPaddedConv2d, above=1, left=1)
-        sizes, context = (filters, blocks, levels), (features, maps)
         self.first_above = WeightNormPaddedConv2d(shape[0], filters, 1, 1, 1)
         self.first_left = WeightNormMaskedConv2d(shape[0], filters, 1, 1, 1, strict=True)
-        self.vertical_stack = _Level(vertical_conv, *sizes, 0, context, dropout)
-        self.horizontal_stack = _Level(horizontal_conv, *sizes, filters, context, dropout)
+        options, sizes = (filters, (features, maps), dropout), (filters, blocks, levels)
+        self.vertical_stack = _Level(vertical_conv, partial(_Block, vertical_conv, *options), *sizes, 0)
+        self.horizontal_stack = _Level(horizontal_conv, partial(_Block, horizontal_conv, *options), *sizes, filters)
         self.last = WeightNormPaddedConv2d(filters, outputs)
 
     def vertical(self, x: Tensor, region: MapRegion) -> StackFeatures:
-        return self.vertical_stack(region.apply_to_map(self.first_above, shift_down(x)), {}, region)
+        features: StackFeatures = {}
+        self.vertical_stack(region.apply_to_map(self.first_above, shift_down(x)), features, {}, region)
+        return features
 
     def horizontal(self, x: Tensor, above: StackFeatures, region: MapRegion) -> Tensor:
-        features = self.horizontal_stack(region.apply_to_map(self.first_left, x), above, region)
-        return region.apply(self.last, F.elu(features[self.horizontal_stack.last_name]))
+        h = self.horizontal_stack(region.apply_to_map(self.first_left, x), {}, above, region)
+        return region.apply(self.last, F.elu(h))

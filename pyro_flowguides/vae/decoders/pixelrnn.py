@@ -208,9 +208,8 @@ class PixelRNN(AutoregressiveNetwork):
     With :class:`RowLSTM` a pixel reads a triangle above it.
 
     Cost: the density takes ``height`` sequential steps per layer with row LSTMs, ``height + width - 1`` with diagonal
-    ones, each for all pixels of a row or diagonal. :meth:`generate` caches the states and runs every cell once per
-    pixel (once per channel with ``groups``); the diagonal LSTM from the right runs over each row when it is complete.
-    That is about the arithmetic of one pass for a whole image.
+    ones, each for all pixels of a row or diagonal. :meth:`generate` runs every cell once per pixel; the diagonal LSTM
+    from the right runs over each row when it is complete.
 
     Args:
         recurrent: :class:`DiagonalBiLSTM` or :class:`RowLSTM`.

@@ -43,8 +43,8 @@ class WaveNet(AutoregressiveNetwork):
     :math:`t - 1, \dots, t - 1 - \sum_l d_l`; all of them if the dilations are 1, 2, 4, …. Every layer reads the context
     c. The channels of one time step are drawn together.
 
-    Cost: one pass for the density. :meth:`generate` keeps a queue of the last :math:`d_l` inputs of every layer, so
-    that a step costs one application of every kernel, whatever the length of the sequence.
+    Cost: that of :class:`AutoregressiveNetwork`. :meth:`generate` keeps a queue of the last :math:`d_l` inputs of every
+    layer, so that a step costs one application of every kernel, whatever the length of the sequence.
 
     Args:
         dilations: dilations of the layers.

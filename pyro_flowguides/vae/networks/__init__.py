@@ -1,15 +1,10 @@
 """Encoders, decoders and weight normalization (pure torch)."""
 
-from pyro_flowguides.vae.networks.dense import DenseDecoder, DenseEncoder
+from pyro_flowguides.vae.networks.dense import DenseDecoder, DenseEncoder, GaussianEncoder
 from pyro_flowguides.vae.networks.gated_conv import GatedConvDecoder, GatedConvEncoder
-from pyro_flowguides.vae.networks.gaussian_encoder import GaussianEncoder
 from pyro_flowguides.vae.networks.resnet import ResNetDecoder, ResNetEncoder
 from pyro_flowguides.vae.networks.spatial import SpatialDecoder, SpatialEncoder
-from pyro_flowguides.vae.networks.weight_norm import (
-    WeightNormConv2d,
-    WeightNormLinear,
-    data_dependent_initialization,
-)
+from pyro_flowguides.vae.networks.weight_norm import WeightNormConv2d, WeightNormLinear, data_dependent_initialization
 
 __all__ = [
     "DenseDecoder",

@@ -35,8 +35,7 @@ class _GatedConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         values, gates = self.convolution(x).chunk(2, -3)
-        gated: Tensor = values * gates.sigmoid()
-        return gated
+        return values * gates.sigmoid()
 
 
 def _gated_conv(inputs: int, outputs: int, stride: int) -> _GatedConv:

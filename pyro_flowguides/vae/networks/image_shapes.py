@@ -33,22 +33,7 @@ def params_last(maps: Tensor, channels: int) -> Tensor:
 
 
 def flatten_batch(network: Callable[[Tensor], Tensor], x: Tensor, event_dim: int) -> Tensor:
-    """Apply a network that takes one batch dimension to an input with any number of them.
-
-    Args:
-        network: ``(N, *event) -> (N, *out)``.
-        x: ``(..., *event)``.
-        event_dim: number of dimensions of ``event``.
-
-    Returns:
-        ``(..., *out)``.
-
-    Example:
-        >>> import torch
-        >>> from pyro_flowguides.vae.networks.image_shapes import flatten_batch
-        >>> flatten_batch(torch.nn.Conv2d(1, 2, 3), torch.randn(5, 7, 1, 8, 8), 3).shape
-        torch.Size([5, 7, 2, 6, 6])
-    """
+    """Apply a network ``(N, *event) -> (N, *out)`` to ``(..., *event)``, with any number of batch dimensions."""
     batch, event = x.shape[: x.dim() - event_dim], x.shape[x.dim() - event_dim :]
     if len(batch) == 1:
         return network(x)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
-from pyro_flowguides.vae.networks.gaussian_encoder import positive_scale
+from pyro_flowguides.vae.networks.dense import positive_scale
 from pyro_flowguides.vae.networks.image_shapes import as_image_shape, flatten_batch, halve_size, params_last
-from pyro_flowguides.vae.networks.residual_blocks import RESIDUAL_SCALE, ResidualBlock
+from pyro_flowguides.vae.networks.resnet import RESIDUAL_SCALE, ResidualBlock
 from pyro_flowguides.vae.networks.weight_norm import WeightNormConv2d
 
 __all__ = ["SpatialDecoder", "SpatialEncoder"]
@@ -64,15 +63,10 @@ class SpatialEncoder(nn.Module):
         self.network = nn.Sequential(*layers, nn.ELU())
         self.head = WeightNormConv2d(hidden, 2 * channels, init_scale=RESIDUAL_SCALE)
 
-    def _flat_outputs(self, x: Tensor) -> Tensor:
-        """Concatenate location, raw scale and context of every image."""
-        features = self.network(x)
-        return torch.cat([self.head(features).flatten(1), features.flatten(1)], 1)
-
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        flat = flatten_batch(self._flat_outputs, x, 3)
-        loc, raw, context = flat.split([self.latent_dim, self.latent_dim, self.context_dim], -1)
-        return loc, positive_scale(raw), context
+        features = flatten_batch(self.network, x, 3)
+        loc, raw = flatten_batch(self.head, features, 3).flatten(-3).chunk(2, -1)
+        return loc, positive_scale(raw), features.flatten(-3)
 
 
 class SpatialDecoder(nn.Module):

@@ -97,7 +97,7 @@ class WeightNormLinear(WeightNorm, nn.Linear):
 
 
 class WeightNormConv2d(WeightNorm, nn.Conv2d):
-    r"""A convolution with weight normalization; the norms are those of the filters.
+    r"""A convolution with weight normalization as in :class:`WeightNormLinear`; the norms are those of the filters.
 
     Args:
         in_channels, out_channels, kernel_size: as for :class:`torch.nn.Conv2d`; the padding keeps the size (divided by
@@ -107,9 +107,6 @@ class WeightNormConv2d(WeightNorm, nn.Conv2d):
 
     Shapes:
         ``(N, in_channels, H, W) -> (N, out_channels, ceil(H / stride), ceil(W / stride))``.
-
-    References:
-        T. Salimans, D. Kingma (2016). Weight normalization. arXiv:1602.07868.
 
     Example:
         >>> import torch
@@ -136,18 +133,12 @@ def data_dependent_initialization(module: nn.Module) -> Iterator[None]:
     Run the module once on a batch. Each layer is initialized immediately before its own call, so that its inputs come
     from layers that are initialized already. Other layers are left unchanged.
 
-    Args:
-        module: the network to initialize.
-
     References:
         T. Salimans, D. Kingma (2016). Weight normalization. arXiv:1602.07868.
     """
 
-    def initialize(layer: WeightNorm, inputs: tuple[Tensor]) -> None:
-        layer.initialize(*inputs)
-
     layers = [layer for layer in module.modules() if isinstance(layer, WeightNorm)]
-    hooks = [layer.register_forward_pre_hook(initialize) for layer in layers]
+    hooks = [layer.register_forward_pre_hook(lambda layer, inputs: layer.initialize(*inputs)) for layer in layers]
     try:
         yield
     finally:
