@@ -1,5 +1,6 @@
 """Configuration of the documentation build: `make docs`. It needs no network."""
 
+import re
 import sys
 from importlib.metadata import version as installed_version
 from pathlib import Path
@@ -41,3 +42,12 @@ myst_substitutions = {**read_numbers(), **flow_tables()}
 
 html_theme = "furo"
 html_title = f"pyro_flowguides {release}"
+
+
+def escape_stars(app, what, name, obj, options, lines):
+    """Escape the stars of "*args, **kwargs:" in docstrings, of which Napoleon escapes the first only."""
+    lines[:] = [re.sub(r"^( *)\*args, \*\*kwargs:", r"\1\\*args, \\*\\*kwargs:", line) for line in lines]
+
+
+def setup(app):
+    app.connect("autodoc-process-docstring", escape_stars, priority=400)  # before Napoleon

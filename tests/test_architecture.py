@@ -85,6 +85,17 @@ def test_the_documentation_lists_the_rooms_in_order():
     assert rooms == list(dict.fromkeys(room.partition(".")[0] for room in ROOMS))
 
 
+def test_the_documentation_names_what_exists():
+    page = (ROOT / "docs" / "architecture.md").read_text("utf-8")
+    names = re.findall(rf"`((?:{'|'.join(ROOMS)})(?:\.\w+)+)`", page.partition("## The way of one fit")[2])
+    assert len(names) > 10
+    for name in names:
+        module = nearest_module(name)
+        value = importlib.import_module(f"{PACKAGE}.{module}")
+        for part in name.removeprefix(module).split(".")[1:]:
+            value = getattr(value, part)
+
+
 @pytest.mark.parametrize("module", PATHS)
 def test_imports_go_one_way(module):
     assert upward_imports(module, TREES[module]) == []
