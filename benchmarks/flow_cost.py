@@ -24,8 +24,7 @@ from tables import markdown_table
 from torch import Tensor
 
 from pyro_flowguides import transforms
-from pyro_flowguides.flows import FLOWS
-from pyro_flowguides.guides.flow_docs import describe_flow
+from pyro_flowguides.flows import FLOWS, layer_class
 from pyro_flowguides.transforms import AmortizedFlow, Compose, ContextFlow, Flow
 from pyro_flowguides.transforms.docstrings import Docstring, parse_docstring
 
@@ -40,7 +39,7 @@ UNIT = "planar"
 
 def other_layers() -> dict[str, type[Flow]]:
     """Return the layers by name that are not the layer of a registered flow and are built from the dimension alone."""
-    used = {describe_flow(name).layer for name in FLOWS}
+    used = {layer_class(name) for name in FLOWS}
     layers = {name: getattr(transforms, name) for name in transforms.__all__}
     return {
         name: layer
@@ -57,7 +56,7 @@ def flow_rows() -> list[dict[str, str]]:
     """Return the facts on every registered flow, for a table: name, title, and those of its layer."""
     rows = []
     for name, builder in FLOWS.items():
-        layer = describe_flow(name).layer
+        layer = layer_class(name)
         rows.append({"name": name, "title": builder.title, **layer_facts(layer)})
     return rows
 

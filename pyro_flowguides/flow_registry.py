@@ -11,9 +11,11 @@ import inspect
 from collections.abc import Callable, Iterable
 from typing import Concatenate, ParamSpec, Protocol, TypeAlias, cast, overload
 
-from pyro_flowguides.transforms import ConditionalFlow, Flow
+import torch
 
-__all__ = ["FLOWS", "Builder", "Layer", "Recipe", "check_options", "get_flow", "register"]
+from pyro_flowguides.transforms import Compose, ConditionalFlow, Flow
+
+__all__ = ["FLOWS", "Builder", "Layer", "Recipe", "check_options", "get_flow", "layer_class", "register"]
 
 P = ParamSpec("P")
 Layer: TypeAlias = Flow | ConditionalFlow
@@ -126,6 +128,19 @@ def get_flow(flow: str | Builder) -> Builder:
         return FLOWS[flow]
     near = difflib.get_close_matches(str(flow).lower(), FLOWS, n=1, cutoff=0.0)
     raise ValueError(f"unknown flow {flow!r}: did you mean {near[0]!r}? Known flows: {', '.join(FLOWS)}")
+
+
+def layer_class(flow: str) -> type[Flow]:
+    """Return the class of the first layer of a registered flow.
+
+    Example:
+        >>> from pyro_flowguides.flows import layer_class
+        >>> layer_class("iaf").__name__
+        'InverseAutoregressive'
+    """
+    with torch.device("cpu"), torch.random.fork_rng(devices=[]):
+        built = FLOWS[flow](2)
+    return type(cast("Flow", built.parts[0] if isinstance(built, Compose) else built))
 
 
 def check_options(owner: str, builder: Builder, options: Iterable[str], others: Iterable[str] = ()) -> None:

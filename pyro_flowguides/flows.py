@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from pyro_flowguides import transforms as T
-from pyro_flowguides.flow_registry import FLOWS, Builder, Layer, Recipe, check_options, get_flow, register
+from pyro_flowguides.flow_registry import FLOWS, Builder, Layer, Recipe, check_options, get_flow, layer_class, register
 from pyro_flowguides.transforms import Compose, ConditionalCompose, Flow
 
-__all__ = ["FLOWS", "Builder", "Layer", "Recipe", "check_options", "get_flow", "register"]
+__all__ = ["FLOWS", "Builder", "Layer", "Recipe", "check_options", "get_flow", "layer_class", "register"]
 
 Activation: TypeAlias = Callable[[Tensor], Tensor]
 

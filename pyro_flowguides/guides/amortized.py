@@ -27,7 +27,7 @@ from pyro_flowguides.guides.lazy import LazyGuide
 from pyro_flowguides.guides.local_posterior import LocalPosterior, local_path_log_prob
 from pyro_flowguides.guides.local_site import LocalSite
 from pyro_flowguides.guides.param_names import claim_names
-from pyro_flowguides.guides.path_distribution import PathDistribution
+from pyro_flowguides.guides.distributions import PathDistribution
 from pyro_flowguides.programs import structure
 from pyro_flowguides.programs.running import isolated
 from pyro_flowguides.programs.sites import latent_sites
@@ -92,7 +92,7 @@ class AutoAmortizedFlow(LazyGuide):
         init_loc_fn: where to start, one of Pyro's initialization functions.
         init_scale: initial standard deviation of every unconstrained coordinate, positive.
         path_gradient: follow the path gradient of the joint posterior
-            (:class:`~pyro_flowguides.guides.path_distribution.PathDistribution`). At the solution, its only noise is
+            (:class:`~pyro_flowguides.guides.distributions.PathDistribution`). At the solution, its only noise is
             that of the subsample.
         **flow_options: options of the builder of ``flow``, for example ``depth`` or ``hidden_dims``.
 

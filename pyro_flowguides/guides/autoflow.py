@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from pyro_flowguides.flows import Builder, check_options, get_flow
-from pyro_flowguides.guides.density_delta import DensityDeltaMessenger
+from pyro_flowguides.guides.distributions import DensityDeltaMessenger
 from pyro_flowguides.guides.initialization import InitialValue, check_finite
 from pyro_flowguides.guides.lazy import LazyGuide
 from pyro_flowguides.guides.param_names import claim_names
-from pyro_flowguides.guides.path_distribution import PathDistribution
+from pyro_flowguides.guides.distributions import PathDistribution
 from pyro_flowguides.programs import structure
 from pyro_flowguides.programs.running import isolated
 from pyro_flowguides.programs.sites import latent_sites
@@ -59,7 +59,7 @@ class AutoFlow(LazyGuide, AutoContinuous):
         init_loc_fn: where to start, one of Pyro's initialization functions. Improper priors start at 0 unconstrained.
         init_scale: initial standard deviation of every unconstrained coordinate, positive.
         path_gradient: follow the path gradient
-            (:class:`~pyro_flowguides.guides.path_distribution.PathDistribution`). It has less variance near the
+            (:class:`~pyro_flowguides.guides.distributions.PathDistribution`). It has less variance near the
             solution and none at it, but more far from it: use it to refine a fit.
         **flow_options: options of the builder, for example ``depth`` or ``hidden_dims``.
 

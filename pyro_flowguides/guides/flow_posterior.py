@@ -13,9 +13,9 @@ from pyro.poutine.runtime import am_i_wrapped
 from torch import Tensor, nn
 
 from pyro_flowguides.flows import Builder, Layer, check_options, get_flow
-from pyro_flowguides.guides.normal_density import draw_normal, normal_log_prob
+from pyro_flowguides.guides.distributions import draw_normal, normal_log_prob
 from pyro_flowguides.guides.param_names import Owner, claim_names, drop_references, registered_name
-from pyro_flowguides.guides.path_distribution import PathDistribution
+from pyro_flowguides.guides.distributions import PathDistribution
 from pyro_flowguides.transforms import ConditionalFlow, with_path_gradient
 
 __all__ = ["FlowPosterior"]
@@ -44,7 +44,7 @@ class FlowPosterior(nn.Module):
         latent_dim: D.
         context_dim: width C of the context, at least 1.
         flow: a name in :data:`~pyro_flowguides.flows.FLOWS`, or a builder ``(input_dim, context_dim, **options)``.
-        path_gradient: follow the path gradient (:class:`~pyro_flowguides.guides.path_distribution.PathDistribution`).
+        path_gradient: follow the path gradient (:class:`~pyro_flowguides.guides.distributions.PathDistribution`).
             In short trials with a frozen decoder it helped every family tried. It is off by default for two reasons.
             Importance-weighted objectives (IWAE, Rényi) need the total gradient: under their weights, the terms that
             the path gradient leaves out do not average to zero. And it solves for the inverse Jacobian, which can be

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributions import Transform, biject_to
 from torch.distributions.constraints import Constraint
 
-from pyro_flowguides.guides.density_delta import DensityDelta
+from pyro_flowguides.guides.distributions import DensityDelta
 from pyro_flowguides.guides.initialization import check_finite
 from pyro_flowguides.programs.types import Site
 

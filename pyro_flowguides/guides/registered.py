@@ -13,9 +13,9 @@ from functools import cache
 from types import new_class
 from typing import Any, cast
 
-from pyro_flowguides.flows import FLOWS, Builder
+from pyro_flowguides import transforms
+from pyro_flowguides.flows import FLOWS, Builder, layer_class
 from pyro_flowguides.guides.autoflow import AutoFlow, RegisteredFlowGuide
-from pyro_flowguides.guides.flow_docs import describe_flow
 from pyro_flowguides.guides.pyro_iaf import PyroIAFGuide
 from pyro_flowguides.transforms.docstrings import format_sections, parse_docstring
 
@@ -61,7 +61,7 @@ def _create_class(name: str, flow: str, builder: Builder) -> type[RegisteredFlow
     __init__.__doc__ = f"Create the guide; see :class:`{name}`."
     namespace = {
         "__module__": __package__,
-        "__doc__": _join_docstrings(name, flow, base, signature),
+        "__doc__": _join_docstrings(name, flow, builder, base, signature),
         "__init__": __init__,
         "flow": flow,
     }
@@ -78,30 +78,33 @@ def _join_signatures(base: type[RegisteredFlowGuide], builder: Builder) -> inspe
     return inspect.Signature(sorted(parameters.values(), key=lambda parameter: parameter.kind))
 
 
-def _join_docstrings(name: str, flow: str, base: type[RegisteredFlowGuide], signature: inspect.Signature) -> str:
+def _join_docstrings(
+    name: str, flow: str, builder: Builder, base: type[RegisteredFlowGuide], signature: inspect.Signature
+) -> str:
     """Describe the guide, its flow and one layer of it, then all arguments."""
-    description, auto, own = describe_flow(flow), parse_docstring(AutoFlow.__doc__), parse_docstring(base.__doc__)
-    builder = description.builder
-    arguments = builder.arguments | auto.arguments | own.arguments
+    layer = layer_class(flow)
+    auto, own, recipe, one = (parse_docstring(source.__doc__) for source in (AutoFlow, base, builder, layer))
+    arguments = recipe.arguments | auto.arguments | own.arguments
     listed = [f"{option}: {arguments.get(option, '(not described)')}" for option in signature.parameters]
-    raises = [docs.sections["Raises"] for docs in (auto, builder) if "Raises" in docs.sections]
+    raises = [docs.sections["Raises"] for docs in (auto, recipe) if "Raises" in docs.sections]
     sections = {
         "Args": "\n".join(listed[1:]),  # without self
         "Raises": "\n".join(raises),
-        "References": description.layer_docs.sections.get("References", ""),
+        "References": one.sections.get("References", ""),
         "Example": EXAMPLE.format(name=name),
     }
     introduction = (
         f"This is an :class:`~pyro_flowguides.guides.AutoFlow` (see there for the base distribution, the tails and the "
-        f"affine map) with a flow from :func:`~{FLOWS[flow].__module__}.{flow}`. {builder.body}"
+        f"affine map) with a flow from :func:`~{builder.__module__}.{flow}`. {recipe.body}"
     )
-    one_layer = f"**One layer**, :class:`~{description.layer_path}`. {description.layer_docs.summary}"
+    module = transforms.__name__ if hasattr(transforms, layer.__name__) else layer.__module__
+    one_layer = f"**One layer**, :class:`~{module}.{layer.__name__}`. {one.summary}"
     paragraphs = [
-        f"Autoguide whose posterior is {builder.summary.removeprefix('Build ') or flow}",
+        f"Autoguide whose posterior is {recipe.summary.removeprefix('Build ') or flow}",
         textwrap.fill(introduction, 110, break_long_words=False),
         own.body,
         textwrap.fill(one_layer, 110, break_long_words=False),
-        description.layer_docs.body,
+        one.body,
         format_sections(sections),
     ]
     return "\n\n".join(filter(None, paragraphs)) + "\n"

@@ -14,8 +14,7 @@ from pyro.infer.autoguide import AutoIAFNormal, init_to_mean
 from torch.testing import assert_close
 
 import pyro_flowguides as fg
-from pyro_flowguides.flows import FLOWS
-from pyro_flowguides.guides.flow_docs import describe_flow
+from pyro_flowguides.flows import FLOWS, layer_class
 from pyro_flowguides.transforms.docstrings import parse_docstring
 from tests.guides.zoo import draw, same, train, values, wide, without_arguments
 
@@ -121,7 +120,7 @@ def test_the_docstring_explains_every_argument(flow):
 @every_flow
 def test_the_docstring_has_equation_cost_and_references(flow):
     docs = parse_docstring(guide_class(flow).__doc__)
-    layer = describe_flow(flow).layer
+    layer = layer_class(flow)
     assert isinstance(guide_transform(flow), layer)
     assert f"One layer**, :class:`~pyro_flowguides.transforms.{layer.__name__}`" in docs.body
     assert r".. math::" in docs.body
