@@ -17,12 +17,12 @@ from pyro_flowguides.programs.types import Args, Kwargs, Model, Values
 from pyro_flowguides.studies.calibration_result import VSBC
 from pyro_flowguides.studies.guide_factories import GuideFactory
 
-__all__ = ["VSBC", "vsbc"]
+__all__ = ["vsbc"]
 
-#: Default options of ``fit``: short fits, since there are many.
+#: Default options of ``fit``. There are many fits, so each is short.
 FIT_OPTIONS: Kwargs = {"steps": 500, "num_particles": 16, "warm_start": True, "progress": False}
-#: Number of replicates that may fail before the first success.
-PATIENCE = 3
+#: Number of failures before the first success that ends the study.
+MAX_FIRST_FAILURES = 3
 
 
 def vsbc(
@@ -37,25 +37,25 @@ def vsbc(
     progress: bool = True,
     **kwargs: object,
 ) -> VSBC:
-    r"""Check by variational simulation-based calibration whether a guide lies where the posterior lies.
+    r"""Check the location of a guide's marginals by variational simulation-based calibration.
 
-    In every replicate, parameters and data are drawn from the model, :math:`\theta^* \sim p(\theta)` and
-    :math:`y \sim p(y \mid \theta^*)`; the guide is fitted to y; and for each scalar parameter
+    Each replicate draws parameters :math:`\theta^* \sim p(\theta)` and data :math:`y \sim p(y \mid \theta^*)` from the
+    model, fits the guide to y, and records for each scalar parameter
 
-    .. math:: p = P_q(\theta < \theta^*)
+    .. math:: p = P_q(\theta < \theta^*).
 
-    is recorded. For the exact posterior p is uniform. A variational posterior can be useful with a wrong spread, so
-    only the symmetry of the histogram of p about 1/2 is tested: p tends to be above 1/2 where the guide lies too low,
-    and below where it lies too high (:func:`~pyro_flowguides.studies.symmetry.symmetry_test`). Symmetric errors of
-    spread are reported separately, in the column ``width``.
+    For the exact posterior, p is uniform. A variational posterior can be useful with a wrong spread, so the test is for
+    symmetry of the histogram of p about 1/2 (:func:`~pyro_flowguides.studies.symmetry.symmetry_test`): p tends to be
+    above 1/2 where the guide lies too low, and below where it lies too high. The column ``width`` reports symmetric
+    errors of the spread.
 
-    The data are replaced at the observed sites, whatever argument carried them; a guide or a prior that reads them
-    from the arguments still sees the original ones.
+    New data replace the old at the observed sites. A guide or a prior that reads data from the arguments still sees the
+    original data.
 
     Args:
         model: a Pyro model with proper priors.
         guide: a guide class, or a function ``model -> guide``. It receives the model with the replicate's data.
-        *args: the model's arguments; the data in them only serve to find the observed sites and shapes.
+        *args: the model's arguments; their data only show which sites are observed, and their shapes.
         replicates: number of replicates R.
         observed: names of the observed sites; those with data in a run of the model if not given.
         num_samples: draws of the guide for each p.
@@ -105,16 +105,16 @@ def vsbc(
         truth, data = study.simulate(prior_seed)
         try:
             shares.append(study.shares(truth, data, fit_seed))
-        except Exception as error:  # extreme data may break a fit in any way; the other replicates still count
+        except Exception as error:  # extreme data may break a fit in any way; other replicates still count
             errors.append(f"{type(error).__name__}: {error}")
-            if not shares and len(errors) >= min(PATIENCE, replicates):
+            if not shares and len(errors) >= min(MAX_FIRST_FAILURES, replicates):
                 raise RuntimeError(f"vsbc: the first {len(errors)} replicates failed; the last with {error}") from error
     return VSBC({name: torch.stack([one[name] for one in shares]) for name in shares[0]}, num_samples, tuple(errors))
 
 
 @dataclass(frozen=True)
 class _Study:
-    """What all replicates have in common."""
+    """The settings of all replicates."""
 
     model: Model
     guide: GuideFactory

@@ -1,11 +1,10 @@
-"""The result of simulation-based calibration: a table of all marginals, and their histograms."""
+"""The result of ``vsbc``: a table of all marginals, and their histograms."""
 
 from __future__ import annotations
 
 import importlib
 import itertools
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["VSBC"]
 
-#: Level of the whole test, shared among all marginals.
+#: Level of the test of all marginals together.
 LEVEL = 0.05
 #: Standard errors beyond which a histogram counts as too wide or too narrow.
 WIDTH_LIMIT = 3.0
@@ -34,7 +33,7 @@ MAX_SHOWN = 12
 
 @dataclass(frozen=True)
 class _Marginal:
-    """The histogram of one scalar parameter and what it shows; columns of the table are explained there."""
+    """The p of one scalar parameter, and its row of the table; :attr:`VSBC.table` explains the columns."""
 
     marginal: str
     p: Tensor
@@ -68,28 +67,22 @@ class VSBC:
     def p_values(self) -> Values:
         """site -> p-value of the symmetry of each marginal's histogram, shaped like the site."""
         return {
-            name: torch.tensor([test[1] for test in tests], dtype=torch.float64).reshape(self.p[name].shape[1:])
-            for name, tests in self._tests.items()
+            name: torch.tensor([marginal.p_value for marginal in marginals], dtype=torch.float64).reshape(p.shape[1:])
+            for (name, p), marginals in zip(self.p.items(), self._by_site, strict=True)
         }
 
     @cached_property
-    def _tests(self) -> dict[str, list[tuple[float, float]]]:
-        return {name: [symmetry_test(column) for column in _columns(p)] for name, p in self.p.items()}
+    def _by_site(self) -> list[list[_Marginal]]:
+        num_marginals = sum(p[0].numel() for p in self.p.values())
+        return [
+            [_test(label, column, num_marginals) for label, column in zip(_labels(name, p), _columns(p), strict=True)]
+            for name, p in self.p.items()
+        ]
 
     @cached_property
     def _marginals(self) -> list[_Marginal]:
         """All marginals, smallest p-value first."""
-        return sorted(self._all_marginals(), key=lambda marginal: marginal.p_value)
-
-    def _all_marginals(self) -> Iterator[_Marginal]:
-        total = sum(len(tests) for tests in self._tests.values())
-        for name, p in self.p.items():
-            for label, column, (statistic, p_value) in zip(
-                _labels(name, p), _columns(p), self._tests[name], strict=True
-            ):
-                mean = float(column.mean())
-                bias = ("too low" if mean > 0.5 else "too high") if p_value * total < LEVEL else ""
-                yield _Marginal(label, column, mean, statistic, p_value, bias, _width(column))
+        return sorted(itertools.chain(*self._by_site), key=lambda marginal: marginal.p_value)
 
     @cached_property
     def table(self) -> pd.DataFrame:
@@ -142,8 +135,16 @@ class VSBC:
         return f"{head}\n{body}" + (f"\n... and {total - MAX_SHOWN} more" if total > MAX_SHOWN else "")
 
 
+def _test(label: str, p: Tensor, num_marginals: int) -> _Marginal:
+    """Test one marginal, at a level shared among all."""
+    statistic, p_value = symmetry_test(p)
+    mean = float(p.mean())
+    bias = ("too low" if mean > 0.5 else "too high") if p_value * num_marginals < LEVEL else ""
+    return _Marginal(label, p, mean, statistic, p_value, bias, _width(p))
+
+
 def _width(p: Tensor) -> str:
-    """Say whether the distances from 1/2 are larger or smaller than those of a uniform p."""
+    """Compare the mean distance from 1/2 with that of a uniform p."""
     excess = (float((p - 0.5).abs().mean()) - 0.25) * math.sqrt(48 * len(p))
     if abs(excess) < WIDTH_LIMIT:
         return ""

@@ -1,4 +1,4 @@
-"""Functions that make guides, by name or as given."""
+"""Functions that make guides, found by name or passed by the caller."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = ["GAUSSIANS", "GuideFactory", "GuideSpec", "resolve_guides"]
 
 #: A guide class, or a function that makes a guide for a model.
 GuideFactory: TypeAlias = Callable[[Model], Guide]
-#: A name, something that makes guides, or either of them with a label.
+#: A name or a factory, or a pair of a label and one of them.
 GuideSpec: TypeAlias = str | GuideFactory | tuple[str, str | GuideFactory]
 
 #: Pyro's own guides by name.
@@ -40,7 +40,7 @@ def resolve_guides(guides: GuideSpec | Iterable[GuideSpec]) -> dict[str, GuideFa
 
     Raises:
         ValueError: for no guides, an unknown name (the nearest is named) or a label that occurs twice.
-        TypeError: for anything that does not make guides.
+        TypeError: for an object that is neither a name nor a factory.
     """
     factories: dict[str, GuideFactory] = {}
     for spec in [guides] if isinstance(guides, str) or not isinstance(guides, Iterable) else guides:
@@ -54,7 +54,7 @@ def resolve_guides(guides: GuideSpec | Iterable[GuideSpec]) -> dict[str, GuideFa
 
 
 def _resolve(spec: object) -> tuple[str, GuideFactory]:
-    """Return label and factory."""
+    """Return the label and the factory of one guide."""
     if isinstance(spec, tuple) and len(spec) == 2 and isinstance(spec[0], str):
         return spec[0], _factory(spec[1])
     if isinstance(spec, str):

@@ -16,7 +16,7 @@ from pyro.nn import PyroModule
 from pyro.params.param_store import StateDict
 from torch import nn
 
-from pyro_flowguides.diagnostics import Agreement, Diagnosis
+from pyro_flowguides.diagnostics import Agreement
 from pyro_flowguides.diagnostics.resampling import resample
 from pyro_flowguides.diagnostics.verdict import diagnose_program
 from pyro_flowguides.diagnostics.weights import weigh
@@ -28,10 +28,10 @@ __all__ = ["IsolatedFit", "diagnose_again", "fit_in_isolation"]
 
 Result: TypeAlias = FitResult[Guide]
 
-#: Draws by which independent fits are compared, before and after resampling.
+#: Number of draws that compare independent fits, before and after resampling.
 NUM_AGREEMENT_SAMPLES = 4000
 
-_numbers = itertools.count()
+_guide_numbers = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -39,30 +39,29 @@ class IsolatedFit:
     """A fit that succeeded.
 
     Attributes:
-        result: the result, whose model and guide find their parameters wherever they run.
-        diagnosis: its verdict.
+        result: the result. Its model and guide find their parameters with any parameter store.
         draws: importance-resampled draws; ``None`` where no draw has a positive weight.
     """
 
     result: Result
-    diagnosis: Diagnosis
     draws: Values | None
 
     @property
     def elbo(self) -> float:
         """The ELBO, −inf where it is undefined."""
-        return -math.inf if math.isnan(self.diagnosis.elbo) else self.diagnosis.elbo
+        diagnosis = self.result.diagnosis
+        return -math.inf if diagnosis is None or math.isnan(diagnosis.elbo) else diagnosis.elbo
 
 
 def fit_in_isolation(
     label: str, factory: GuideFactory, model: Model, args: Args, kwargs: Kwargs, options: Kwargs, seed: int
 ) -> IsolatedFit:
-    """Fit a guide made for the occasion; a model that is a module is trained as a copy.
+    """Make a guide and fit it; if the model is a module, train a copy of it.
 
     Raises:
         TypeError: if the factory does not return a guide.
         ValueError: if the fit cannot be diagnosed.
-        Exception: whatever model, guide or fit raise.
+        Exception: anything that the model, the guide or the fit raises.
     """
     with _isolation(seed) as store_state:
         own = copy.deepcopy(model) if isinstance(model, nn.Module) else model
@@ -71,19 +70,19 @@ def fit_in_isolation(
         if result.diagnosis is None:
             raise ValueError(result.why_no_verdict)
         draws = _resampled(result)
-    return IsolatedFit(_with_parameters(result, store_state), result.diagnosis, draws)
+    return IsolatedFit(_with_parameters(result, store_state), draws)
 
 
 def diagnose_again(fit: IsolatedFit, agreement: Agreement, seed: int) -> IsolatedFit:
-    """Judge a fit again, together with its agreement with others."""
+    """Diagnose a fit again, with the agreement of independent fits."""
     with _isolation(seed):
         diagnosis = diagnose_program(fit.result.program, agreement=agreement)
-    return replace(fit, result=replace(fit.result, diagnosis=diagnosis), diagnosis=diagnosis)
+    return replace(fit, result=replace(fit.result, diagnosis=diagnosis))
 
 
 @contextmanager
 def _isolation(seed: int) -> Iterator[StateDict]:
-    """Provide a parameter store and a random state for a block; yield the store's state, which the block fills."""
+    """Provide a parameter store and a random state for a block; yield the store's state."""
     with torch.random.fork_rng(devices=[]), pyro.get_param_store().scope() as state:
         torch.manual_seed(seed)
         yield state
@@ -94,7 +93,7 @@ def _with_own_names(guide: Guide, label: str) -> Guide:
     if not callable(guide):
         raise TypeError(f"the function for {label!r} must return a guide, not {type(guide).__name__}")
     if isinstance(guide, PyroModule) and not guide._pyro_context.used:
-        guide._pyro_set_supermodule(f"compare_{next(_numbers)}_{label}", guide._pyro_context)
+        guide._pyro_set_supermodule(f"compare_{next(_guide_numbers)}_{label}", guide._pyro_context)
     return guide
 
 
@@ -102,7 +101,7 @@ def _resampled(result: Result) -> Values | None:
     weighted = weigh(result.program, NUM_AGREEMENT_SAMPLES)
     try:
         return resample(weighted, NUM_AGREEMENT_SAMPLES).draws
-    except ValueError:  # no draw has a positive weight, which the diagnosis says too
+    except ValueError:  # no draw has a positive weight, as the diagnosis says
         return None
 
 

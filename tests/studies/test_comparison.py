@@ -11,7 +11,7 @@ from pyro.nn import PyroModule, PyroParam
 from torch.testing import assert_close
 
 from pyro_flowguides.diagnostics import diagnose
-from pyro_flowguides.studies.comparison import compare
+from pyro_flowguides.studies import compare
 
 QUICK = {"steps": 150, "num_particles": 16, "lr": 0.05}
 
@@ -87,6 +87,8 @@ def test_a_guide_that_raises_is_listed_as_failed():
     assert comparison.table["error"][1] == "failed: RuntimeError: out of order"
     assert "must return a guide" in comparison.table["error"][2]
     assert list(comparison.results) == ["diagonal"]
+    assert comparison.errors["broken"] == "failed: RuntimeError: out of order"
+    assert comparison.errors.keys() == {"broken", "nothing"}
     assert "failed: RuntimeError: out of order" in str(comparison)
     assert "second line" not in str(comparison)
 
