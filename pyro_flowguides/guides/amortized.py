@@ -13,21 +13,19 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
-from pyro.infer.autoguide.initialization import InitMessenger, init_to_median
+from pyro.infer.autoguide.initialization import init_to_median
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
 
 from pyro_flowguides.flows import Builder, check_options, get_flow
 from pyro_flowguides.guides.autoflow import AutoFlow, marginal_quantiles
-from pyro_flowguides.guides.data_features import encode_data
-from pyro_flowguides.guides.data_plate import DataPlate, find_data_plate
+from pyro_flowguides.guides.data_plate import DataPlate, encode_data, find_data_plate
+from pyro_flowguides.guides.distributions import PathDistribution
 from pyro_flowguides.guides.flow_posterior import FlowPosterior
-from pyro_flowguides.guides.initialization import InitialValue
 from pyro_flowguides.guides.lazy import LazyGuide
 from pyro_flowguides.guides.local_posterior import LocalPosterior, local_path_log_prob
 from pyro_flowguides.guides.local_site import LocalSite
 from pyro_flowguides.guides.param_names import claim_names
-from pyro_flowguides.guides.distributions import PathDistribution
 from pyro_flowguides.programs import structure
 from pyro_flowguides.programs.running import isolated
 from pyro_flowguides.programs.sites import latent_sites
@@ -123,7 +121,7 @@ class AutoAmortizedFlow(LazyGuide):
     """
 
     module_name = "local"
-    setup_only = ("_init", "_new_global_guide", "_new_posterior")
+    setup_only = ("_new_global_guide", "_new_posterior")
 
     def __init__(
         self,
@@ -142,22 +140,17 @@ class AutoAmortizedFlow(LazyGuide):
         **flow_options: Any,
     ) -> None:
         owner = type(self).__name__
-        if not init_scale > 0:
-            raise ValueError(f"{owner}: init_scale must be positive, got {init_scale}")
         if not isinstance(encoder, nn.Module):
             raise ValueError(
                 f"{owner}: the encoder must be a torch.nn.Module, so that its parameters are trained, got "
                 f"{type(encoder).__name__}. Prepare its arguments in inputs."
             )
-        super().__init__(model)
+        super().__init__(model, init_loc_fn, init_scale)
         check_options(owner, get_flow(flow), flow_options, others=inspect.signature(type(self)).parameters)
         check_options(f"{owner}: global_options", get_flow(global_flow), global_options or {})
-        self._init = InitialValue(init_loc_fn)
-        self.model = model
         self.local = LocalModule(encoder)
         self.register_module("globals", None)
-        self._plate, self._inputs, self._init_scale = plate, inputs, init_scale
-        self._condition_on_globals = condition_on_globals
+        self._plate, self._inputs, self._condition_on_globals = plate, inputs, condition_on_globals
         global_options = {**(global_options or {}), "path_gradient": path_gradient}
         self._new_global_guide: Callable[..., AutoFlow] = partial(AutoFlow, flow=global_flow, **global_options)
         self._new_posterior = partial(FlowPosterior, flow=flow, path_gradient=path_gradient, **flow_options)
@@ -168,10 +161,6 @@ class AutoAmortizedFlow(LazyGuide):
     def _module_or_none(self) -> LocalModule | None:
         local = self._modules["local"]
         return local if isinstance(local, LocalModule) and local.posterior is not None else None
-
-    def _wrap_model(self, model: Model) -> tuple[Model, ...]:
-        """Return the model with initial values at its latent sites, and the model without."""
-        return InitMessenger(self._init)(model) if self._init else model, model
 
     def _setup_prototype(self, *args: object, **kwargs: object) -> None:
         data_plate = self._find_data_plate(args, kwargs)
@@ -276,10 +265,7 @@ class AutoAmortizedFlow(LazyGuide):
 
     def forward(self, *args: object, **kwargs: object) -> Values:
         """Draw all latent sites; the arguments are those of the model."""
-        if self.prototype_trace is None:
-            self._setup_prototype(*args, **kwargs)
-        else:
-            self._check_structure(args, kwargs)
+        self._prepare(args, kwargs)
         self._create_plates(*args, **kwargs)
         return self._draw(args, kwargs)
 
@@ -368,10 +354,6 @@ class AutoAmortizedFlow(LazyGuide):
         """Drop the dimensions of plates that the site is not in."""
         dims = cast("Tensor", self._prototype.nodes[name]["value"]).dim()
         return draws.reshape(len(draws), *draws.shape[draws.dim() - dims :])
-
-    def median(self, *args: object, **kwargs: object) -> Values:
-        """Return the marginal median of every site for all data, estimated from 1,024 draws."""
-        return {name: value[0] for name, value in self.quantiles([0.5], *args, **kwargs).items()}
 
     def quantiles(self, quantiles: Sequence[float] | Tensor, *args: object, **kwargs: object) -> Values:
         """Return marginal quantiles for all data, estimated from 1,024 draws.

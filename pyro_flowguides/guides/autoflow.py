@@ -9,16 +9,15 @@ from typing import Any, ClassVar, cast
 import pyro.distributions as dist
 import torch
 from pyro.infer.autoguide import AutoContinuous
-from pyro.infer.autoguide.initialization import InitMessenger, init_to_median
+from pyro.infer.autoguide.initialization import init_to_median
 from torch import Tensor
 from torch.distributions import biject_to
 
 from pyro_flowguides.flows import Builder, check_options, get_flow
-from pyro_flowguides.guides.distributions import DensityDeltaMessenger
-from pyro_flowguides.guides.initialization import InitialValue, check_finite
+from pyro_flowguides.guides.distributions import DensityDeltaMessenger, PathDistribution
+from pyro_flowguides.guides.initialization import check_finite
 from pyro_flowguides.guides.lazy import LazyGuide
 from pyro_flowguides.guides.param_names import claim_names
-from pyro_flowguides.guides.distributions import PathDistribution
 from pyro_flowguides.programs import structure
 from pyro_flowguides.programs.running import isolated
 from pyro_flowguides.programs.sites import latent_sites
@@ -88,7 +87,7 @@ class AutoFlow(LazyGuide, AutoContinuous):
     """
 
     module_name = "transform"
-    setup_only = ("_init", "_builder")
+    setup_only = ("_builder",)
 
     def __init__(
         self,
@@ -101,13 +100,9 @@ class AutoFlow(LazyGuide, AutoContinuous):
         **flow_options: object,
     ) -> None:
         owner = type(self)
-        if not init_scale > 0:
-            raise ValueError(f"{owner.__name__}: init_scale must be positive, got {init_scale}")
-        self._init = InitialValue(init_loc_fn)
-        super().__init__(model, init_loc_fn=self._init)
-        self._builder = get_flow(flow)
+        super().__init__(model, init_loc_fn, init_scale)
+        self._builder, self._flow_options = get_flow(flow), flow_options
         check_options(owner.__name__, self._builder, flow_options, others=inspect.signature(owner).parameters)
-        self._init_scale, self._flow_options = init_scale, flow_options
         self._distribution = PathDistribution if path_gradient else dist.TransformedDistribution
 
     # -- setting up ----------------------------------------------------------------------------------------------------
@@ -147,9 +142,6 @@ class AutoFlow(LazyGuide, AutoContinuous):
         owner, when = type(self).__name__, "for these arguments"
         structure.check_same_structure(owner, self._prototype, trace, when, self._observed)
 
-    def _wrap_model(self, model: Model) -> tuple[Model, ...]:
-        return (InitMessenger(self._init)(model) if self._init else model,)
-
     # -- the posterior -------------------------------------------------------------------------------------------------
 
     def get_base_dist(self) -> dist.Distribution:
@@ -174,18 +166,10 @@ class AutoFlow(LazyGuide, AutoContinuous):
 
     def forward(self, *args: object, **kwargs: object) -> Values:
         """Draw all latent sites; the arguments are those of the model."""
-        if self.prototype_trace is None:
-            self._setup_prototype(*args, **kwargs)
-        else:
-            self._check_structure(args, kwargs)
+        self._prepare(args, kwargs)
         with DensityDeltaMessenger():
             values: Values = super().forward(*args, **kwargs)
         return values
-
-    @torch.no_grad()
-    def median(self, *args: object, **kwargs: object) -> Values:
-        """Return the marginal median of every site, shaped like the site."""
-        return {name: value[0] for name, value in self.quantiles([0.5], *args, **kwargs).items()}
 
     @torch.no_grad()
     def quantiles(self, quantiles: Sequence[float] | Tensor, *args: object, **kwargs: object) -> Values:

@@ -13,9 +13,8 @@ from pyro.poutine.runtime import am_i_wrapped
 from torch import Tensor, nn
 
 from pyro_flowguides.flows import Builder, Layer, check_options, get_flow
-from pyro_flowguides.guides.distributions import draw_normal, normal_log_prob
+from pyro_flowguides.guides.distributions import PathDistribution, draw_normal, normal_log_prob
 from pyro_flowguides.guides.param_names import Owner, claim_names, drop_references, registered_name
-from pyro_flowguides.guides.distributions import PathDistribution
 from pyro_flowguides.transforms import ConditionalFlow, with_path_gradient
 
 __all__ = ["FlowPosterior"]

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, cast
 
 import torch
 from pyro.infer.autoguide.guides import AutoGuide
+from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
 
+from pyro_flowguides.guides.initialization import InitialValue
 from pyro_flowguides.guides.param_names import Owner, drop_references
 from pyro_flowguides.programs import structure
 from pyro_flowguides.programs.running import isolated
-from pyro_flowguides.programs.types import Args, Kwargs, Model
+from pyro_flowguides.programs.types import Args, Kwargs, Model, Values
 
 __all__ = ["MAX_CHECKED_SIGNATURES", "LazyGuide"]
 
@@ -33,12 +35,16 @@ class LazyGuide(AutoGuide):
     #: Name of the submodule that holds the parameters.
     module_name: ClassVar[str]
     #: Attributes that only set-up needs. They may be local functions, which cannot be pickled.
-    setup_only: ClassVar[tuple[str, ...]] = ()
-    #: The result of :meth:`_wrap_model`; ``None`` in a guide that was pickled without its model.
-    _model: tuple[Model, ...] | None  # type: ignore[assignment]
+    setup_only: ClassVar[tuple[str, ...]]
+    #: The model with initial values at its latent sites, and without; ``None`` if it could not be pickled.
+    _model: tuple[Model, Model] | None  # type: ignore[assignment]  # a tuple, so that no model becomes a submodule
 
-    def __init__(self, model: Model, *, init_loc_fn: Callable[..., Tensor] | None = None) -> None:
-        super().__init__(model, **({} if init_loc_fn is None else {"init_loc_fn": init_loc_fn}))
+    def __init__(self, model: Model, init_loc_fn: Callable[..., object], init_scale: float) -> None:
+        if not init_scale > 0:
+            raise ValueError(f"{type(self).__name__}: init_scale must be positive, got {init_scale}")
+        super().__init__(model)
+        self._init, self._init_scale = InitialValue(init_loc_fn), init_scale
+        self.model = model
         self._owner = Owner()
         self._signatures: set[object] = set()
         self._observed: frozenset[str] = frozenset()
@@ -47,11 +53,7 @@ class LazyGuide(AutoGuide):
         self._placeholder = self._initial_placeholder = torch.empty(0)
 
     def setup(self, *args: object, **kwargs: object) -> None:
-        """Run the model once and create the parameters; without this, the first call does it.
-
-        Args:
-            args, kwargs: the model's arguments.
-        """
+        """Run the model once with these arguments and create the parameters; else the first call does it."""
         if self.prototype_trace is None:
             self._setup_prototype(*args, **kwargs)
             with isolated():
@@ -89,8 +91,11 @@ class LazyGuide(AutoGuide):
             ) from error
         return cast("nn.Module", self._module_or_none)
 
-    def _check_structure(self, args: Args, kwargs: Kwargs) -> None:
-        """Compare the structure of the model with that of the guide if arguments of new shapes arrive."""
+    def _prepare(self, args: Args, kwargs: Kwargs) -> None:
+        """Set the guide up; later, compare the structure of the model with it if arguments of new shapes arrive."""
+        if self.prototype_trace is None:
+            self._setup_prototype(*args, **kwargs)
+            return
         signature = structure.call_signature(args, kwargs)
         if signature in self._signatures or len(self._signatures) >= MAX_CHECKED_SIGNATURES or self._model is None:
             return
@@ -116,11 +121,14 @@ class LazyGuide(AutoGuide):
 
     @model.setter
     def model(self, model: Model) -> None:
-        self._model = self._wrap_model(model)
+        self._model = InitMessenger(self._init)(model) if self._init else model, model
 
-    def _wrap_model(self, model: Model) -> tuple[Model, ...]:
-        """Return the model as the guide runs it, then other forms of it; a tuple, so that none becomes a submodule."""
-        return (model,)
+    def quantiles(self, quantiles: Sequence[float] | Tensor, *args: object, **kwargs: object) -> Values:
+        raise NotImplementedError
+
+    def median(self, *args: object, **kwargs: object) -> Values:
+        """Return the marginal median of every site, estimated like the quantiles."""
+        return {name: value[0] for name, value in self.quantiles([0.5], *args, **kwargs).items()}
 
     # -- a module like any other ---------------------------------------------------------------------------------------
 
@@ -146,7 +154,7 @@ class LazyGuide(AutoGuide):
             state["_model"] = None
         module = self._module_or_none
         if module is not None:
-            state.update(dict.fromkeys(self.setup_only))
+            state.update(dict.fromkeys(("_init", *self.setup_only)))
             drop_references(module)
         return state
 

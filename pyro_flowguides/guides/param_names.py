@@ -9,7 +9,7 @@ guide and is copied into the guide that claims it.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from itertools import count
 from typing import Protocol, cast
 
 import pyro
@@ -35,11 +35,7 @@ class NamedInStore(Protocol):
 
 
 def claim_names(guide: NamedInStore, attribute: str, owner: Owner) -> None:
-    """Claim names in the store for the parameters of ``guide.<attribute>``, and copy loaded values into them.
-
-    Raises:
-        ValueError: if a loaded value has another shape than the parameter.
-    """
+    """Claim names in the store for the parameters of ``guide.<attribute>``, and copy loaded values into them."""
     if pyro.settings.get("module_local_params"):
         return
     store = pyro.get_param_store()._params
@@ -72,38 +68,20 @@ def _full_name(guide_name: str, attribute: str, name: str) -> str:
 
 def _choose_name(name: str, attribute: str, owner: Owner) -> str:
     """Return the name itself if no other guide has it, else the first numbered one that was loaded or is free."""
-    used = dict(_owners_by_name(name, attribute))
-    loaded = [other for other, its_owner in used.items() if its_owner is None]
-    if used.get(name, owner) is owner or name in loaded:
-        return name
-    return loaded[0] if loaded else next(numbered for numbered in _numbered_names(name) if numbered not in used)
-
-
-def _numbered_names(name: str) -> Iterator[str]:
-    yield name
-    stem = re.sub(r"_\d+$", "", name)
-    number = 2
-    while True:
-        yield f"{stem}_{number}"
-        number += 1
-
-
-def _owners_by_name(name: str, attribute: str) -> Iterator[tuple[str, Owner | None]]:
-    """Yield the names in the store that differ from this one by a number only, and their owners (loaded: ``None``)."""
     stem = re.sub(r"_\d+$", "", name)
     pattern = re.compile(rf"({re.escape(stem)}(?:_\d+)?)\.{attribute}\$\$\$")
-    for full_name, parameter in pyro.get_param_store()._params.items():
-        match = pattern.match(full_name)
-        if match:
-            yield match[1], _owners.get(parameter)
+    matches = ((pattern.match(key), parameter) for key, parameter in pyro.get_param_store()._params.items())
+    owners = {match[1]: _owners.get(parameter) for match, parameter in matches if match}
+    loaded = [other for other, its_owner in owners.items() if its_owner is None]
+    if owners.get(name, owner) is owner or name in loaded:
+        return name
+    return loaded[0] if loaded else next(free for i in count(2) if (free := f"{stem}_{i}") not in owners)
 
 
 def _take_entry(full_name: str, parameter: Tensor) -> None:
     """Remove the entry of this name from the store, after copying its value into the parameter if it was loaded."""
     store = pyro.get_param_store()
-    if full_name not in store:
-        return
-    value = store._params[full_name]
+    value = store._params.get(full_name, parameter)
     if value is parameter:
         return
     if value.shape != parameter.shape:

@@ -11,7 +11,7 @@ from pyro import infer
 from torch.testing import assert_close
 
 import pyro_flowguides as fg
-from pyro_flowguides.guides.path_distribution import PathDistribution
+from pyro_flowguides.guides.distributions import PathDistribution
 from pyro_flowguides.inference.density_objective import DensityObjective
 from pyro_flowguides.inference.flat_adam import unflatten
 from pyro_flowguides.inference.objective import StepOptions

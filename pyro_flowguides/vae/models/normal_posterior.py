@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pyro.distributions as dist
 from torch import Tensor, nn
 
-from pyro_flowguides.guides.normal_density import draw_normal, normal_log_prob
+from pyro_flowguides.guides.distributions import draw_normal, normal_log_prob
 
 __all__ = ["NormalPosterior"]
 

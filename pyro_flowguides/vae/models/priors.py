@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pyro_flowguides.flows import Builder, get_flow
-from pyro_flowguides.guides.normal_density import normal_log_prob
+from pyro_flowguides.guides.distributions import normal_log_prob
 from pyro_flowguides.transforms import Flow
 
 __all__ = ["FlowPrior", "PosteriorAt", "Prior", "StandardNormal", "VampPrior"]
