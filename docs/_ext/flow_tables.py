@@ -21,24 +21,21 @@ def flow_tables() -> dict[str, str]:
     from flow_cost import flow_rows, layer_rows
     from tables import markdown_table
 
-    columns = ["layer", "forward", "inverse", "context enters", "paper"]
-    flows = [[f"`{row['name']}`", guide_link(row["title"]), *layer_cells(row)] for row in flow_rows()]
-    layers = [layer_cells(row) for row in layer_rows()]
+    columns = ["forward", "inverse", "context enters", "arXiv"]
+    flows = [[f"`{row['name']}`", class_link(f"guides.Auto{row['title']}"), *cells(row)] for row in flow_rows()]
+    layers = [[class_link(f"transforms.{row['layer']}"), *cells(row)] for row in layer_rows()]
     return {
         "flows": markdown_table(["name", "autoguide", *columns], flows),
-        "layers": markdown_table(columns, layers),
+        "layers": markdown_table(["layer", *columns], layers),
     }
 
 
-def guide_link(title: str) -> str:
-    return f"{{class}}`~pyro_flowguides.guides.Auto{title}`"
+def class_link(name: str) -> str:
+    return f"{{class}}`~pyro_flowguides.{name}`"
 
 
-def layer_cells(row: dict[str, str]) -> list[str]:
-    link = f"{{class}}`~pyro_flowguides.transforms.{row['layer']}`"
-    papers = [f"[arXiv:{number}](https://arxiv.org/abs/{number})" for number in arxiv_numbers(row["reference"])]
-    return [link, row["forward"], row["inverse"], row["context"], ", ".join(papers)]
-
-
-def arxiv_numbers(reference: str) -> list[str]:
-    return re.findall(r"arXiv:(\d{4}\.\d{4,5})", reference)
+def cells(row: dict[str, str]) -> list[str]:
+    """Return the cells that both tables share: the costs, the way of the context, and links to the papers."""
+    papers = re.findall(r"arXiv:(\d{4}\.\d{4,5})", row["reference"])
+    links = [f"[{number}](https://arxiv.org/abs/{number})" for number in papers]
+    return [row["forward"], row["inverse"], row["context"], ", ".join(links)]
