@@ -1,7 +1,7 @@
 """Bijections of R^D that give value and log-determinant in one pass, in both directions; one file per family.
 
-Every family of :mod:`~pyro_flowguides.transforms.families` is here, as a class, in its conditional form, and as the
-helpers that Pyro calls ``planar`` and ``conditional_planar``: the classes' names in snake case.
+Every family of :mod:`~pyro_flowguides.transforms.families` is here as a class, in its conditional form, and as the
+Pyro-style helpers of both, such as ``planar`` and ``conditional_planar``: the classes under their names in snake case.
 """
 
 from __future__ import annotations

@@ -153,7 +153,7 @@ def test_every_family_documents_its_cost_and_arguments_and_has_an_example(case):
     docs = parse_docstring(case.family.__doc__)
     parameters = inspect.signature(case.family).parameters.keys() - {"cache_size"}
     assert docs.arguments.keys() == parameters
-    assert "Cost: " in docs.body or case.family is T.Reverse
+    assert "Cost: " in docs.body
     (example,) = doctest.DocTestFinder(recurse=False).find(case.family)
     assert len(example.examples) >= 3
     assert any(case.family.__name__ in line.source for line in example.examples)

@@ -54,11 +54,11 @@ class _Sylvester(Flow):
         self.diagonal_tilde = nn.Parameter(torch.ones(m))
         self.b = nn.Parameter(torch.zeros(m))
 
-    def _analyze(self, x: Tensor, theta: Theta) -> Tensor:
+    def _project(self, x: Tensor, theta: Theta) -> Tensor:
         r"""Compute :math:`Q^\top x`: ``(..., D) -> (..., M)``."""
         raise NotImplementedError
 
-    def _synthesize(self, v: Tensor, theta: Theta) -> Tensor:
+    def _embed(self, v: Tensor, theta: Theta) -> Tensor:
         """Compute :math:`Q v`: ``(..., M) -> (..., D)``."""
         raise NotImplementedError
 
@@ -79,23 +79,23 @@ class _Sylvester(Flow):
     def _forward_formula(self, x: Tensor, theta: Theta) -> tuple[Tensor, Tensor]:
         # Strict triangles and diagonals are kept apart, to touch amortized matrices, the bulk of the work, the least.
         diagonal_tilde, product = self._diagonals(theta)
-        v = self._analyze(x, theta)
+        v = self._project(x, theta)
         tanh = (matvec(theta["triangles"].tril(-1).mT, v) + diagonal_tilde * v + theta["b"]).tanh()
         step = matvec(theta["triangles"].triu(1), tanh) + theta["diagonal"] * tanh
-        return x + self._synthesize(step, theta), ((1 - tanh * tanh) * product).log1p().sum(-1)
+        return x + self._embed(step, theta), ((1 - tanh * tanh) * product).log1p().sum(-1)
 
     def _inverse_formula(self, y: Tensor, theta: Theta, root: Tensor | None = None) -> tuple[Tensor, Tensor]:
         r, r_tilde, product = self._factors(theta)
-        target = self._analyze(y, theta)
+        target = self._project(y, theta)
         with torch.no_grad():
             if root is None:
                 v = _back_substitute(r, r_tilde, product, theta["b"], target)
             else:
-                v = self._analyze(root, theta)
+                v = self._project(root, theta)
         if torch.is_grad_enabled() or is_tracing(v):
             v = self._differentiable(v.detach(), r, r_tilde, theta["b"], target)
         tanh = (matvec(r_tilde, v) + theta["b"]).tanh()
-        return y - self._synthesize(matvec(r, tanh), theta), ((1 - tanh * tanh) * product).log1p().sum(-1)
+        return y - self._embed(matvec(r, tanh), theta), ((1 - tanh * tanh) * product).log1p().sum(-1)
 
     @staticmethod
     def _differentiable(v: Tensor, r: Tensor, r_tilde: Tensor, b: Tensor, target: Tensor) -> Tensor:
@@ -178,10 +178,10 @@ class OrthogonalSylvester(_Sylvester):
         """Return theta with Q, which is computed once per call."""
         return {**theta, "q": orthonormal(theta["columns"])}
 
-    def _analyze(self, x: Tensor, theta: Theta) -> Tensor:
+    def _project(self, x: Tensor, theta: Theta) -> Tensor:
         return matvec(theta["q"].mT, x)
 
-    def _synthesize(self, v: Tensor, theta: Theta) -> Tensor:
+    def _embed(self, v: Tensor, theta: Theta) -> Tensor:
         return matvec(theta["q"], v)
 
 
@@ -222,10 +222,10 @@ class HouseholderSylvester(_Sylvester):
         super().__init__(input_dim, bottleneck, cache_size=cache_size)
         self.vectors = nn.Parameter(paired_vectors(input_dim, reflections))
 
-    def _analyze(self, x: Tensor, theta: Theta) -> Tensor:
+    def _project(self, x: Tensor, theta: Theta) -> Tensor:
         return reflect(x, theta["vectors"])[..., : self.bottleneck]
 
-    def _synthesize(self, v: Tensor, theta: Theta) -> Tensor:
+    def _embed(self, v: Tensor, theta: Theta) -> Tensor:
         return reflect(pad(v, (0, self.input_dim - self.bottleneck)), theta["vectors"], transpose=True)
 
 
@@ -277,10 +277,10 @@ class TriangularSylvester(_Sylvester):
         self.register_buffer("order", order)
         self.register_buffer("rank", order.argsort())
 
-    def _analyze(self, x: Tensor, theta: Theta) -> Tensor:
+    def _project(self, x: Tensor, theta: Theta) -> Tensor:
         return x[..., self.order[: self.bottleneck]]
 
-    def _synthesize(self, v: Tensor, theta: Theta) -> Tensor:
+    def _embed(self, v: Tensor, theta: Theta) -> Tensor:
         return pad(v, (0, self.input_dim - self.bottleneck))[..., self.rank]
 
 

@@ -13,7 +13,7 @@ from pyro_flowguides.transforms.flow import Flow, Theta
 __all__ = ["ConditionalHeavyTail", "HeavyTail"]
 
 #: Largest tail weight: with a standard normal base, a density that falls as exp(-0.7 |y|).
-HEAVIEST = 0.5
+MAX_TAIL_WEIGHT = 0.5
 
 
 class HeavyTail(Flow):
@@ -30,8 +30,7 @@ class HeavyTail(Flow):
     logit falls exponentially. The ratio of such a target to a density with normal tails is unbounded. Few draws show
     this, and it makes importance weights unreliable. The tail weights :math:`\lambda_i` are learned, between 0 and 1/2.
 
-    Cost: O(D) in both directions. By default it starts within 1e-2 of the identity for
-    :math:`|x| \le 4`.
+    Cost: O(D) in both directions. By default it starts within 1e-2 of the identity for :math:`|x| \le 4`.
 
     Args:
         input_dim: number of coordinates, D.
@@ -57,20 +56,20 @@ class HeavyTail(Flow):
 
     def __init__(self, input_dim: int, *, start: float = 2e-4, cache_size: int = 1) -> None:
         super().__init__(input_dim, cache_size=cache_size)
-        if not 0 < start < HEAVIEST:
-            raise ValueError(f"HeavyTail: start must lie in (0, {HEAVIEST}), got {start}")
+        if not 0 < start < MAX_TAIL_WEIGHT:
+            raise ValueError(f"HeavyTail: start must lie in (0, {MAX_TAIL_WEIGHT}), got {start}")
         self.logit = nn.Parameter(torch.empty(input_dim))
         self.set_weight(start)
 
     @torch.no_grad()
     def set_weight(self, weight: float) -> None:
         """Set the tail weight of all coordinates, in (0, 1/2)."""
-        share = weight / HEAVIEST
+        share = weight / MAX_TAIL_WEIGHT
         self.logit.fill_(math.log(share / (1 - share)))
 
     def _weight(self, theta: Theta) -> Tensor:
         """Return the tail weights, between their bounds."""
-        return HEAVIEST * theta["logit"].sigmoid()
+        return MAX_TAIL_WEIGHT * theta["logit"].sigmoid()
 
     def _forward_formula(self, x: Tensor, theta: Theta) -> tuple[Tensor, Tensor]:
         u = self._weight(theta) * x.square()
