@@ -47,7 +47,7 @@ def flat(support: constraints.Constraint, *event_shape: int) -> dist.ImproperUni
 
 
 def restricted(name: str, base: dist.Distribution, support: constraints.Constraint) -> Array:
-    """A site with the density of ``base`` on ``support``, unnormalized."""
+    """Sample a site with the density of ``base`` on ``support``, unnormalized."""
     value = numpyro.sample(name, flat(support, *base.event_shape))
     numpyro.factor(f"{name}_density", base.log_prob(value))
     return value

@@ -8,7 +8,7 @@ Studies:
               Negative log-likelihood of test images by importance sampling, and the gain over the VAE of the same seed
     window    a VLAE for several windows, with and without free bits: divergence, likelihood, the cost of decoding with
               the latent vector of another image, reconstructions and decompressions
-    frey      the comparison on grey images with discretized logistic pixels, in bits per dimension too
+    frey      the comparison on gray images with discretized logistic pixels, in bits per dimension too
     speed     images per second in training and in sampling for every decoder, and with a full pass per pixel
 
 Each study writes ``vlae_STUDY.csv`` and the table ``vlae_STUDY.md`` to --output; window also a figure, and its files
@@ -342,15 +342,15 @@ def load_binary(path: str) -> Images:
     return images.train.float(), images.test.float()
 
 
-def load_grey(path: str, shape: tuple[int, ...]) -> Images:
+def load_gray(path: str, shape: tuple[int, ...]) -> Images:
     images = load_images(path, shape)
     return images.train.float(), images.test.float()
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", help="binary or grey images, binarized once: an .npz file or a folder of IDX files")
-    parser.add_argument("--faces", help="grey images of 28×20 for the study frey")
+    parser.add_argument("--data", help="binary or gray images, binarized once: an .npz file or a folder of IDX files")
+    parser.add_argument("--faces", help="gray images of 28×20 for the study frey")
     parser.add_argument("--studies", nargs="+", default=list(STUDIES), choices=STUDIES)
     parser.add_argument("--steps", type=int, default=500, help="training steps on --data")
     parser.add_argument("--window-steps", type=int, default=300)
@@ -388,7 +388,7 @@ def run(study: str, options: argparse.Namespace, figure: Path) -> Iterator[Row]:
     if study == "window":
         return study_windows(load_binary(options.data), options, figure)
     if study == "frey":
-        return compare(load_grey(options.faces, (28, 20)), "logistic", options, options.face_steps)
+        return compare(load_gray(options.faces, (28, 20)), "logistic", options, options.face_steps)
     return study_speed(options)
 
 

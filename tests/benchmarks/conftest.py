@@ -1,4 +1,4 @@
-"""What the tests of benchmarks share: a program run in this process leaves nothing behind."""
+"""State that programs change when a test runs them in this process, and that is restored after each test."""
 
 import os
 from collections.abc import Iterator

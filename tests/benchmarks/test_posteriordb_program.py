@@ -146,15 +146,15 @@ def table(tmp_path):
     return report.read(tmp_path / "out.csv")
 
 
-def found(table, posterior, guide):
+def find(table, posterior, guide):
     return table[(table["posterior"] == posterior) & (table["guide"] == guide)].iloc[0]
 
 
 def test_gaps_are_to_the_most_certain_estimate_that_misses_nothing(table):
-    assert found(table, "a-b", "iaf")["gap"] == pytest.approx(0.05)  # neither radial's lost mode nor maf's k-hat
-    assert found(table, "a-b", "radial")["gap"] == pytest.approx(2.001)
-    assert found(table, "a-b", "planar")["gap"] == math.inf
-    assert found(table, "c-d", "iaf")["gap"] == pytest.approx(0.2)  # no small k-hat: the smallest
+    assert find(table, "a-b", "iaf")["gap"] == pytest.approx(0.05)  # neither radial's lost mode nor maf's k-hat
+    assert find(table, "a-b", "radial")["gap"] == pytest.approx(2.001)
+    assert find(table, "a-b", "planar")["gap"] == math.inf
+    assert find(table, "c-d", "iaf")["gap"] == pytest.approx(0.2)  # no small k-hat: the smallest
 
 
 def test_only_wrong_praise_is_a_violation(table):

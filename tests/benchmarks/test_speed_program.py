@@ -185,8 +185,8 @@ def test_time_to_the_evidence_shows_who_missed_it(tmp_path):
     shared = {"target": "scale", "dim": 10, "first": 3.0, "rounds": "", "ms": "", "left_out": ""}
     about = {"date": "2026-01-01", "hardware": "a machine", "versions": "torch 2"}
     facts = ({"near": True, "seconds": 1.5, "steps": 300, "gap": 0.02}, {"near": False, "seconds": 40.0, "steps": 9000})
-    for name, found in zip(("fit", "Pyro AutoIAFNormal"), facts, strict=True):
-        append_row(tmp_path / "speed_gap.csv", {**shared, "competitor": name, "gap": 2.5, **found, **about})
+    for name, own in zip(("fit", "Pyro AutoIAFNormal"), facts, strict=True):
+        append_row(tmp_path / "speed_gap.csv", {**shared, "competitor": name, "gap": 2.5, **own, **about})
     text = report.write("gap", tmp_path / "speed_gap.csv")
     assert "| fit | 1.5 s (300 steps) |" in text
     assert "| Pyro AutoIAFNormal | not in 40 s (gap 2.5) |" in text

@@ -45,8 +45,8 @@ def test_rows_have_the_cells_of_their_header(page):
 
 def test_a_written_table_is_read_back():
     rows = [["a", "1"], ["b", ""]]
-    ((header, separator, *found),) = read_tables(f"text\n\n{markdown_table(['name', 'value'], rows)}\n\nmore")
-    assert (header, len(separator), found) == (["name", "value"], 2, rows)
+    ((header, separator, *read),) = read_tables(f"text\n\n{markdown_table(['name', 'value'], rows)}\n\nmore")
+    assert (header, len(separator), read) == (["name", "value"], 2, rows)
 
 
 @pytest.mark.parametrize("row", [["a"], ["a", "1", "2"]])

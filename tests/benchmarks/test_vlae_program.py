@@ -56,7 +56,7 @@ def test_comparisons_with_other_settings_stay(run):
     assert f"| VLAE | {first[4]['nll']} ± {first[4]['nll_error']} |" in text
 
 
-def test_grey_images_are_compared_in_bits_per_dimension(run):
+def test_gray_images_are_compared_in_bits_per_dimension(run):
     folder = run("--studies", "frey")
     rows = read(folder / "vlae_frey.csv")
     assert [row["model"] for row in rows] == MODELS
