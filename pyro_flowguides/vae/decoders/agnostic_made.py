@@ -51,7 +51,7 @@ class _Member(AutoregressiveNetwork):
     def outputs_by_step(self, x: Tensor, contexts: dict[nn.Module, Tensor]) -> Iterator[tuple[GenerationStep, Tensor]]:
         """Iterate over the steps, computing every hidden unit once: when the inputs up to its degree are drawn."""
         weights, shifts = self._masked_weights(), self._bias_shifts(contexts)
-        units_at = torch.arange(self.net.out_features, device=x.device).reshape(-1, *self.shape[1:])
+        units_at = torch.arange(self.net.out_features, device=x.device).reshape(-1, *self.shape[1:]).movedim(0, -1)
         hidden = [x.new_zeros(len(x), width) for width in self.net.hidden_dims]
 
         def pre_activations(number: int, units: Tensor, inputs: Tensor) -> Tensor:
@@ -64,8 +64,7 @@ class _Member(AutoregressiveNetwork):
                 units = (self.degrees[number + 1] == degree).nonzero()[:, 0]
                 outputs[:, units] = self.net.activation(pre_activations(number, units, inputs))
                 inputs = outputs
-            here: tuple[slice | int, ...] = (slice(None), *step.position)
-            yield step, pre_activations(len(hidden), units_at[here], inputs)
+            yield step, pre_activations(len(hidden), units_at[step.position], inputs)
 
 
 class AgnosticMADE(AutoregressiveNetwork):
@@ -137,8 +136,7 @@ class AgnosticMADE(AutoregressiveNetwork):
         generator = torch.Generator().manual_seed(number)
         first = torch.arange(size) if self.orderings == 1 else torch.randperm(size, generator=generator)
         hidden = [torch.randint(0, size, (width,), generator=generator) for width in self.net.hidden_dims]
-        member = _Member(self, [first + 1, *hidden])
-        return member.train(self.training)
+        return _Member(self, [first + 1, *hidden]).train(self.training)
 
     def members(self) -> Sequence[AutoregressiveNetwork]:
         """Return the networks of all orderings or, in training, of a random one."""

@@ -101,16 +101,13 @@ class AutoregressiveNetwork(nn.Module):
         maps: Tensor | None = None,
         standardize: Callable[[Tensor], Tensor] = torch.clone,
     ) -> Tensor:
-        """Draw ``size`` data, one position after the other, in evaluation mode and with caches.
+        """Draw data ``(size, *shape)``, one position after the other, in evaluation mode and with caches.
 
         Args:
             draw: from the parameters at one position ``(B, outputs)`` to a draw of its channels ``(B, channels)``.
-            size: B.
+            size: number of data B.
             features, maps: the context.
             standardize: from drawn values to network inputs, elementwise.
-
-        Returns:
-            ``(B, *shape)``.
         """
         training = self.training
         self.eval()
@@ -180,9 +177,7 @@ class ContextProjection(nn.Module):
     def forward(self, features: Tensor | None, maps: Tensor | None) -> Tensor:
         total = self.get_buffer("zero")
         if self.features is not None:
-            projected = self.features(features)
-            total = total + projected.reshape(*projected.shape, *(1,) * self.spatial_dims)
-        if self.maps is not None:
-            assert maps is not None
+            total = total + self.features(features)[(..., *[None] * self.spatial_dims)]
+        if self.maps is not None and maps is not None:
             total = total + self.maps(F.avg_pool2d(maps, self.pool) if self.pool > 1 else maps)
         return total

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Generic, TypeAlias, TypeVar
 
 from torch import Tensor, nn
@@ -31,11 +31,6 @@ class FullMap:
     def __init__(self, contexts: Mapping[nn.Module, Tensor]) -> None:
         self.contexts = contexts
 
-    @property
-    def half_resolution(self) -> FullMap:
-        """The same region of maps of half the resolution."""
-        return self
-
     def context(self, projection: nn.Module) -> Tensor:
         """Return the projected context in this region."""
         return self.contexts[projection]
@@ -52,22 +47,18 @@ class FullMap:
         """Apply a layer to the features of this region."""
         return layer(features)
 
-    def downsample(self, layer: PaddedConv2d, features: Tensor) -> Tensor | None:
-        """Apply a layer of stride 2 to the features of this region; ``None`` if that yields no new output."""
-        return layer(features)
-
-    def latest(self, layer: nn.Module, upsampled: Tensor | None) -> Tensor:
-        """Return the upsampled features of a layer in this region; ``None`` means those of an earlier visit."""
-        assert upsampled is not None
-        return upsampled
+    def at_half_resolution(
+        self, shrink: PaddedConv2d, grow: PaddedConv2d, features: Tensor, inner: Callable[[Tensor, MapRegion], Tensor]
+    ) -> Tensor:
+        """Shrink features to half the resolution, apply a function there, and return its upsampled result."""
+        return F.pixel_shuffle(grow(inner(shrink(features), self)), 2)
 
 
 class CachedWindow:
     """One row of the feature maps, or one pixel of it; all earlier rows and pixels must have been visited before.
 
     The input of every layer is cached as a map. A visit adds the features of the window to the map and evaluates the
-    layer there only, so that a pixel costs one application of every kernel, whatever the size of the image. Upsampled
-    features are kept between the visits that compute them.
+    layer there only, so that a pixel costs one application of every kernel, whatever the size of the image.
 
     Args:
         size: B.
@@ -80,7 +71,7 @@ class CachedWindow:
         self.height, self.width = space
         self._maps: dict[nn.Module, Tensor] = {}
         self._weights: dict[nn.Module, Tensor] = {}
-        self._half_resolution: CachedWindow | None = None
+        self._half: CachedWindow | None = None
         self.move_to_row(0)
 
     def move_to_row(self, row: int) -> CachedWindow:
@@ -94,12 +85,6 @@ class CachedWindow:
     def _move(self, row: int, start: int, stop: int) -> CachedWindow:
         self.row, self.start, self.stop = row, start, stop
         return self
-
-    @property
-    def half_resolution(self) -> CachedWindow:
-        if self._half_resolution is None:
-            self._half_resolution = CachedWindow(self.size, (self.height // 2, self.width // 2), self.contexts)
-        return self._half_resolution._move(self.row // 2, self.start // 2, (self.stop + 1) // 2)
 
     def context(self, projection: nn.Module) -> Tensor:
         return self.crop(self.contexts[projection])
@@ -139,14 +124,18 @@ class CachedWindow:
             return self._apply_to_patch(layer, features)
         return self.apply_to_map(layer, self._store(layer, features))
 
-    def downsample(self, layer: PaddedConv2d, features: Tensor) -> Tensor | None:
-        """Apply a layer of stride 2 where it has a new output: at even rows and columns."""
-        complete = self._store(layer, features)
-        return None if self.row % 2 or self.start % 2 else self.apply_to_map(layer, complete)
-
-    def latest(self, layer: nn.Module, upsampled: Tensor | None) -> Tensor:
-        complete = self._maps[layer] if upsampled is None else self._store(layer, upsampled)
-        return complete[:, :, self.row : self.row + 1, self.start : self.stop]
+    def at_half_resolution(
+        self, shrink: PaddedConv2d, grow: PaddedConv2d, features: Tensor, inner: Callable[[Tensor, MapRegion], Tensor]
+    ) -> Tensor:
+        """Compute the result at even rows and columns, where the lower resolution has a new pixel, and keep it."""
+        complete = self._store(shrink, features)
+        if self.row % 2 == 0 and self.start % 2 == 0:
+            if self._half is None:
+                self._half = CachedWindow(self.size, (self.height // 2, self.width // 2), self.contexts)
+            half = self._half._move(self.row // 2, self.start // 2, (self.stop + 1) // 2)
+            low = inner(self.apply_to_map(shrink, complete), half)
+            self._store(grow, F.pixel_shuffle(half.apply(grow, low), 2))
+        return self.crop(self._maps[grow])
 
 
 MapRegion: TypeAlias = FullMap | CachedWindow

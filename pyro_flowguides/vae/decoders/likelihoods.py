@@ -22,7 +22,6 @@ __all__ = [
     "DiscretizedLogistic",
     "DiscretizedLogisticMixture",
     "Likelihood",
-    "LikelihoodDistribution",
     "draw_pixel",
     "get_likelihood",
     "pixel_log_prob",
@@ -82,9 +81,7 @@ class Likelihood(nn.Module):
 class LikelihoodDistribution(TorchDistribution):
     """A likelihood with given parameters, as a Pyro distribution.
 
-    Args:
-        likelihood: the formulas.
-        params: ``(..., parameters_per_value)``; the leading dimensions are the batch shape.
+    The leading dimensions of the parameters ``(..., parameters_per_value)`` are the batch shape.
     """
 
     arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}

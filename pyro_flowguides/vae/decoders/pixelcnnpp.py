@@ -73,7 +73,7 @@ class _Level(nn.Module):
             self.inner = _Level(make_conv, make_block, filters, blocks, levels - 1, side_channels, level + 1)
             self.grow = WeightNormPaddedConv2d(filters, 4 * filters)
 
-    def forward(self, h: Tensor, own: StackFeatures, other: StackFeatures, region: MapRegion) -> Tensor:
+    def forward(self, h: Tensor, region: MapRegion, own: StackFeatures, other: StackFeatures) -> Tensor:
         """Return the features after the last block, and write those after every block to ``own``.
 
         ``other`` holds the features of the stack that this one reads, if any.
@@ -87,11 +87,8 @@ class _Level(nn.Module):
         for number, block in enumerate(self.down):
             h = run(block, (self.level, "down", number), h)
         if self.inner is not None:
-            upsampled, low = None, region.downsample(self.shrink, h)
-            if low is not None:
-                half = region.half_resolution
-                upsampled = F.pixel_shuffle(half.apply(self.grow, self.inner(low, own, other, half)), 2)
-            h = h + region.latest(self.grow, upsampled)
+            inner = partial(self.inner, own=own, other=other)
+            h = h + region.at_half_resolution(self.shrink, self.grow, h, inner)
         for number, block in enumerate(self.up):
             h = run(block, (self.level, "up", number), h, own[self.level, "down", len(self.down) - 1 - number])
         return h
@@ -171,9 +168,9 @@ class PixelCNNPlusPlus(TwoStackNetwork[StackFeatures]):
 
     def vertical(self, x: Tensor, region: MapRegion) -> StackFeatures:
         features: StackFeatures = {}
-        self.vertical_stack(region.apply_to_map(self.first_above, shift_down(x)), features, {}, region)
+        self.vertical_stack(region.apply_to_map(self.first_above, shift_down(x)), region, features, {})
         return features
 
     def horizontal(self, x: Tensor, above: StackFeatures, region: MapRegion) -> Tensor:
-        h = self.horizontal_stack(region.apply_to_map(self.first_left, x), {}, above, region)
+        h = self.horizontal_stack(region.apply_to_map(self.first_left, x), region, {}, above)
         return region.apply(self.last, F.elu(h))

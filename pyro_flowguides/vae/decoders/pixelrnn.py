@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
 from typing import TypeAlias, cast
 
 import torch
@@ -60,24 +59,24 @@ class RowLSTM(nn.Module):
             states.append(state)
         return torch.stack(states, -2)
 
-    def new_cache(self, size: int, width: int) -> _RowCache:
-        """Return an empty cache for generating ``size`` images of this width."""
-        return _RowCache(self, size, width)
+    def new_cache(self, pixel: CachedWindow) -> _RowCache:
+        """Return an empty cache for generation with this window."""
+        return _RowCache(self, pixel)
 
 
 class _RowCache:
     """The states of a row LSTM in generation: those of the row above, and of the current row up to the last visit."""
 
-    def __init__(self, layer: RowLSTM, size: int, width: int) -> None:
-        self.layer = layer
-        self.state, self.cell = layer.from_above.weight.new_zeros(2, size, layer.hidden, width)
+    def __init__(self, layer: RowLSTM, pixel: CachedWindow) -> None:
+        self.layer, self.pixel = layer, pixel
+        self.state, self.cell = layer.from_above.weight.new_zeros(2, pixel.size, layer.hidden, pixel.width)
 
     def next_row(self) -> None:
         self.gates, self.cell_above = self.layer.from_above(self.state), self.cell.clone()
 
-    def visit(self, x: Tensor, pixel: CachedWindow) -> Tensor:
-        column = slice(pixel.start, pixel.stop)
-        gates = pixel.apply(self.layer.from_input, x)[..., 0, :] + self.gates[..., column]
+    def __call__(self, x: Tensor) -> Tensor:
+        column = slice(self.pixel.start, self.pixel.stop)
+        gates = self.pixel.apply(self.layer.from_input, x)[..., 0, :] + self.gates[..., column]
         self.state[..., column], self.cell[..., column] = _lstm_cell(gates, self.cell_above[..., column])
         return self.state[..., None, column]
 
@@ -129,9 +128,9 @@ class DiagonalBiLSTM(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.sweep(0, x) + shift_down(self.sweep(1, x.flip(-1)).flip(-1))
 
-    def new_cache(self, size: int, width: int) -> _DiagonalCache:
-        """Return an empty cache for generating ``size`` images of this width."""
-        return _DiagonalCache(self, size, width)
+    def new_cache(self, pixel: CachedWindow) -> _DiagonalCache:
+        """Return an empty cache for generation with this window."""
+        return _DiagonalCache(self, pixel)
 
 
 def _skew(x: Tensor) -> Tensor:
@@ -149,38 +148,34 @@ def _unskew(x: Tensor, width: int) -> Tensor:
 class _DiagonalCache:
     """The states of a diagonal BiLSTM in generation; the LSTM from the right runs when a row is complete."""
 
-    def __init__(self, layer: DiagonalBiLSTM, size: int, width: int) -> None:
-        self.layer, self.width = layer, width
-        weight = layer.from_neighbors[0].weight
+    def __init__(self, layer: DiagonalBiLSTM, pixel: CachedWindow) -> None:
+        self.layer, self.pixel = layer, pixel
+        zeros = layer.from_neighbors[0].weight.new_zeros(pixel.size, layer.hidden, pixel.width + 1)
         # The LSTM from the left: states of the current row, with zeros left of the image first.
-        self.state, self.cell = weight.new_zeros(2, size, layer.hidden, width + 1)
+        self.state, self.cell = zeros.clone(), zeros.clone()
         # The LSTM from the right: states of the row above.
-        self.right = weight.new_zeros(size, layer.hidden, width)
+        self.right = zeros[..., 1:]
         #: The inputs of the current row, by column.
         self.inputs: dict[int, Tensor] = {}
 
     def next_row(self) -> None:
         self.above = self.state[..., 1:].clone()
-        if self.inputs:
-            self.right = self._sweep_from_right()
-
-    def _sweep_from_right(self) -> Tensor:
-        """Run the LSTM from the right over the row that has just been completed."""
+        if not self.inputs:
+            return
         gates = self.layer.from_input[1](torch.cat(list(self.inputs.values()), -1))[..., 0, :]
         state = cell = torch.zeros_like(self.right[..., 0])
         states = []
-        for column in reversed(range(self.width)):
+        for column in reversed(self.inputs):
             state, cell = self.layer.step(1, gates[..., column], state, self.right[..., column], cell)
             states.append(state)
-        return torch.stack(states[::-1], -1)
+        self.right = torch.stack(states[::-1], -1)
 
-    def visit(self, x: Tensor, pixel: CachedWindow) -> Tensor:
-        column = pixel.start
+    def __call__(self, x: Tensor) -> Tensor:
+        column = self.pixel.start
         self.inputs[column] = x
-        gates = pixel.apply(self.layer.from_input[0], x)[..., 0, 0]
-        state, cell = self.layer.step(
-            0, gates, self.state[..., column], self.above[..., column], self.cell[..., column]
-        )
+        gates = self.pixel.apply(self.layer.from_input[0], x)[..., 0, 0]
+        neighbors = self.state[..., column], self.above[..., column], self.cell[..., column]
+        state, cell = self.layer.step(0, gates, *neighbors)
         self.state[..., column + 1], self.cell[..., column + 1] = state, cell
         return (state + self.right[..., column])[..., None, None]
 
@@ -261,11 +256,10 @@ class PixelRNN(AutoregressiveNetwork):
 
     def outputs_by_step(self, x: Tensor, contexts: dict[nn.Module, Tensor]) -> Iterator[tuple[GenerationStep, Tensor]]:
         pixel = CachedWindow(len(x), self.shape[1:], contexts)
-        caches = [layer.recurrent.new_cache(len(x), self.shape[2]) for layer in self.layers]
-        visits = [partial(cache.visit, pixel=pixel) for cache in caches]
+        caches = [layer.recurrent.new_cache(pixel) for layer in self.layers]
         for _, steps in itertools.groupby(self.steps(), lambda step: step.position[0]):
             for cache in caches:
                 cache.next_row()
             for step in steps:
                 pixel.move_to_pixel(*step.position)
-                yield step, self._outputs(x, pixel, visits)[..., 0, 0]
+                yield step, self._outputs(x, pixel, caches)[..., 0, 0]

@@ -98,10 +98,7 @@ class WaveNet(AutoregressiveNetwork):
     def _outputs(
         self, previous: Tensor, delays: Sequence[Callable[[Tensor], Tensor]], contexts: Mapping[nn.Module, Tensor]
     ) -> Tensor:
-        """Return the outputs, given the data of the previous time step.
-
-        The delay of a layer maps its input h to what the input was one dilation earlier.
-        """
+        """Return the outputs, given the data of the previous time step, and functions that delay the layers' inputs."""
         h, skips = self.first(previous), []
         for layer, delay in zip(self.layers, delays, strict=True):
             h, skip = layer(h, delay(h), contexts[layer.context_projection])

@@ -17,12 +17,9 @@ __all__ = ["GatedConvDecoder", "GatedConvEncoder"]
 class _GatedConv(nn.Module):
     """A convolution whose first half of the channels is multiplied by the sigmoid of the second half.
 
-    The weights of the first half start with a standard deviation of :math:`2 / \\sqrt{\\text{fan in}}`. This preserves
-    the scale of the signal, since the gates start half open. With PyTorch's default, z hardly affects the image.
-
-    Args:
-        convolution: with twice the channels of the output.
-        fan_in: number of products that are summed into one output.
+    The weights of the first half start with standard deviation :math:`2 / \\sqrt{n}`, where n = ``fan_in`` is the
+    number of products that are summed into one output. This preserves the scale of the signal, since the gates start
+    half open. With PyTorch's default, z hardly affects the image.
     """
 
     def __init__(self, convolution: nn.Conv2d | nn.ConvTranspose2d, fan_in: float) -> None:
@@ -99,9 +96,6 @@ class GatedConvDecoder(nn.Module):
     r"""The mirror image of :class:`GatedConvEncoder`: six gated transposed convolutions, then a 1 × 1 convolution.
 
     Arguments and shapes are those of :class:`DenseDecoder`, for images of any size from 4 × 4.
-
-    References:
-        R. van den Berg, L. Hasenclever, J. Tomczak, M. Welling (2018). arXiv:1803.05649.
 
     Example:
         >>> import torch

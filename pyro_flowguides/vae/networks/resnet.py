@@ -24,11 +24,7 @@ RESIDUAL_SCALE = 0.1
 
 
 class UpsampleConv2d(nn.Module):
-    """A convolution to four times the channels, rearranged into an image of twice the size and cropped.
-
-    Args:
-        in_channels, out_channels: numbers of channels.
-        size: height and width of the output: each twice that of the input, or one less.
+    """A convolution to four times the channels, rearranged into an image of twice the size and cropped to ``size``.
 
     Shapes:
         ``(N, in_channels, H, W) -> (N, out_channels, *size)``.
@@ -51,9 +47,6 @@ class ResidualBlock(nn.Module):
     r"""A residual block of two 3 × 3 convolutions, each preceded by an ELU: :math:`s(x) + 0.1\, f(x)`.
 
     The first convolution and the skip connection s may change the size and the number of channels, both alike.
-
-    References:
-        K. He, X. Zhang, S. Ren, J. Sun (2016). Identity mappings in deep residual networks. arXiv:1603.05027.
     """
 
     def __init__(self, first: nn.Module, skip: nn.Module, channels: int) -> None:
@@ -124,9 +117,6 @@ class ResNetDecoder(nn.Module):
     Args:
         latent_dim, data_shape, parameters_per_value: as for :class:`DenseDecoder`, as are the shapes.
         hidden: units of the fully connected layer.
-
-    References:
-        D. Kingma et al. (2016). arXiv:1606.04934.
 
     Example:
         >>> import torch

@@ -132,11 +132,7 @@ def data_dependent_initialization(module: nn.Module) -> Iterator[None]:
 
     Run the module once on a batch. Each layer is initialized immediately before its own call, so that its inputs come
     from layers that are initialized already. Other layers are left unchanged.
-
-    References:
-        T. Salimans, D. Kingma (2016). Weight normalization. arXiv:1602.07868.
     """
-
     layers = [layer for layer in module.modules() if isinstance(layer, WeightNorm)]
     hooks = [layer.register_forward_pre_hook(lambda layer, inputs: layer.initialize(*inputs)) for layer in layers]
     try:
