@@ -128,8 +128,8 @@ def moment_shift(shifted: Moments, reference: Moments) -> tuple[float, float, st
         standard deviations; and the site where the larger of the two occurs.
     """
     by_site = {
-        site: (mean_difference(found, reference[site], reference[site].sd), log_sd_difference(found, reference[site]))
-        for site, found in shifted.items()
+        site: (mean_difference(values, reference[site], reference[site].sd), log_sd_difference(values, reference[site]))
+        for site, values in shifted.items()
     }
     largest_mean, largest_log_sd = map(max, zip(*by_site.values(), strict=True))
     return largest_mean, largest_log_sd, max(by_site, key=lambda site: max(by_site[site]))

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-import pyro
 import torch
 from pyro import poutine
 from tqdm import tqdm
@@ -16,6 +14,7 @@ from pyro_flowguides.programs.simulation import simulate
 from pyro_flowguides.programs.types import Args, Kwargs, Model, Values
 from pyro_flowguides.studies.calibration_result import VSBC
 from pyro_flowguides.studies.guide_factories import GuideFactory
+from pyro_flowguides.studies.isolated_fits import isolation
 
 __all__ = ["vsbc"]
 
@@ -55,7 +54,7 @@ def vsbc(
     Args:
         model: a Pyro model with proper priors.
         guide: a guide class, or a function ``model -> guide``. It receives the model with the replicate's data.
-        *args: the model's arguments; their data only show which sites are observed, and their shapes.
+        *args, **kwargs: the model's arguments; their data only show which sites are observed, and their shapes.
         replicates: number of replicates R.
         observed: names of the observed sites; those with data in a run of the model if not given.
         num_samples: draws of the guide for each p.
@@ -63,7 +62,6 @@ def vsbc(
             default.
         seed: seed of everything random; the global generator and the parameter store are left as they were.
         progress: show a progress bar over the replicates.
-        **kwargs: the model's keyword arguments.
 
     Returns:
         a :class:`VSBC`; print it.
@@ -97,14 +95,18 @@ def vsbc(
             f"vsbc: replicates must be at least 2 and num_samples positive, got {replicates} and {num_samples}"
         )
     options = FIT_OPTIONS | (fit_options or {})
-    study = _Study(model, guide, args, kwargs, None if observed is None else tuple(observed), num_samples, options)
+    sites = None if observed is None else tuple(observed)
     seeds = torch.randint(2**62, (replicates, 2), generator=torch.Generator().manual_seed(seed)).tolist()
     shares: list[Values] = []
     errors: list[str] = []
     for prior_seed, fit_seed in tqdm(seeds, desc="vsbc", disable=not progress, leave=False):
-        truth, data = study.simulate(prior_seed)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(prior_seed)
+            truth, data = simulate(model, args, kwargs, sites)
+        conditioned = poutine.condition(model, data=data)
         try:
-            shares.append(study.shares(truth, data, fit_seed))
+            draws = _draws_of_fit(conditioned, guide, args, kwargs, options, num_samples, fit_seed)
+            shares.append({name: (value < truth[name]).double().mean(0).cpu() for name, value in draws.items()})
         except Exception as error:  # extreme data may break a fit in any way; other replicates still count
             errors.append(f"{type(error).__name__}: {error}")
             if not shares and len(errors) >= min(MAX_FIRST_FAILURES, replicates):
@@ -112,30 +114,9 @@ def vsbc(
     return VSBC({name: torch.stack([one[name] for one in shares]) for name in shares[0]}, num_samples, tuple(errors))
 
 
-@dataclass(frozen=True)
-class _Study:
-    """The settings of all replicates."""
-
-    model: Model
-    guide: GuideFactory
-    args: Args
-    kwargs: Kwargs
-    observed: tuple[str, ...] | None
-    num_samples: int
-    options: Kwargs
-
-    def simulate(self, seed: int) -> tuple[Values, Values]:
-        """Draw parameters and data from the model."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            return simulate(self.model, self.args, self.kwargs, self.observed)
-
-    def shares(self, truth: Values, data: Values, seed: int) -> Values:
-        """Fit the guide to the data; return the share of its draws below each of the true values."""
-        conditioned = poutine.condition(self.model, data=data)
-        with torch.random.fork_rng(devices=[]), pyro.get_param_store().scope():
-            torch.manual_seed(seed)
-            guide = self.guide(conditioned)
-            result = fit(conditioned, guide, *self.args, seed=seed, **self.options, **self.kwargs)
-            draws = weigh(result.program, self.num_samples).draws
-        return {name: (value < truth[name]).double().mean(0).cpu() for name, value in draws.items()}
+def _draws_of_fit(
+    model: Model, guide: GuideFactory, args: Args, kwargs: Kwargs, options: Kwargs, num_samples: int, seed: int
+) -> Values:
+    with isolation(seed):
+        result = fit(model, guide(model), *args, seed=seed, **options, **kwargs)
+        return weigh(result.program, num_samples).draws

@@ -45,7 +45,7 @@ def compare(
 
     Args:
         model: a Pyro model. If it is a module, each fit trains a copy of its parameters.
-        *args: the model's arguments.
+        *args, **kwargs: the model's arguments.
         guides: any of the names in :data:`~pyro_flowguides.flows.FLOWS`, ``"normal"``, ``"diagonal"``, ``"lowrank"``
             and ``"mvn"`` (Pyro's ``AutoNormal``, ``AutoDiagonalNormal``, ``AutoLowRankMultivariateNormal`` and
             ``AutoMultivariateNormal``); a guide class or any function ``model -> guide``; or ``(label, function)``.
@@ -53,7 +53,6 @@ def compare(
         fit_options: options of :func:`~pyro_flowguides.fit` for all fits, such as ``steps``.
         seed: seed of everything random; the global generator is restored afterwards.
         progress: show a progress bar over the fits.
-        **kwargs: the model's keyword arguments.
 
     Returns:
         a :class:`Comparison`; print it.

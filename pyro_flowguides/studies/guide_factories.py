@@ -46,10 +46,10 @@ def resolve_guides(guides: GuideSpec | Iterable[GuideSpec]) -> dict[str, GuideFa
     for spec in [guides] if isinstance(guides, str) or not isinstance(guides, Iterable) else guides:
         label, factory = _resolve(spec)
         if label in factories:
-            raise ValueError(f"compare: two guides are labeled {label!r}; give (label, guide) to tell them apart")
+            raise ValueError(f"compare: two guides are labeled {label!r}; pass (label, guide) with another label")
         factories[label] = factory
     if not factories:
-        raise ValueError(f"compare: no guides given; there are {', '.join([*GAUSSIANS, *FLOWS])}")
+        raise ValueError(f"compare: no guides given; the known guides are {', '.join([*GAUSSIANS, *FLOWS])}")
     return factories
 
 
@@ -69,7 +69,7 @@ def _factory(spec: object) -> GuideFactory:
         return _by_name(spec)
     if isinstance(spec, nn.Module) or not callable(spec):
         raise TypeError(
-            "compare: every fit needs a guide of its own, so give a name, a guide class or a function model -> guide, "
+            "compare: every fit needs a guide of its own, so pass a name, a guide class or a function model -> guide, "
             f"not {'the guide' if callable(spec) else 'an object'} of type {type(spec).__name__}"
         )
     return spec

@@ -24,7 +24,7 @@ from pyro_flowguides.inference.fitting import FitResult, fit
 from pyro_flowguides.programs.types import Args, Guide, Kwargs, Model, Values
 from pyro_flowguides.studies.guide_factories import GuideFactory
 
-__all__ = ["IsolatedFit", "diagnose_again", "fit_in_isolation"]
+__all__ = ["IsolatedFit", "diagnose_again", "fit_in_isolation", "isolation"]
 
 Result: TypeAlias = FitResult[Guide]
 
@@ -63,7 +63,7 @@ def fit_in_isolation(
         ValueError: if the fit cannot be diagnosed.
         Exception: anything that the model, the guide or the fit raises.
     """
-    with _isolation(seed) as store_state:
+    with isolation(seed) as store_state:
         own = copy.deepcopy(model) if isinstance(model, nn.Module) else model
         guide = _with_own_names(factory(own), label)
         result = fit(own, guide, *args, seed=seed, progress=False, **options, **kwargs)
@@ -75,13 +75,13 @@ def fit_in_isolation(
 
 def diagnose_again(fit: IsolatedFit, agreement: Agreement, seed: int) -> IsolatedFit:
     """Diagnose a fit again, with the agreement of independent fits."""
-    with _isolation(seed):
+    with isolation(seed):
         diagnosis = diagnose_program(fit.result.program, agreement=agreement)
     return replace(fit, result=replace(fit.result, diagnosis=diagnosis))
 
 
 @contextmanager
-def _isolation(seed: int) -> Iterator[StateDict]:
+def isolation(seed: int) -> Iterator[StateDict]:
     """Provide a parameter store and a random state for a block; yield the store's state."""
     with torch.random.fork_rng(devices=[]), pyro.get_param_store().scope() as state:
         torch.manual_seed(seed)

@@ -1,12 +1,11 @@
-"""``neutra_mcmc``: NUTS in the space of a trained guide's noise."""
+"""``neutra_mcmc``: NUTS in the noise of a trained guide."""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 import pyro
@@ -38,7 +37,7 @@ __all__ = ["neutra_mcmc"]
 
 #: The latent site from which all others follow.
 NOISE = "_flowguides_noise"
-#: Default options of NUTS. Its steps are smaller than usual, because a funnel may extend beyond the reach of the flow.
+#: Default options of NUTS. Steps are smaller than usual, because a funnel may extend beyond the reach of the flow.
 NUTS_OPTIONS: Kwargs = {"init_strategy": init_to_sample, "target_accept_prob": 0.95}
 #: Options of NUTS that apply to a model and not to a potential energy.
 MODEL_OPTIONS = {"jit_compile", "init_strategy", "transforms", "max_plate_nesting"}
@@ -62,14 +61,14 @@ def neutra_mcmc(
 
     .. math:: \log p(\varepsilon \mid x) = \log p(x, T(\varepsilon)) + \log|\det J_T(\varepsilon)| + \text{const},
 
-    which is close to N(0, I) where the guide is good, whatever funnels and scales the posterior has. The draws
+    which is close to N(0, I) where the guide is good, even if the posterior has funnels and unequal scales. The draws
     :math:`T(\varepsilon)` follow the exact posterior, not the guide: a poor guide costs time, not accuracy.
 
     Args:
         model: a Pyro model.
         guide: a trained autoguide with a transform: those of this package, ``AutoMultivariateNormal``,
-            ``AutoDiagonalNormal``, ``AutoIAFNormal``. A guide that has never run is set up and used untrained.
-        *args: arguments of model and guide.
+            ``AutoDiagonalNormal``, ``AutoIAFNormal``. A guide that has never run is used untrained.
+        *args, **kwargs: arguments of model and guide.
         num_samples: number of draws per chain.
         warmup_steps: steps per chain that adapt the step size and the mass matrix, and are discarded.
         num_chains: number of chains, run one after the other in this process, each started at a draw of the guide.
@@ -77,7 +76,6 @@ def neutra_mcmc(
             ``jit_compile``.
         seed: seed of the chains; the global generator is restored afterwards.
         progress: show a progress bar for each chain.
-        **kwargs: keyword arguments of model and guide.
 
     Returns:
         The groups of :func:`~pyro_flowguides.diagnostics.to_inference_data` (ArviZ 0.2x: ``InferenceData``, 1.x:
@@ -123,12 +121,12 @@ def neutra_mcmc(
             for _ in range(num_chains):
                 kernel = NUTS(_Transport(guide).reparam(model) if potential is None else None, potential, **options)
                 start = None if potential is None else {NOISE: guide.get_base_dist().sample()}
-                chains.append(_Chain(num_samples).run(kernel, start, warmup_steps, progress, args, kwargs))
+                chains.append(_run_chain(kernel, start, num_samples, warmup_steps, progress, args, kwargs))
         return _export(program, guide, chains)
 
 
 def _check_guide(guide: object, args: Args, kwargs: Kwargs) -> None:
-    """Refuse a guide that is no transformed normal, and set up one that has never run."""
+    """Refuse a guide that has no transform, and run one that has never run."""
     advice = "use one of AutoIAF, AutoPlanar, ..., AutoMultivariateNormal or AutoDiagonalNormal"
     if not isinstance(guide, AutoContinuous):
         raise TypeError(f"neutra_mcmc: {type(guide).__name__} has no transform to one latent vector; {advice}")
@@ -143,14 +141,9 @@ def _check_guide(guide: object, args: Args, kwargs: Kwargs) -> None:
         ) from error
 
 
-def _latents(guide: AutoContinuous) -> Collection[str]:
-    assert guide.prototype_trace is not None
-    return guide.prototype_trace.nodes
-
-
 @contextmanager
 def _frozen(module: nn.Module) -> Iterator[None]:
-    """Turn off gradients of a module's parameters within the block."""
+    """Turn off the gradients of a module's parameters for a block."""
     trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
     for parameter in trainable:
         parameter.requires_grad_(False)
@@ -162,7 +155,7 @@ def _frozen(module: nn.Module) -> Iterator[None]:
 
 
 def _recorded_potential(program: Program) -> Callable[[Values], Tensor] | None:
-    """Return the negative log density of the noise, recorded with its gradient; ``None`` where that is impossible."""
+    """Record the negative log density of the noise with its gradient; return ``None`` where that is impossible."""
     guide = cast(AutoContinuous, program.guide)
     log_density, base = program.log_density, guide.get_base_dist()
 
@@ -185,7 +178,7 @@ def _recorded_potential(program: Program) -> Callable[[Values], Tensor] | None:
 
 
 class _Potential(torch.autograd.Function):
-    """Attach a gradient that was computed together with the value."""
+    """Attach a gradient that was computed with the value."""
 
     @staticmethod
     def forward(ctx: Any, noise: Tensor, replay: Replay) -> Tensor:
@@ -202,12 +195,13 @@ class _Potential(torch.autograd.Function):
 class _Transport(NeuTraReparam):
     """Pyro's reparametrization, with the flow's Jacobian counted once.
 
-    Pyro adds the Jacobian to the log density of every element of the first latent site, so once per member of a plate.
+    Pyro adds the Jacobian to the log density of every element of the first latent site: once per member of a plate.
     """
 
     def apply(self, msg: Site) -> Site:  # type: ignore[override]
         name, fn = msg["name"], msg["fn"]
-        if name not in _latents(self.guide):
+        assert self.guide.prototype_trace is not None
+        if name not in self.guide.prototype_trace.nodes:
             return {"fn": fn, "value": msg["value"], "is_observed": msg["is_observed"]}
         if msg["is_observed"]:
             raise NotImplementedError(f"neutra_mcmc: site {name!r} is latent in the guide but observed in the model")
@@ -233,53 +227,43 @@ class _Transport(NeuTraReparam):
         self.x_unconstrained = {site["name"]: (site, value) for site, value in self.guide._unpack_latent(latent)}
 
 
-@dataclass
-class _Chain:
-    """One chain: its noise, and the statistics of every draw."""
+class _Chain(NamedTuple):
+    """The noise of all draws, and the variables of ``sample_stats`` except ``lp``, each (S,)."""
 
-    num_samples: int
-    noise: Tensor = field(init=False)
-    mean_acceptance: list[float] = field(default_factory=list)
-    step_size: list[float] = field(default_factory=list)
-    divergences: set[int] = field(default_factory=set)
+    noise: Tensor
+    stats: Values
 
-    def run(
-        self,
-        kernel: NUTS,
-        start: Values | None,
-        warmup_steps: int,
-        progress: bool,
-        args: Args,
-        kwargs: Kwargs,
-    ) -> _Chain:
-        mcmc = MCMC(
-            kernel,
-            num_samples=self.num_samples,
-            warmup_steps=warmup_steps,
-            initial_params=start,
-            disable_progbar=not progress,
-            hook_fn=self._add_statistics,
-        )
-        mcmc.run(*args, **kwargs)
-        self.noise = mcmc.get_samples()[NOISE]
-        return self
 
-    def _add_statistics(self, kernel: NUTS, params: object, stage: str, step: int) -> None:
+def _run_chain(
+    kernel: NUTS, start: Values | None, num_samples: int, warmup_steps: int, progress: bool, args: Args, kwargs: Kwargs
+) -> _Chain:
+    acceptance: list[float] = []
+    step_size: list[float] = []
+    divergences: set[int] = set()
+
+    def add_statistics(kernel: NUTS, params: object, stage: str, step: int) -> None:
         if stage.startswith("Sample"):
-            self.mean_acceptance.append(kernel._mean_accept_prob)
-            self.step_size.append(float(kernel.step_size))
-            self.divergences.update(kernel._divergences)
+            acceptance.append(kernel._mean_accept_prob)
+            step_size.append(float(kernel.step_size))
+            divergences.update(kernel._divergences)
 
-    @property
-    def stats(self) -> Values:
-        """The variables of ``sample_stats`` except ``lp``, each ``(S,)``."""
-        count = torch.arange(1, self.num_samples + 1, dtype=torch.float64)
-        total = count * torch.tensor(self.mean_acceptance, dtype=torch.float64)  # NUTS reports the running mean
-        return {
-            "diverging": torch.tensor([draw in self.divergences for draw in range(self.num_samples)]),
-            "acceptance_rate": total.diff(prepend=total.new_zeros(1)).clamp(0, 1),
-            "step_size": torch.tensor(self.step_size, dtype=torch.float64),
-        }
+    mcmc = MCMC(
+        kernel,
+        num_samples=num_samples,
+        warmup_steps=warmup_steps,
+        initial_params=start,
+        disable_progbar=not progress,
+        hook_fn=add_statistics,
+    )
+    mcmc.run(*args, **kwargs)
+    count = torch.arange(1, num_samples + 1, dtype=torch.float64)
+    total = count * torch.tensor(acceptance, dtype=torch.float64)  # NUTS reports the running mean
+    stats = {
+        "diverging": torch.tensor([draw in divergences for draw in range(num_samples)]),
+        "acceptance_rate": total.diff(prepend=total.new_zeros(1)).clamp(0, 1),
+        "step_size": torch.tensor(step_size, dtype=torch.float64),
+    }
+    return _Chain(mcmc.get_samples()[NOISE], stats)
 
 
 # -- export ------------------------------------------------------------------------------------------------------------
@@ -287,7 +271,7 @@ class _Chain:
 
 def _export(program: Program, guide: AutoContinuous, chains: Sequence[_Chain]) -> InferenceData:
     """Export the draws of all chains with the groups that ArviZ's functions need."""
-    num_samples = chains[0].num_samples
+    num_samples = len(chains[0].noise)
     with evaluation():
         draws = program.log_density.constrain(guide.get_transform()(torch.cat([chain.noise for chain in chains])))
         scores = score_model(program, draws, program.default_chunk_size)
