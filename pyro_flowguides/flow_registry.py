@@ -148,9 +148,8 @@ def check_options(owner: str, builder: Builder, options: Iterable[str], others: 
 
     Args:
         owner: the class to name in the message.
-        builder: the builder. One with ``**options`` of its own may take any.
-        options: names of options.
-        others: names of the owner's own options, for the hint.
+        builder: the builder; one with ``**options`` of its own may take any.
+        options, others: names of the builder's options, and of the owner's own, for the hint.
 
     Raises:
         TypeError: with the nearest name and all names.

@@ -164,8 +164,7 @@ class AutoAmortizedFlow(LazyGuide):
 
     def _setup_prototype(self, *args: object, **kwargs: object) -> None:
         data_plate = self._find_data_plate(args, kwargs)
-        with isolated():
-            super()._setup_prototype(*args, **kwargs)
+        super()._setup_prototype(*args, **kwargs)
         try:
             self._create(data_plate, args, kwargs)
         except Exception:
@@ -174,8 +173,6 @@ class AutoAmortizedFlow(LazyGuide):
 
     def _create(self, data_plate: DataPlate, args: Args, kwargs: Kwargs) -> None:
         owner, prototype = type(self).__name__, self._prototype
-        self._signatures.add(structure.call_signature(args, kwargs))
-        self._observed = structure.observed_sites(self.model, args, kwargs)
         self._sites = self._local_sites(prototype)
         if not self._sites:
             raise ValueError(
@@ -252,10 +249,8 @@ class AutoAmortizedFlow(LazyGuide):
         }
 
     def _create_plates(self, *args: object, **kwargs: object) -> dict[str, pyro.plate]:
-        if self.master is not None:
-            self.plates = self.master().plates
-        else:
-            self.plates = self._plates_with(self._find_data_plate(args, kwargs))
+        master = None if self.master is None else self.master()
+        self.plates = master.plates if master else self._plates_with(self._find_data_plate(args, kwargs))
         return self.plates
 
     def _check_prototype(self, part_trace: Trace) -> None:

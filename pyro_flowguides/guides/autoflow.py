@@ -19,7 +19,6 @@ from pyro_flowguides.guides.initialization import check_finite
 from pyro_flowguides.guides.lazy import LazyGuide
 from pyro_flowguides.guides.param_names import claim_names
 from pyro_flowguides.programs import structure
-from pyro_flowguides.programs.running import isolated
 from pyro_flowguides.programs.sites import latent_sites
 from pyro_flowguides.programs.types import Args, Kwargs, Model, Values
 from pyro_flowguides.transforms import Compose, Flow, HeavyTail, LowerTriangularAffine, LowRankAffine
@@ -108,13 +107,10 @@ class AutoFlow(LazyGuide, AutoContinuous):
     # -- setting up ----------------------------------------------------------------------------------------------------
 
     def _setup_prototype(self, *args: object, **kwargs: object) -> None:
-        with isolated():
-            super()._setup_prototype(*args, **kwargs)
+        super()._setup_prototype(*args, **kwargs)
         owner, prototype = type(self).__name__, self._prototype
         structure.check_plates(owner, prototype)
         structure.check_static(owner, self.model, self._prototype_hide_fn, prototype, args, kwargs)
-        self._signatures.add(structure.call_signature(args, kwargs))
-        self._observed = structure.observed_sites(self.model, args, kwargs)
         transform = self._module_or_none
         if transform is None:
             for name, site in latent_sites(prototype):

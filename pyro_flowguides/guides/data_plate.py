@@ -31,9 +31,8 @@ class DataPlate(NamedTuple):
 
     def create(self, name: str, dim: int) -> pyro.plate:
         """Create this plate under a name at a dimension."""
-        if self.subsample is not None:
-            return pyro.plate(name, self.size, subsample=self.subsample, dim=dim)
-        return pyro.plate(name, self.size, self.subsample_size, dim=dim)
+        count = self.subsample_size if self.subsample is None else None
+        return pyro.plate(name, self.size, count, self.subsample, dim)
 
 
 class _PlateFound(BaseException):  # no handler of Exception in the model may catch it

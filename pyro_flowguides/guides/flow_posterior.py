@@ -12,7 +12,7 @@ from pyro.params.param_store import param_with_module_name
 from pyro.poutine.runtime import am_i_wrapped
 from torch import Tensor, nn
 
-from pyro_flowguides.flows import Builder, Layer, check_options, get_flow
+from pyro_flowguides.flows import Builder, check_options, get_flow
 from pyro_flowguides.guides.distributions import PathDistribution, draw_normal, normal_log_prob
 from pyro_flowguides.guides.param_names import Owner, claim_names, drop_references, registered_name
 from pyro_flowguides.transforms import ConditionalFlow, with_path_gradient
@@ -44,11 +44,10 @@ class FlowPosterior(nn.Module):
         context_dim: width C of the context, at least 1.
         flow: a name in :data:`~pyro_flowguides.flows.FLOWS`, or a builder ``(input_dim, context_dim, **options)``.
         path_gradient: follow the path gradient (:class:`~pyro_flowguides.guides.distributions.PathDistribution`).
-            In short trials with a frozen decoder it helped every family tried. It is off by default for two reasons.
-            Importance-weighted objectives (IWAE, Rényi) need the total gradient: under their weights, the terms that
-            the path gradient leaves out do not average to zero. And it solves for the inverse Jacobian, which can be
-            huge while the flow is far from the posterior: with four IAF steps, gated convolutions and a warm-up of the
-            divergence, its norm passed 1e10 within 25 steps, while that of the total gradient stayed near 1e3.
+            It is off by default for two reasons. Importance-weighted objectives (IWAE, Rényi) need the total gradient:
+            under their weights, the terms that the path gradient leaves out do not average to zero. And it solves for
+            the inverse Jacobian, which can be huge while the flow is far from the posterior: with four IAF steps, its
+            norm passed 1e10 within 25 steps, while that of the total gradient stayed near 1e3.
         **flow_options: options of the builder, for example ``depth`` or ``hidden_dims``.
 
     Shapes:
@@ -91,7 +90,14 @@ class FlowPosterior(nn.Module):
         self.latent_dim, self.context_dim = latent_dim, context_dim
         builder = get_flow(flow)
         check_options(type(self).__name__, builder, flow_options, others=inspect.signature(type(self)).parameters)
-        self.flow = _check_conditional(builder(latent_dim, context_dim, **flow_options), latent_dim, context_dim)
+        layers = builder(latent_dim, context_dim, **flow_options)
+        dims = getattr(layers, "input_dim", None), getattr(layers, "context_dim", None)
+        if not isinstance(layers, ConditionalFlow) or dims != (latent_dim, context_dim):
+            raise ValueError(
+                f"FlowPosterior: the builder must return a conditional flow with input_dim {latent_dim} and "
+                f"context_dim {context_dim}, got {type(layers).__name__} with {dims[0]} and {dims[1]}"
+            )
+        self.flow = layers
         self._distribution = PathDistribution if path_gradient else dist.TransformedDistribution
         self._pyro_name, self._owner = type(self).__name__, Owner()
 
@@ -163,13 +169,3 @@ class FlowPosterior(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.latent_dim}, context_dim={self.context_dim}"
-
-
-def _check_conditional(flow: Layer, latent_dim: int, context_dim: int) -> ConditionalFlow:
-    dims = getattr(flow, "input_dim", None), getattr(flow, "context_dim", None)
-    if isinstance(flow, ConditionalFlow) and dims == (latent_dim, context_dim):
-        return flow
-    raise ValueError(
-        f"FlowPosterior: the builder must return a conditional flow with input_dim {latent_dim} and context_dim "
-        f"{context_dim}, got {type(flow).__name__} with {dims[0]} and {dims[1]}"
-    )

@@ -59,6 +59,12 @@ class LazyGuide(AutoGuide):
             with isolated():
                 self._create_plates(*args, **kwargs)
 
+    def _setup_prototype(self, *args: object, **kwargs: object) -> None:
+        with isolated():
+            super()._setup_prototype(*args, **kwargs)
+        self._signatures.add(structure.call_signature(args, kwargs))
+        self._observed = structure.observed_sites(self.model, args, kwargs)
+
     @property
     def _prototype(self) -> Trace:
         trace: Trace | None = self.prototype_trace

@@ -23,34 +23,19 @@ __all__ = ["LocalSite"]
 
 @dataclass(frozen=True)
 class LocalSite:
-    """The part of a latent site in the plate of the data that belongs to one datum.
-
-    Attributes:
-        name: name of the site.
-        plate_dim: dimension of the data among the batch dimensions, negative.
-        batch_shape: sizes of the other batch dimensions, from left to right: those of further plates.
-        event_shape: shape of an unconstrained event.
-        event_dim: number of dimensions of a constrained event.
-        further_plates: the plates around the site other than that of the data.
-        transform: map from unconstrained to constrained values.
-    """
+    """The part of a latent site in the plate of the data that belongs to one datum."""
 
     name: str
-    plate_dim: int
-    batch_shape: tuple[int, ...]
-    event_shape: tuple[int, ...]
-    event_dim: int
+    plate_dim: int  # of the data among the batch dimensions, negative
+    batch_shape: tuple[int, ...]  # without the data: sizes of the further plates, from left to right
+    event_shape: tuple[int, ...]  # unconstrained
+    event_dim: int  # constrained
     further_plates: tuple[CondIndepStackFrame, ...]
-    transform: Transform
+    transform: Transform  # from unconstrained to constrained values
 
     @classmethod
     def of(cls, owner: str, plate: str, site: Site) -> LocalSite:
-        """Describe a site of a trace.
-
-        Raises:
-            ValueError: for a discrete site, a site in a further plate that is subsampled, or a support that differs
-                from datum to datum; the message names the site and the remedy.
-        """
+        """Describe a site of a trace; refuse one that cannot be amortized."""
         name, fn = site["name"], site["fn"]
         frames = {frame.name: frame for frame in site["cond_indep_stack"]}
         dim = frames.pop(plate).dim

@@ -9,6 +9,8 @@ from __future__ import annotations
 import difflib
 import inspect
 import textwrap
+import warnings
+from collections.abc import Callable, Sequence
 from functools import cache
 from types import new_class
 from typing import Any, cast
@@ -16,10 +18,55 @@ from typing import Any, cast
 from pyro_flowguides import transforms
 from pyro_flowguides.flows import FLOWS, Builder, layer_class
 from pyro_flowguides.guides.autoflow import AutoFlow, RegisteredFlowGuide
-from pyro_flowguides.guides.pyro_iaf import PyroIAFGuide
+from pyro_flowguides.programs.types import Model
 from pyro_flowguides.transforms.docstrings import format_sections, parse_docstring
 
 __all__ = ["find_guide", "guide_names"]
+
+#: Options of Pyro's class that have no counterpart here.
+WITHOUT_EFFECT = ("log_scale_max_clip", "log_scale_min_clip", "sigmoid_bias")
+
+
+class PyroIAFGuide(RegisteredFlowGuide):
+    """Base of the autoguide with inverse autoregressive layers.
+
+    It replaces Pyro's ``AutoIAFNormal`` and understands its options. ``log_scale_min_clip``, ``log_scale_max_clip`` and
+    ``sigmoid_bias`` are accepted with a warning: scales are bounded smoothly here.
+
+    Args:
+        hidden_dim: Pyro's name for ``hidden_dims``.
+        num_transforms: Pyro's name for ``depth``.
+        stable: Pyro's name for ``update="gated"``.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        hidden_dim: Sequence[int] | None = None,
+        init_loc_fn: Callable[..., object] | None = None,
+        num_transforms: int | None = None,
+        *,
+        stable: bool = False,
+        **options: Any,
+    ) -> None:
+        owner = type(self).__name__
+        for name in [name for name in WITHOUT_EFFECT if name in options]:
+            warnings.warn(f"{owner}: {name} has no effect, scales are bounded smoothly", UserWarning, stacklevel=3)
+            del options[name]
+        renamed = [
+            ("hidden_dim", "hidden_dims", hidden_dim),
+            ("num_transforms", "depth", num_transforms),
+            ("stable", "update", "gated" if stable else None),
+        ]
+        for pyros, name, value in renamed:
+            if value is not None and name in options:
+                raise TypeError(f"{owner}: {pyros} is Pyro's name for {name}, give only one of them")
+            if value is not None:
+                options[name] = value
+        if init_loc_fn is not None:
+            options["init_loc_fn"] = init_loc_fn
+        super().__init__(model, **options)
+
 
 #: Base classes of the guides that understand more than the options of their flow, by name of the flow.
 BASES: dict[str, type[RegisteredFlowGuide]] = {"iaf": PyroIAFGuide}
