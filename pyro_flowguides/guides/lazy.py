@@ -44,7 +44,7 @@ class LazyGuide(AutoGuide):
             raise ValueError(f"{type(self).__name__}: init_scale must be positive, got {init_scale}")
         super().__init__(model)
         self._init, self._init_scale = InitialValue(init_loc_fn), init_scale
-        self.model = model
+        self._model = InitMessenger(self._init)(model), model
         self._owner = Owner()
         self._signatures: set[object] = set()
         self._observed: frozenset[str] = frozenset()
