@@ -146,15 +146,16 @@ def fit(
         path_gradient: refine with the path gradient (flow guides only); ``False`` for the total gradient throughout.
         importance: 1 for the ELBO, K for the importance-weighted bound with its doubly reparametrized gradient.
         temper: exponent of the target density at the first step, in (0, 1). It rises to 1 during the first three
-            quarters of the exploration, so that the guide meets a multimodal target while it is still flat.
+            quarters of the exploration, so that the guide finds the modes of a target while that is still flat.
         compile: whether to compile the steps of flow guides. ``"auto"`` compiles on a GPU, and on a CPU only where the
             remaining steps repay it; ``True`` compiles always, ``False`` never. Loss, gradient and update then form one
             function of torch's inductor; up to 50 short steps go into one call, which on a GPU is a CUDA graph. On one
             core, compiling takes 10 to 30 seconds, or 3 to 7 if an earlier run left its results on the disk. It saves
-            more than half of each step, up to four fifths of a short one. If compiling fails, the fit continues
-            without, and ``route`` in the result says why.
+            more than half of each step, up to four fifths of a short one. Compiled steps differ from others by
+            rounding, so that a fit with a checkpoint, which must resume exactly, compiles by ``"auto"`` only on a GPU.
+            If compiling fails, the fit continues without, and ``route`` in the result says why.
         seed: seed of everything random in the fit; the global generator is restored afterwards.
-        checkpoint: file to save to and, if it exists, to resume from, exactly.
+        checkpoint: file to save to; if it exists, the fit resumes from it exactly.
         checkpoint_every: steps between saves.
         progress: show a progress bar.
 
@@ -182,7 +183,9 @@ def fit(
     settings = FitSettings(steps, num_particles, lr, tolerance, path_gradient, importance, temper, seed)
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
-        run = Run(model, guide, args, kwargs, settings, compile)
+        # Timing decides where "auto" compiles on a CPU; a resumed fit must not depend on it.
+        exact = "gpu" if compile == "auto" and checkpoint is not None else compile
+        run = Run(model, guide, args, kwargs, settings, exact)
         try:
             if not run.resume(checkpoint):
                 run.begin(warm_start)

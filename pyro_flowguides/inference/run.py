@@ -122,9 +122,8 @@ class Run(Generic[GuideT]):
             return
         best.apply_to(guide)
         guide.set_tail_weight(min(TAIL_WEIGHT, TOTAL_TAIL_WEIGHT / self.objective.latent_dim))
-        self.adam.set_scale(
-            guide.location, best.gaussian.scale
-        )  # or a step would be far too long for a narrow posterior
+        # Without a scale, a step would be far too long for a narrow posterior.
+        self.adam.set_scale(guide.location, best.gaussian.scale)
         self.start = f"{best.origin} (ELBO {best.elbo:.2f})"
 
     def _best_start(self, density: Density, guide: AutoFlow) -> Start:

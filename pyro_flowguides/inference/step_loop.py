@@ -18,8 +18,8 @@ from pyro_flowguides.programs.batched_run import first_line
 
 __all__ = ["CompileMode", "CompiledStepLoop", "StepLoop", "StepOutcome", "make_step_loop"]
 
-#: Whether to compile steps: always, never, or where it saves time.
-CompileMode: TypeAlias = bool | Literal["auto"]
+#: Whether to compile steps: always, never, on a GPU and where it saves time, or on a GPU only.
+CompileMode: TypeAlias = bool | Literal["auto", "gpu"]
 
 #: Seconds that inductor takes per operation on one core, and the share of a step's time that compiling saves.
 COMPILE_SECONDS, COMPILE_SAVES = 0.04, 0.5
@@ -81,8 +81,8 @@ class CompiledStepLoop(StepLoop):
     cannot take, because a particle is not finite, is taken by itself.
 
     Args:
-        mode: ``True`` to compile every kind of step; ``"auto"`` to compile on a GPU, and on a CPU where the number of
-            remaining steps repays it.
+        mode: ``True`` to compile every kind of step; ``"gpu"`` to compile on a GPU; ``"auto"`` to compile there, and on
+            a CPU where the number of remaining steps repays it.
 
     Attributes:
         failure: why steps could not be compiled; empty if they could, or if nothing has been tried.
@@ -95,6 +95,7 @@ class CompiledStepLoop(StepLoop):
         self.objective: DensityObjective = objective
         self.failure = ""
         self._compiles_always = mode is True or adam.device.type == "cuda"
+        self._compiles_by_time = mode == "auto"
         self._compiled: dict[tuple[int, bool], CompiledSteps] = {}
         self._seconds: dict[tuple[int, bool], list[float]] = {}
         #: Number of remaining steps above which compiling saves time.
@@ -159,8 +160,8 @@ class CompiledStepLoop(StepLoop):
         key = options.recording_key
         if options.importance > 1 or self.objective.not_recorded_reason:
             return None
-        repays = self._compiles_always or num_remaining > self._break_even.get(key, math.inf)
-        if key not in self._compiled and repays and not self.failure:
+        repays = self._compiles_by_time and num_remaining > self._break_even.get(key, math.inf)
+        if key not in self._compiled and (self._compiles_always or repays) and not self.failure:
             self._compile(options)
         return self._compiled.get(key)
 

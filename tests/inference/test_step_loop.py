@@ -75,3 +75,15 @@ print(sorted({"torch._inductor", "torch._dynamo"} & sys.modules.keys()))
 def test_a_short_fit_on_a_processor_imports_no_compiler():
     done = subprocess.run([sys.executable, "-c", SCRIPT], check=True, capture_output=True, text=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_fit_with_a_checkpoint_is_not_compiled_by_time(monkeypatch, tmp_path):
+    """A resumed fit would compile at other steps, and give other numbers by rounding."""
+    clock = itertools.count()
+    monkeypatch.setattr(step_loop.time, "perf_counter", lambda: next(clock))
+    options = {"steps": 200, "num_particles": 4, "tolerance": 1e-9, "warm_start": False, "progress": False}
+    kinds = [
+        fg.fit(schools, fg.AutoPlanar(schools, depth=1), *DATA, checkpoint=path, **options).route.kind
+        for path in (None, tmp_path / "fit")
+    ]
+    assert kinds == ["compiled", "recorded"]
