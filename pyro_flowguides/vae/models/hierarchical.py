@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, NamedTuple, cast
+from typing import ClassVar, cast
 
 import torch
 from pyro.distributions.torch_distribution import TorchDistribution
@@ -11,86 +11,57 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pyro_flowguides.vae.decoders.likelihoods import Likelihood
-from pyro_flowguides.vae.models.conv_iaf import ConvIAF
 from pyro_flowguides.vae.models.ladder import (
     BottomUp,
+    ConvIAF,
     DownLayer,
     DownState,
     Evidence,
     TopDown,
     TopLayer,
     UpLayer,
-    Widths,
 )
-from pyro_flowguides.vae.models.priors import PosteriorAt, Prior
+from pyro_flowguides.vae.models.latents import PosteriorAt, Prior
 from pyro_flowguides.vae.models.vae import VAE, Posterior, Terms
 from pyro_flowguides.vae.networks.image_shapes import as_image_shape, flatten_batch, halve_size
 
 __all__ = ["HierarchicalVAE"]
 
 
-class LayerPriors:
-    """The prior of the latents of each layer, given those above it."""
-
-    def expand_flat(self, batch_shape: torch.Size) -> LayerPriors:
-        """Expand the batch dimensions, and flatten them into one."""
-        return self
-
-    def draw(self, index: int, layer: DownLayer, state: DownState) -> tuple[Tensor, Tensor]:
-        """Draw the latents of a layer; return them and their elementwise log density."""
-        z = state.prior.draw(torch.randn_like(state.prior.loc))
-        return z, state.prior.log_prob(z)
-
-    def log_prob(self, index: int, layer: DownLayer, state: DownState, z: Tensor) -> Tensor:
-        """Return the elementwise log density of the latents of a layer."""
-        return state.prior.log_prob(z)
-
-
-class LayerPosteriors(LayerPriors):
-    """The posterior of the latents of each layer, given those above it and the evidence, the topmost layer first."""
-
-    def __init__(self, evidence: Sequence[Evidence]) -> None:
-        self.evidence = evidence
-
-    def expand_flat(self, batch_shape: torch.Size) -> LayerPosteriors:
-        return LayerPosteriors([part.expand_flat(batch_shape) for part in self.evidence])
-
-    def draw(self, index: int, layer: DownLayer, state: DownState) -> tuple[Tensor, Tensor]:
-        return layer.draw(state, self.evidence[index])
-
-    def log_prob(self, index: int, layer: DownLayer, state: DownState, z: Tensor) -> Tensor:
-        return layer.log_prob(state, self.evidence[index], z)
-
-
 class LadderDistribution(TorchDistribution):
     """The joint distribution of the latents of all layers, flattened and concatenated, the topmost layer first.
 
-    Args:
-        ladder: the pass downwards.
-        layers: the distribution of each layer.
-        batch_shape: batch shape of the distribution; that of ``layers`` broadcasts to it.
+    It is the prior, or the posterior given the evidence of each layer, whose batch shape broadcasts to ``batch_shape``.
     """
 
     arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
     support = constraints.real_vector
     has_rsample = True
 
-    def __init__(self, ladder: TopDown, layers: LayerPriors, batch_shape: Sequence[int] = ()) -> None:
-        self.ladder, self.layers = ladder, layers
+    def __init__(
+        self, ladder: TopDown, evidence: Sequence[Evidence] | None = None, batch_shape: Sequence[int] = ()
+    ) -> None:
+        self.ladder, self.evidence = ladder, evidence
         self._last_draw: tuple[Tensor, Tensor] | None = None
         super().__init__(torch.Size(batch_shape), torch.Size((sum(ladder.latent_dims),)), validate_args=False)
 
     def expand(self, batch_shape: Sequence[int], _instance: object = None) -> LadderDistribution:
-        return LadderDistribution(self.ladder, self.layers, batch_shape)
+        return LadderDistribution(self.ladder, self.evidence, batch_shape)
+
+    def flat_evidence(self, batch_shape: torch.Size) -> Sequence[Evidence | None]:
+        """Return the evidence of each layer, with its batch dimensions expanded and flattened into one."""
+        if self.evidence is None:
+            return [None] * len(self.ladder.layers)
+        return [part.expand_flat(batch_shape) for part in self.evidence]
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         shape = torch.Size(sample_shape) + self.batch_shape
-        layers = self.layers.expand_flat(shape)
+        evidence = self.flat_evidence(shape)
         draws: list[Tensor] = []
         log_probs: list[Tensor] = []
 
         def choose(index: int, layer: DownLayer, state: DownState) -> Tensor:
-            z, log_prob = layers.draw(index, layer, state)
+            z, log_prob = layer.draw(state, evidence[index])
             draws.append(z.flatten(1))
             log_probs.append(log_prob.flatten(1).sum(-1))
             return z
@@ -105,11 +76,11 @@ class LadderDistribution(TorchDistribution):
             return self._last_draw[1]
         shape = torch.broadcast_shapes(value.shape[:-1], self.batch_shape)
         maps = self.ladder.split(value.expand(*shape, value.shape[-1]).reshape(-1, value.shape[-1]))
-        layers = self.layers.expand_flat(shape)
+        evidence = self.flat_evidence(shape)
         log_probs: list[Tensor] = []
 
         def choose(index: int, layer: DownLayer, state: DownState) -> Tensor:
-            log_probs.append(layers.log_prob(index, layer, state, maps[index]).flatten(1).sum(-1))
+            log_probs.append(layer.log_prob(state, evidence[index], maps[index]).flatten(1).sum(-1))
             return maps[index]
 
         self.ladder.descend(shape.numel(), choose)
@@ -124,31 +95,7 @@ class LadderPrior(Prior):
         self._ladder = (ladder,)  # hidden from torch: the ladder is registered as the decoder
 
     def forward(self, posterior_at: PosteriorAt) -> LadderDistribution:
-        return LadderDistribution(self._ladder[0], LayerPriors())
-
-
-class LadderPosterior(nn.Module):
-    """The posterior of a ladder, whose parameters are those of the ladder."""
-
-    def __init__(self, ladder: TopDown) -> None:
-        super().__init__()
-        self._ladder = (ladder,)  # hidden from torch, as in the prior
-
-    def forward(self, evidence: Sequence[Evidence]) -> LadderDistribution:
-        """Return the posterior given the evidence of a batch of data, the topmost layer first."""
-        return LadderDistribution(self._ladder[0], LayerPosteriors(evidence), evidence[0].statistics.shape[:-3])
-
-
-class _Place(NamedTuple):
-    """A layer among those of its resolution."""
-
-    scale: int
-    layer: int
-
-    @property
-    def halves(self) -> bool:
-        """The pass upwards halves the resolution in this layer."""
-        return self.scale > 1 and self.layer == 0
+        return LadderDistribution(self._ladder[0])
 
 
 class HierarchicalVAE(VAE):
@@ -216,25 +163,25 @@ class HierarchicalVAE(VAE):
         if steps < 0:
             raise ValueError(f"HierarchicalVAE: steps must be at least 0, got {steps}")
         data_channels, height, breadth = as_image_shape("HierarchicalVAE", data_shape)
-        places = [_Place(scale, layer) for scale in range(1, scales + 1) for layer in range(layers)]
-        strides = [2 if place.halves else 1 for place in places]
-        widths = Widths(channels, width, width if steps else 0)
+        # The pass upwards halves the resolution in the stem and in the first layer of each further scale.
+        places = [(scale, scale > 1 and layer == 0) for scale in range(1, scales + 1) for layer in range(layers)]
+        strides = [2 if halves else 1 for _, halves in places]
+        widths = channels, width, width if steps else 0
         step_width = max(width, channels) if step_width is None else step_width
         ups = [UpLayer(widths, stride) for stride in strides[:-1]]
         downs = []
-        for place in reversed(places):
+        for scale, halves in reversed(places):
             iaf = [ConvIAF(channels, width, step_width, reverse=bool(step % 2)) for step in range(steps)]
-            size = halve_size((height, breadth), place.scale)
-            size_below = halve_size((height, breadth), place.scale - 1) if place.halves else size
+            size = halve_size((height, breadth), scale)
+            size_below = halve_size((height, breadth), scale - 1) if halves else size
             downs.append(DownLayer(widths, size, size_below, iaf))
         ladder = TopDown(downs, width, data_shape, likelihood.parameters_per_value)
         encoder = BottomUp(data_channels, width, ups, TopLayer(widths, strides[-1]), sum(ladder.latent_dims))
-        posterior = cast("Posterior", LadderPosterior(ladder))  # only the methods below use it
+        posterior = cast("Posterior", nn.Identity())  # unused: the ladder has the parameters of the posterior
         super().__init__(encoder, ladder, likelihood, posterior, LadderPrior(ladder), data_shape=data_shape)
 
     def posterior_at(self, x: Tensor) -> LadderDistribution:
-        posterior = cast("LadderPosterior", self.posterior)
-        return posterior(self.encoder(self._standardize(x)))
+        return LadderDistribution(self.decoder, self.encoder(self._standardize(x)), x.shape[:1])
 
     def decode(self, z: Tensor, x: Tensor | None = None) -> Tensor:
         return flatten_batch(self.decoder, z, 1)
@@ -243,12 +190,12 @@ class HierarchicalVAE(VAE):
         """Return the parts of the bound, from one pass upwards and one downwards."""
         self._check_shape(x)
         shape = torch.Size((num_samples, len(x)))
-        posterior = self.posterior_at(x).layers.expand_flat(shape)
+        evidence = self.posterior_at(x).flat_evidence(shape)
         draws: list[Tensor] = []
         kls: list[Tensor] = []
 
         def choose(index: int, layer: DownLayer, state: DownState) -> Tensor:
-            z, log_q = posterior.draw(index, layer, state)
+            z, log_q = layer.draw(state, evidence[index])
             draws.append(z.flatten(1))
             kls.append((log_q - state.prior.log_prob(z)).sum((-2, -1)))
             return z

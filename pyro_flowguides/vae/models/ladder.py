@@ -1,4 +1,4 @@
-"""The layers of the hierarchical VAE: a deterministic pass upwards, and a stochastic pass downwards."""
+"""The layers of the hierarchical VAE: a pass upwards, a stochastic pass downwards, and its autoregressive steps."""
 
 from __future__ import annotations
 
@@ -12,15 +12,111 @@ from torch.nn import functional as F
 
 from pyro_flowguides.nn.precision import at_least_float32
 from pyro_flowguides.transforms.bounds import soft_bound
-from pyro_flowguides.vae.models.conv_iaf import ConvIAF
+from pyro_flowguides.transforms.solvers import autoregressive_root
+from pyro_flowguides.transforms.updates import UPDATES
+from pyro_flowguides.vae.decoders import MaskedConv2d
 from pyro_flowguides.vae.networks import WeightNormConv2d
-from pyro_flowguides.vae.networks.image_shapes import params_last
+from pyro_flowguides.vae.networks.image_shapes import flatten_batch, params_last
 from pyro_flowguides.vae.networks.resnet import RESIDUAL_SCALE, UpsampleConv2d
 
-__all__ = ["BottomUp", "DownLayer", "DownState", "Evidence", "Gaussian", "TopDown", "TopLayer", "UpLayer", "Widths"]
+__all__ = ["BottomUp", "ConvIAF", "DownLayer", "DownState", "Evidence", "Gaussian", "TopDown", "TopLayer", "UpLayer"]
 
 #: Largest absolute log-scale of a Gaussian.
 LOG_SCALE_BOUND = 7.0
+#: Channels of a layer's latents, of its features, and of the context of its IAF steps (0 without steps).
+Widths: TypeAlias = tuple[int, int, int]
+
+
+class ConvIAF(nn.Module):
+    r"""One inverse autoregressive step on a map of latent variables, by masked convolutions.
+
+    .. math:: y_i = e^{a_i} x_i + m_i, \qquad (a_i, m_i) \text{ a function of } x_{<i} \text{ and of the context}
+
+    in raster order of the pixels and, within a pixel, in the order of the channels, or in the reverse of both. The
+    update is the gated one of :class:`~pyro_flowguides.transforms.InverseAutoregressive`, with its bounds. The network
+    has three masked 3 × 3 convolutions with ELU between them; the context is added to the output of the first. The last
+    one starts at zero, and so the step starts at the identity.
+
+    Cost: one pass of the network forward; backward a fixed-point iteration of at most C·H·W passes.
+
+    Args:
+        channels: C of the latent map.
+        context_channels: channels of the context.
+        width: channels of the hidden layers, at least C.
+        reverse: visit pixels and channels in reverse order.
+
+    Shapes:
+        x, y, a ``(..., C, H, W)``; context ``(..., context_channels, H, W)``, with the same leading dimensions.
+
+    Raises:
+        ValueError: if ``channels`` is not positive or exceeds ``width``.
+
+    References:
+        D. Kingma, T. Salimans, R. Jozefowicz, X. Chen, I. Sutskever, M. Welling (2016). Improving variational inference
+        with inverse autoregressive flow. arXiv:1606.04934.
+
+    Example:
+        >>> import torch
+        >>> from pyro_flowguides.vae import ConvIAF
+        >>> step = ConvIAF(channels=2, context_channels=3, width=8)
+        >>> y, a = step(torch.randn(5, 2, 4, 4), torch.randn(5, 3, 4, 4))
+        >>> y.shape, a.shape
+        (torch.Size([5, 2, 4, 4]), torch.Size([5, 2, 4, 4]))
+    """
+
+    def __init__(self, channels: int, context_channels: int, width: int = 32, *, reverse: bool = False) -> None:
+        super().__init__()
+        if not 1 <= channels <= width:
+            raise ValueError(f"ConvIAF: width must be at least the {channels} channels of the latents, got {width}")
+        self.channels, self.reverse = channels, reverse
+        self.first = MaskedConv2d(channels, width, 1, 1, 1, groups=channels, strict=True)
+        self.context = nn.Conv2d(context_channels, width, 3, padding=1)
+        self.second = MaskedConv2d(width, width, 1, 1, 1, groups=channels)
+        self.last = MaskedConv2d(width, 2 * channels, 1, 1, 1, groups=channels)
+        for parameter in self.last.parameters():
+            nn.init.zeros_(parameter)
+
+    def forward(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+        """Return y and the elementwise log-scale a, whose sum is the ladj."""
+        event = x.shape[-3:]
+        log_scale, shift = self._affine_map(x.reshape(-1, *event), self._project(context))
+        log_scale, shift = log_scale.reshape(x.shape), shift.reshape(x.shape)
+        return x * log_scale.exp() + shift, log_scale
+
+    def inverse(self, y: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+        """Return x and the elementwise log-scale a at x."""
+        event, projected = y.shape[-3:], self._project(context)
+
+        def affine_map(x: Tensor) -> tuple[Tensor, Tensor]:
+            log_scale, shift = self._affine_map(x.unflatten(-1, event), projected)
+            return log_scale.flatten(1), shift.flatten(1)
+
+        x = autoregressive_root(affine_map, y.reshape(-1, event.numel()), self.rank(event))
+        log_scale, _ = affine_map(x)
+        return x.reshape(y.shape), log_scale.reshape(y.shape)
+
+    def rank(self, event: Sequence[int]) -> Tensor:
+        """Return the position of each coordinate of the flattened map ``(C, H, W)`` in the order."""
+        channels, height, width = event
+        device = self.last.weight.device
+        rank = torch.arange(channels * height * width, device=device).reshape(height * width, channels).mT.flatten()
+        return len(rank) - 1 - rank if self.reverse else rank
+
+    def _affine_map(self, x: Tensor, projected: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the elementwise log-scale and shift for ``x (N, C, H, W)`` and a context ``(N, width, H, W)``."""
+        h = self.first(self._in_order(x)) + projected
+        h = self.last(F.elu(self.second(F.elu(h))))
+        log_scale, shift = UPDATES["gated"](*at_least_float32(h).chunk(2, -3))
+        return self._in_order(log_scale), self._in_order(shift)
+
+    def _project(self, context: Tensor) -> Tensor:
+        """Project the context to the hidden layer: ``(..., context_channels, H, W) -> (N, width, H, W)``."""
+        projected = flatten_batch(lambda maps: self.context(self._in_order(maps)), context, 3)
+        return projected.reshape(-1, *projected.shape[-3:])
+
+    def _in_order(self, x: Tensor) -> Tensor:
+        """Flip channels and pixels if they are visited in reverse order; it is its own inverse."""
+        return x.flip((-3, -2, -1)) if self.reverse else x
 
 
 class Gaussian(NamedTuple):
@@ -56,22 +152,14 @@ class Evidence(NamedTuple):
         return Evidence(*(part.expand(*batch_shape, *part.shape[-3:]).flatten(0, -4) for part in self))
 
 
-class Widths(NamedTuple):
-    """Numbers of channels of a layer: of its latents, of its features and of the context of its IAF steps."""
-
-    latents: int
-    features: int
-    #: 0 without steps.
-    context: int
-
-
 class TopLayer(nn.Module):
     """The topmost layer of the pass upwards, which only emits evidence about its latents."""
 
     def __init__(self, widths: Widths, stride: int) -> None:
         super().__init__()
-        self.parts = [2 * widths.latents, widths.context]
-        self.emission = WeightNormConv2d(widths.features, sum(self.parts), stride=stride)
+        channels, features, context = widths
+        self.parts = [2 * channels, context]
+        self.emission = WeightNormConv2d(features, sum(self.parts), stride=stride)
 
     def evidence(self, x: Tensor) -> Evidence:
         """Return the evidence of the features ``(N, features, H, W)`` about the latents."""
@@ -84,7 +172,7 @@ class UpLayer(TopLayer):
 
     def __init__(self, widths: Widths, stride: int) -> None:
         super().__init__(widths, stride)
-        features = widths.features
+        features = widths[1]
         self.skip = WeightNormConv2d(features, features, stride=stride) if stride > 1 else nn.Identity()
         self.first = WeightNormConv2d(features, features, stride=stride)
         self.second = WeightNormConv2d(features, features)
@@ -159,32 +247,31 @@ class DownLayer(nn.Module):
         h: Tensor = self.skip(state.h) + RESIDUAL_SCALE * residual
         return h
 
-    def draw(self, state: DownState, evidence: Evidence) -> tuple[Tensor, Tensor]:
-        """Draw from the posterior; return the draw and its elementwise log density."""
-        gaussian, context = self._posterior(state, evidence)
+    def draw(self, state: DownState, evidence: Evidence | None) -> tuple[Tensor, Tensor]:
+        """Draw from the posterior given the evidence, or from the prior; return the elementwise log density, too."""
+        gaussian, context, steps = self._distribution(state, evidence)
         z = gaussian.draw(torch.randn_like(gaussian.loc))
-        log_q = gaussian.log_prob(z)
-        for step in self._steps():
+        log_prob = gaussian.log_prob(z)
+        for step in steps:
             z, log_scale = step(z, context)
-            log_q = log_q - log_scale
-        return z, log_q
+            log_prob = log_prob - log_scale
+        return z, log_prob
 
-    def log_prob(self, state: DownState, evidence: Evidence, z: Tensor) -> Tensor:
-        """Return the elementwise log density of the posterior at any z."""
-        gaussian, context = self._posterior(state, evidence)
+    def log_prob(self, state: DownState, evidence: Evidence | None, z: Tensor) -> Tensor:
+        """Return the elementwise log density of the posterior given the evidence, or of the prior, at any z."""
+        gaussian, context, steps = self._distribution(state, evidence)
         ladj = torch.zeros_like(z)
-        for step in reversed(self._steps()):
+        for step in reversed(steps):
             z, log_scale = step.inverse(z, context)
             ladj = ladj - log_scale
         return ladj + gaussian.log_prob(z)
 
-    def _posterior(self, state: DownState, evidence: Evidence) -> tuple[Gaussian, Tensor]:
-        """Return the Gaussian below the IAF steps, and the context of the steps."""
+    def _distribution(self, state: DownState, evidence: Evidence | None) -> tuple[Gaussian, Tensor, list[ConvIAF]]:
+        """Return the Gaussian below the IAF steps, their context, and the steps; the prior has none."""
+        if evidence is None:
+            return state.prior, state.context, []
         gaussian = Gaussian.from_statistics(state.statistics + evidence.statistics)
-        return gaussian, state.context + evidence.context
-
-    def _steps(self) -> list[ConvIAF]:
-        return list(cast("Iterable[ConvIAF]", self.steps))
+        return gaussian, state.context + evidence.context, list(cast("Iterable[ConvIAF]", self.steps))
 
 
 class TopDown(nn.Module):

@@ -1,36 +1,105 @@
-"""Recipes: one builder for each kind of VAE, and their registry.
+"""Recipes: networks, posteriors and priors by name, one builder for each kind of VAE, and their registry.
 
-All builders share the arguments of :func:`vae`; some have options of their own.
+All builders share the arguments of :func:`vae`, and raise a :class:`ValueError` if a name is unknown or a size does not
+fit; some have options of their own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias, cast
 
 from torch import nn
 from torch.nn import functional as F
 
+from pyro_flowguides.flows import FLOWS
+from pyro_flowguides.guides import FlowPosterior
 from pyro_flowguides.vae.decoders import Likelihood, PixelLikelihood, make_decoder
 from pyro_flowguides.vae.decoders.likelihoods import get_likelihood
-from pyro_flowguides.vae.models.components import Options, check_no_options, get_networks, make_posterior, make_prior
 from pyro_flowguides.vae.models.hierarchical import HierarchicalVAE
-from pyro_flowguides.vae.models.iafvae import IAFVAE
-from pyro_flowguides.vae.models.priors import Prior
-from pyro_flowguides.vae.models.vae import VAE
+from pyro_flowguides.vae.models.latents import FlowPrior, NormalPosterior, Prior, StandardNormal, VampPrior
+from pyro_flowguides.vae.models.vae import IAFVAE, VAE, ContextEncoder, Posterior
 from pyro_flowguides.vae.models.vlae import VLAE
-from pyro_flowguides.vae.networks import GaussianEncoder, SpatialDecoder, SpatialEncoder
+from pyro_flowguides.vae.networks import (
+    DenseDecoder,
+    DenseEncoder,
+    GatedConvDecoder,
+    GatedConvEncoder,
+    GaussianEncoder,
+    ResNetDecoder,
+    ResNetEncoder,
+    SpatialDecoder,
+    SpatialEncoder,
+)
 
-__all__ = ["MODELS", "hierarchical", "iafvae", "spatial_vlae", "vae", "vlae"]
+__all__ = ["MODELS", "NETWORKS", "Options", "hierarchical", "iafvae", "spatial_vlae", "vae", "vlae"]
 
 
-def _make_networks(
-    data_shape: Sequence[int], likelihood: Likelihood, latent_dim: int, network: str, hidden: int | Sequence[int] | None
-) -> tuple[GaussianEncoder, nn.Module]:
-    """Build an encoder and a decoder of one family of networks and of one size."""
-    networks, size = get_networks(network), {} if hidden is None else {"hidden": hidden}
-    encoder = GaussianEncoder(networks.encoder(tuple(data_shape), **size), latent_dim)
-    decoder = networks.decoder(latent_dim, tuple(data_shape), likelihood.parameters_per_value, **size)
-    return encoder, decoder
+#: Options by name, passed on to a builder.
+Options: TypeAlias = Mapping[str, Any]
+
+
+class Networks(NamedTuple):
+    """A pair of networks.
+
+    The encoder takes ``(data_shape, hidden)``, the decoder ``(latent_dim, data_shape, parameters_per_value, hidden)``.
+    """
+
+    encoder: Callable[..., nn.Module]
+    decoder: Callable[..., nn.Module]
+
+
+def _gated_decoder(
+    latent_dim: int, data_shape: Sequence[int], parameters_per_value: int, hidden: int | None = None
+) -> GatedConvDecoder:
+    """Build the gated decoder, whose layers do not depend on the number ``hidden`` of the encoder's features."""
+    return GatedConvDecoder(latent_dim, data_shape, parameters_per_value)
+
+
+#: The networks of a VAE by name.
+NETWORKS: dict[str, Networks] = {
+    "mlp": Networks(DenseEncoder, DenseDecoder),
+    "gated": Networks(GatedConvEncoder, _gated_decoder),
+    "resnet": Networks(ResNetEncoder, ResNetDecoder),
+}
+
+
+def _get_networks(network: str) -> Networks:
+    if network not in NETWORKS:
+        raise ValueError(f"unknown network {network!r}; known networks: {', '.join(NETWORKS)}")
+    return NETWORKS[network]
+
+
+def _make_posterior(posterior: str, latent_dim: int, context_dim: int, options: Options | None = None) -> Posterior:
+    """Build a family of posteriors: "normal", or one by its name in :data:`~pyro_flowguides.flows.FLOWS`."""
+    if posterior == "normal":
+        _check_no_options("normal posterior", options)
+        return NormalPosterior()
+    _check_name("posterior", posterior, ["normal"])
+    return cast("Posterior", FlowPosterior(latent_dim, context_dim, posterior, **(options or {})))
+
+
+def _make_prior(
+    prior: str, latent_dim: int, data_shape: Sequence[int], likelihood: Likelihood, options: Options | None = None
+) -> Prior:
+    """Build a prior: "normal", "vamp", or one by its name in :data:`~pyro_flowguides.flows.FLOWS`."""
+    if prior == "normal":
+        _check_no_options("normal prior", options)
+        return StandardNormal(latent_dim)
+    if prior == "vamp":
+        return VampPrior(latent_dim, tuple(data_shape), likelihood.low, likelihood.high, **(options or {}))
+    _check_name("prior", prior, ["normal", "vamp"])
+    return FlowPrior(latent_dim, prior, **(options or {}))
+
+
+def _check_no_options(owner: str, options: Options | None) -> None:
+    if options:
+        raise ValueError(f"the {owner} has no options, got {sorted(options)}")
+
+
+def _check_name(kind: str, name: str, others: Sequence[str]) -> None:
+    if name not in FLOWS:
+        raise ValueError(f"unknown {kind} {name!r}; known {kind}s: {', '.join([*others, *FLOWS])}")
 
 
 def vae(
@@ -68,39 +137,23 @@ def vae(
         >>> vae.terms(torch.rand(5, 1, 8, 8), num_samples=2).kl.shape
         torch.Size([2, 5, 1])
     """
-    likelihood = get_likelihood(likelihood)
-    encoder, decoder = _make_networks(data_shape, likelihood, latent_dim, network, hidden)
-    return VAE(
-        encoder,
-        decoder,
-        likelihood,
-        make_posterior(posterior, latent_dim, encoder.context_dim, posterior_options),
-        make_prior(prior, latent_dim, data_shape, likelihood, prior_options),
-        data_shape=data_shape,
-    )
+    likelihood, networks, size = get_likelihood(likelihood), _get_networks(network), _as_option(hidden)
+    encoder = GaussianEncoder(networks.encoder(tuple(data_shape), **size), latent_dim)
+    decoder = networks.decoder(latent_dim, tuple(data_shape), likelihood.parameters_per_value, **size)
+    family = _make_posterior(posterior, latent_dim, encoder.context_dim, posterior_options)
+    learned_prior = _make_prior(prior, latent_dim, data_shape, likelihood, prior_options)
+    return VAE(encoder, decoder, likelihood, family, learned_prior, data_shape=data_shape)
 
 
 def iafvae(
-    data_shape: Sequence[int],
-    *,
-    likelihood: str | Likelihood = "bernoulli",
-    latent_dim: int = 32,
-    posterior: str = "iaf",
-    posterior_options: Options | None = None,
-    prior: str = "normal",
-    prior_options: Options | None = None,
-    network: str = "mlp",
-    hidden: int | Sequence[int] | None = None,
+    data_shape: Sequence[int], *, posterior: str = "iaf", posterior_options: Options | None = None, **options: Any
 ) -> IAFVAE:
     """Build a VAE with gated inverse autoregressive steps as its posterior (Kingma et al. 2016).
 
     Args:
-        data_shape, likelihood, latent_dim, prior, prior_options, network, hidden: as for :func:`vae`.
+        data_shape, **options: as for :func:`vae`.
         posterior: "iaf".
         posterior_options: options of :class:`~pyro_flowguides.vae.IAFVAE`, such as ``depth`` and ``hidden_dims``.
-
-    Raises:
-        ValueError: if ``posterior`` is not "iaf", a name is unknown or a size is not positive.
 
     Example:
         >>> from pyro_flowguides.vae import MODELS
@@ -109,15 +162,10 @@ def iafvae(
     """
     if posterior != "iaf":
         raise ValueError(f'iafvae: the posterior is "iaf", got {posterior!r}: use the model "vae" for another one')
-    likelihood = get_likelihood(likelihood)
-    encoder, decoder = _make_networks(data_shape, likelihood, latent_dim, network, hidden)
+    parts = vae(data_shape, posterior="normal", **options)
+    encoder = cast("ContextEncoder", parts.encoder)
     return IAFVAE(
-        encoder,
-        decoder,
-        likelihood,
-        make_prior(prior, latent_dim, data_shape, likelihood, prior_options),
-        data_shape=data_shape,
-        **(posterior_options or {}),
+        encoder, parts.decoder, parts.likelihood, parts.prior, data_shape=data_shape, **(posterior_options or {})
     )
 
 
@@ -143,42 +191,30 @@ def hierarchical(
         latent_dim: channels of each layer's latent map.
         posterior: "iaf" or "normal".
         posterior_options: for "iaf", ``steps`` per layer (default 1) and their ``step_width``.
-        prior: "normal", which each layer shifts and scales.
-        prior_options: none.
+        prior, prior_options: "normal", which each layer shifts and scales, without options.
         network: "resnet".
         hidden: channels of the deterministic features.
-        scales: number of resolutions.
-        layers: stochastic layers per resolution.
-
-    Raises:
-        ValueError: if posterior, prior or network is another one, or a size is not positive.
+        scales, layers: number of resolutions, and of stochastic layers for each.
 
     Example:
         >>> from pyro_flowguides.vae import MODELS
         >>> MODELS["hierarchical"]((1, 8, 8), latent_dim=2, hidden=8, scales=1, layers=2).latent_dim
         64
     """
-    _check_choice("posterior", posterior, ["iaf", "normal"])
-    _check_choice("prior", prior, ["normal"])
-    _check_choice("network", network, ["resnet"])
-    check_no_options("normal prior", prior_options)
-    if posterior == "normal":
-        check_no_options("normal posterior", posterior_options)
-        posterior_options = {"steps": 0}
-    return HierarchicalVAE(
-        data_shape,
-        get_likelihood(likelihood),
-        channels=latent_dim,
-        width=hidden,
-        scales=scales,
-        layers=layers,
-        **(posterior_options or {}),
+    choices = (
+        ("posterior", posterior, ["iaf", "normal"]),
+        ("prior", prior, ["normal"]),
+        ("network", network, ["resnet"]),
     )
-
-
-def _check_choice(kind: str, name: str, choices: Sequence[str]) -> None:
-    if name not in choices:
-        raise ValueError(f"hierarchical: the {kind} must be {' or '.join(map(repr, choices))}, got {name!r}")
+    for kind, name, known in choices:
+        if name not in known:
+            raise ValueError(f"hierarchical: the {kind} must be {' or '.join(map(repr, known))}, got {name!r}")
+    _check_no_options("normal prior", prior_options)
+    if posterior == "normal":
+        _check_no_options("normal posterior", posterior_options)
+        posterior_options = {"steps": 0}
+    sizes = {"channels": latent_dim, "width": hidden, "scales": scales, "layers": layers}
+    return HierarchicalVAE(data_shape, get_likelihood(likelihood), **sizes, **(posterior_options or {}))
 
 
 #: The prior of the variational lossy autoencoder: four mean-only steps with MADEs of three layers of 640 ReLU units.
@@ -209,15 +245,11 @@ def vlae(
 
     Args:
         data_shape: ``(channels, height, width)``, or ``(channels, length)`` for networks that read z itself.
-        likelihood, latent_dim, posterior, posterior_options, network, hidden: as for :func:`vae`.
-        prior: as for :func:`vae`.
+        likelihood, latent_dim, posterior, posterior_options, prior, network, hidden: as for :func:`vae`.
         prior_options: options of the prior; for "maf" they override the published ones.
         decoder: a name in :data:`~pyro_flowguides.vae.DECODERS`.
         decoder_options: options of the autoregressive network, such as ``reach``, the size of its window.
         maps: maps that the autoregressive network reads beside the image; with 0 it ignores z.
-
-    Raises:
-        ValueError: if a name is unknown or a size is not positive.
 
     Example:
         >>> from pyro_flowguides.vae import MODELS
@@ -226,12 +258,12 @@ def vlae(
         2
     """
     autoregressive, pixels = make_decoder(decoder, data_shape, likelihood, latent_dim, maps, decoder_options)
-    networks, size = get_networks(network), {} if hidden is None else {"hidden": hidden}
+    networks, size = _get_networks(network), _as_option(hidden)
     encoder = GaussianEncoder(networks.encoder(tuple(data_shape), **size), latent_dim)
     map_decoder = None
     if autoregressive.maps:
         map_decoder = networks.decoder(latent_dim, (autoregressive.maps, *data_shape[1:]), 1, **size)
-    family = make_posterior(posterior, latent_dim, encoder.context_dim, posterior_options)
+    family = _make_posterior(posterior, latent_dim, encoder.context_dim, posterior_options)
     learned_prior = _make_vlae_prior(prior, latent_dim, data_shape, pixels, prior_options)
     return VLAE(encoder, map_decoder, autoregressive, pixels, family, learned_prior, data_shape=data_shape)
 
@@ -264,9 +296,6 @@ def spatial_vlae(
         likelihood, posterior, posterior_options, prior, prior_options, decoder, decoder_options, maps: as for
             :func:`vlae`.
 
-    Raises:
-        ValueError: if a name is unknown, or ``latent_dim`` does not fit the image.
-
     Example:
         >>> import torch
         >>> from pyro_flowguides.vae import MODELS
@@ -284,7 +313,7 @@ def spatial_vlae(
     encoder, map_decoder = SpatialEncoder(data_shape, latent_dim, hidden), None
     if autoregressive.maps:
         map_decoder = SpatialDecoder(latent_dim, (autoregressive.maps, *data_shape[1:]), 1, hidden)
-    family = make_posterior(posterior, latent_dim, encoder.context_dim, posterior_options)
+    family = _make_posterior(posterior, latent_dim, encoder.context_dim, posterior_options)
     learned_prior = _make_vlae_prior(prior, latent_dim, data_shape, pixels, prior_options)
     return VLAE(encoder, map_decoder, autoregressive, pixels, family, learned_prior, data_shape=data_shape)
 
@@ -294,7 +323,11 @@ def _make_vlae_prior(
 ) -> Prior:
     if prior == "maf":
         options = {**VLAE_PRIOR, **(options or {})}
-    return make_prior(prior, latent_dim, data_shape, pixels.values, options)
+    return _make_prior(prior, latent_dim, data_shape, pixels.values, options)
+
+
+def _as_option(hidden: int | Sequence[int] | None) -> Options:
+    return {} if hidden is None else {"hidden": hidden}
 
 
 #: All builders by name; the training program, the tests and the benchmarks iterate over them.

@@ -1,23 +1,29 @@
-"""The variational autoencoder, with any encoder, decoder, likelihood, posterior and prior."""
+"""The variational autoencoder: with any parts, and with inverse autoregressive steps as its posterior."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol, TypeAlias
+from typing import NamedTuple, Protocol, TypeAlias, cast
 
 import pyro
 import pyro.distributions as dist
 import torch
+from pyro.nn.module import PyroModule
+from pyro.params.param_store import param_with_module_name
 from torch import Tensor, nn
 
+from pyro_flowguides.guides import FlowPosterior
+from pyro_flowguides.guides.param_names import Owner, claim_names
 from pyro_flowguides.nn.precision import at_least_float32
 from pyro_flowguides.vae.decoders.likelihoods import Likelihood
-from pyro_flowguides.vae.models.priors import Prior
-from pyro_flowguides.vae.models.store_registration import StoreRegistration
+from pyro_flowguides.vae.models.latents import Prior
 from pyro_flowguides.vae.networks import data_dependent_initialization
 
-__all__ = ["VAE", "Decoder", "Encoder", "Posterior", "Terms"]
+__all__ = ["IAFVAE", "VAE", "ContextEncoder", "Decoder", "Encoder", "Posterior", "Terms"]
+
+#: The attribute of a model in the names of its parameters in Pyro's store.
+STORE_ATTRIBUTE = "vae"
 
 
 class Terms(NamedTuple):
@@ -46,6 +52,12 @@ class Encoder(Protocol):
     latent_dim: int
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]: ...
+
+
+class ContextEncoder(Encoder, Protocol):
+    """An encoder that states the width of its context."""
+
+    context_dim: int
 
 
 class Posterior(Protocol):
@@ -119,7 +131,7 @@ class VAE(nn.Module):
         self.encoder, self.decoder, self.likelihood = encoder, decoder, likelihood
         self.posterior, self.prior = posterior, prior
         self._data_dims = tuple(range(-len(self.data_shape), 0))
-        self._register = StoreRegistration(self)
+        self._register = _StoreRegistration(self)
         self.register_buffer("_dtype_reference", torch.empty(0), persistent=False)  # follows .to(dtype)
 
     # -- the parts -----------------------------------------------------------------------------------------------------
@@ -314,3 +326,67 @@ class VAE(nn.Module):
         self.prior.initialize(x)
         with data_dependent_initialization(self):
             self.terms(x)
+
+
+class IAFVAE(VAE):
+    r"""A VAE whose posterior is a chain of inverse autoregressive steps that read the encoder's features.
+
+    The steps are gated, and every other one takes the coordinates in reversed order. The gate is normalized so that
+    every step starts at the identity. Whatever the number of steps, the posterior thus starts with the standard
+    deviation that the encoder gives it.
+
+    Args:
+        encoder, decoder, likelihood, prior, data_shape: as for :class:`VAE`; the encoder also has ``context_dim``.
+        update: the map of one coordinate, "gated", "affine" or "shift".
+        path_gradient: follow the path gradient, see :class:`~pyro_flowguides.guides.FlowPosterior`.
+        **flow_options: other options of :func:`~pyro_flowguides.flows.iaf`, such as ``depth`` and ``hidden_dims``.
+
+    References:
+        D. Kingma, T. Salimans, R. Jozefowicz, X. Chen, I. Sutskever, M. Welling (2016). Improving variational inference
+        with inverse autoregressive flow. arXiv:1606.04934.
+
+    Example:
+        >>> import torch
+        >>> from pyro_flowguides.vae import MODELS
+        >>> vae = MODELS["iafvae"]((8,), latent_dim=4, hidden=[32], posterior_options={"depth": 2})
+        >>> vae.terms(torch.rand(5, 8)).z.shape
+        torch.Size([1, 5, 4])
+    """
+
+    def __init__(
+        self,
+        encoder: ContextEncoder,
+        decoder: Decoder,
+        likelihood: Likelihood,
+        prior: Prior,
+        *,
+        data_shape: Sequence[int],
+        update: str = "gated",
+        path_gradient: bool = False,
+        **flow_options: object,
+    ) -> None:
+        options = {"update": update, **flow_options}
+        posterior = FlowPosterior(
+            encoder.latent_dim, encoder.context_dim, "iaf", path_gradient=path_gradient, **options
+        )
+        super().__init__(encoder, decoder, likelihood, posterior, prior, data_shape=data_shape)
+
+
+class _StoreRegistration:
+    """Register the parameters of a module in Pyro's parameter store, like :func:`pyro.module`.
+
+    Unlike there, several modules of one class and copies of a module have parameters of their own, frozen parameters
+    are left out, and values of a loaded store are copied into the module.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._pyro_name = type(module).__name__
+        self._modules = {STORE_ATTRIBUTE: module}
+        self._owner = Owner()
+
+    def __call__(self) -> None:
+        with pyro.settings.context(module_local_params=False):  # only a PyroModule has a store of its own
+            claim_names(cast("PyroModule", self), STORE_ATTRIBUTE, self._owner)
+        for name, parameter in self._modules[STORE_ATTRIBUTE].named_parameters():
+            if parameter.requires_grad:
+                pyro.param(param_with_module_name(f"{self._pyro_name}.{STORE_ATTRIBUTE}", name), parameter)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyro_flowguides.vae.decoders import AutoregressiveDistribution, AutoregressiveNetwork, PixelLikelihood
-from pyro_flowguides.vae.models.priors import Prior
+from pyro_flowguides.vae.models.latents import Prior
 from pyro_flowguides.vae.models.vae import VAE, Decoder, Encoder, Posterior
 
 __all__ = ["VLAE"]

@@ -2,12 +2,11 @@
 
 from pyro_flowguides.vae.training.ema import EMA
 from pyro_flowguides.vae.training.image_files import load_images
-from pyro_flowguides.vae.training.images import Images, derive_seed
+from pyro_flowguides.vae.training.images import Images, Minibatches, derive_seed
 from pyro_flowguides.vae.training.loop import TrainingDivergedError, train
 from pyro_flowguides.vae.training.losses import ELBOLoss, ImportanceWeightedLoss, SoftFreeBitsLoss
-from pyro_flowguides.vae.training.minibatches import Minibatches
+from pyro_flowguides.vae.training.run_folder import load_model
 from pyro_flowguides.vae.training.settings import Settings
-from pyro_flowguides.vae.training.trained_model import load_model
 
 __all__ = [
     "EMA",

@@ -4,19 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TypedDict
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["EMA", "EMAState"]
-
-
-class EMAState(TypedDict):
-    """The state of an :class:`EMA`."""
-
-    steps: int
-    averages: dict[str, Tensor]
+__all__ = ["EMA"]
 
 
 class EMA:
@@ -58,7 +51,7 @@ class EMA:
         self.averages = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
 
     def _pair(self, module: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
-        """Return the averages and the parameters of the module, in one order; writing to them changes the module."""
+        """Return the averages and the module's own parameters, in one order."""
         parameters = {name: parameter.detach() for name, parameter in module.named_parameters()}
         if parameters.keys() != self.averages.keys():
             raise ValueError(
@@ -93,11 +86,11 @@ class EMA:
             for parameter, value in zip(parameters, own, strict=True):
                 parameter.copy_(value)
 
-    def state_dict(self) -> EMAState:
+    def state_dict(self) -> dict[str, Any]:
         """Return the averages and the number of updates; the tensors are not copied."""
         return {"steps": self.steps, "averages": self.averages}
 
-    def load_state_dict(self, state: EMAState) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Copy a state, keeping the device and precision of the averages.
 
         Raises:

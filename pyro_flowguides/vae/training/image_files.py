@@ -107,12 +107,10 @@ def _read_npz(path: Path, shape: Sequence[int]) -> Images:
             "Save the splits as 'train', 'test' and optionally 'valid'"
         )
     levels = 2 if all(array.dtype.kind in "biu" and array.max(initial=0) <= 1 for array in arrays.values()) else 256
-    checked = {split: _as_images(f"{path}[{split}]", array, shape, levels) for split, array in arrays.items()}
-    return _assemble(str(path), checked, levels)
-
-
-def _as_images(name: str, array: np.ndarray, shape: Sequence[int], levels: int) -> np.ndarray:
-    return _as_bytes(name, _as_channels_first(name, array, shape), levels)
+    for split, array in arrays.items():
+        name = f"{path}[{split}]"
+        arrays[split] = _as_bytes(name, _as_channels_first(name, array, shape), levels)
+    return _assemble(str(path), arrays, levels)
 
 
 def _as_bytes(name: str, array: np.ndarray, levels: int) -> np.ndarray:
@@ -149,8 +147,7 @@ def _as_channels_first(name: str, array: np.ndarray, shape: Sequence[int]) -> np
 
 def _unflatten(name: str, array: np.ndarray, shape: Sequence[int]) -> np.ndarray:
     width = array.shape[1]
-    side = math.isqrt(width)
-    shape = tuple(shape) or (side, side)
+    shape = tuple(shape) or (math.isqrt(width),) * 2
     if math.prod(shape) != width:
         raise ValueError(
             f"{name}: rows of {width} pixels do not make images of {'x'.join(map(str, shape))}; give the shape, for "
@@ -165,12 +162,13 @@ def _idx_file(folder: Path, prefix: str) -> Path | None:
 
 
 def _read_idx(folder: Path) -> Images:
-    files = {"train": _idx_file(folder, "train"), "test": _idx_file(folder, "t10k")}
-    for split, file in files.items():
+    arrays = {}
+    for split, prefix in (("train", "train"), ("test", "t10k")):
+        file = _idx_file(folder, prefix)
         if file is None:
-            prefix = "train" if split == "train" else "t10k"
             raise ValueError(f"{folder}: the split {split!r} is missing; expected {prefix}-images-idx3-ubyte[.gz]")
-    return _assemble(str(folder), {split: _parse_idx(file) for split, file in files.items() if file}, levels=256)
+        arrays[split] = _parse_idx(file)
+    return _assemble(str(folder), arrays, levels=256)
 
 
 def _parse_idx(path: Path) -> np.ndarray:

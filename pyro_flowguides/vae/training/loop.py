@@ -15,24 +15,21 @@ from typing import TYPE_CHECKING
 
 import pyro
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from pyro_flowguides.vae.training.ema import EMA
-from pyro_flowguides.vae.training.epoch_log import EpochLog
-from pyro_flowguides.vae.training.held_out import HeldOut, Metrics, bound_metrics, float64_device
+from pyro_flowguides.vae.training.estimates import HeldOut, Metrics, ShardedTerms, bound_metrics, float64_device
 from pyro_flowguides.vae.training.image_files import load_images
-from pyro_flowguides.vae.training.images import Images, derive_seed
+from pyro_flowguides.vae.training.images import Images, Minibatches, derive_seed
 from pyro_flowguides.vae.training.losses import ELBOLoss, SoftFreeBitsLoss
-from pyro_flowguides.vae.training.minibatches import Minibatches
-from pyro_flowguides.vae.training.report import Summary, describe_machine, write_report
-from pyro_flowguides.vae.training.run_folder import Progress, RunFolder, RunState
+from pyro_flowguides.vae.training.report import EpochLog, Summary, describe_machine, write_report
+from pyro_flowguides.vae.training.run_folder import Progress, RunFolder, build_model, read_model_state
 from pyro_flowguides.vae.training.settings import Settings
-from pyro_flowguides.vae.training.sharded_terms import ShardedTerms
-from pyro_flowguides.vae.training.trained_model import ModelState, build_model, read_model_state
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
+    from lightning_fabric.plugins import Precision
 
 __all__ = ["TrainingDivergedError", "train"]
 
@@ -101,19 +98,13 @@ class _Run:
             raise ValueError(f"--shards must be a multiple of the {fabric.world_size} processes, got {shards}")
         self.own_shards = range(fabric.global_rank, shards, fabric.world_size)
         fixed = images.binarized() if settings.binarization != "none" else images
-        dynamic = settings.binarization == "dynamic"
+        dynamic, seed = settings.binarization == "dynamic", settings.seed
+        data = images if dynamic else fixed
         self.minibatches = Minibatches(
-            images if dynamic else fixed,
-            batch_size=settings.batch_size,
-            shards=shards,
-            dynamic=dynamic,
-            seed=settings.seed,
-            device=fabric.device,
+            data, batch_size=settings.batch_size, shards=shards, dynamic=dynamic, seed=seed, device=fabric.device
         )
         self._build_model(fixed.levels)
-        self.held_out = HeldOut(
-            self.sharded_terms, {"valid": fixed.valid, "test": fixed.test}, fabric, seed=settings.seed
-        )
+        self.held_out = HeldOut(self.sharded_terms, {"valid": fixed.valid, "test": fixed.test}, fabric, seed)
 
     def _build_model(self, levels: int) -> None:
         settings, fabric = self.settings, self.fabric
@@ -129,6 +120,12 @@ class _Run:
         warmup_steps = settings.warmup * self.minibatches.steps_per_epoch
         self.loss_fn = LOSSES[settings.free_bits_kind](warmup_steps, settings.free_bits).to(fabric.device)
         self.ema = EMA(self.vae, settings.ema)
+        self.stateful: dict[str, nn.Module | torch.optim.Optimizer | EMA | Precision] = {
+            "model": self.vae,
+            "optimizer": self.optimizer,
+            "ema": self.ema,
+        }
+        self.stateful |= {"loss_fn": self.loss_fn, "precision": fabric.strategy.precision}
 
     @property
     def epoch(self) -> int:
@@ -176,9 +173,8 @@ class _Run:
             if number % PROGRESS_EVERY == 0:
                 bar.set_postfix_str(self._progress_text(sums / number), refresh=False)
         means = torch.as_tensor(self.fabric.all_reduce(sums / steps, reduce_op="mean"))
-        seconds = time.perf_counter() - begin
-        row = self._log_row(means)
-        row["images_per_second"] = steps * self.minibatches.batch_size / seconds
+        speed = steps * self.minibatches.batch_size / (time.perf_counter() - begin)
+        row = self._log_row(means) | {"images_per_second": speed}
         bar.set_description_str(f"valid ELBO {row['valid_elbo']:.2f}", refresh=False)
         return row
 
@@ -193,11 +189,9 @@ class _Run:
         return row | {"skipped": float(self.progress.skipped_steps)}
 
     def _progress_text(self, means: Tensor) -> str:
-        metrics = bound_metrics(means[1:], math.prod(self.images.shape))
-        return (
-            f"ELBO {metrics['elbo']:.2f}, reconstruction {metrics['reconstruction']:.2f}, KL {metrics['kl']:.2f}, "
-            f"{metrics['bits_per_dim']:.3f} bits/dim"
-        )
+        bound = bound_metrics(means[1:], math.prod(self.images.shape))
+        text = "ELBO {elbo:.2f}, reconstruction {reconstruction:.2f}, KL {kl:.2f}, {bits_per_dim:.3f} bits/dim"
+        return text.format(**bound)
 
     def _step(self) -> Tensor:
         """Take a step; return loss, reconstruction and KL of the shards of this process."""
@@ -218,10 +212,8 @@ class _Run:
         warmup_steps = min(LR_WARMUP, self.minibatches.steps_per_epoch)
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.lr * min(1.0, (progress.step + 1) / warmup_steps)
-        limit = self.settings.clip or math.inf
-        norm = self.fabric.clip_gradients(
-            self.fabric_module, self.fabric_optimizer, max_norm=limit, error_if_nonfinite=False
-        )
+        parts, limit = (self.fabric_module, self.fabric_optimizer), self.settings.clip or math.inf
+        norm = self.fabric.clip_gradients(*parts, max_norm=limit, error_if_nonfinite=False)
         if norm is not None and torch.isfinite(norm):
             progress.failed_in_a_row = 0
             self.fabric_optimizer.step()
@@ -240,56 +232,36 @@ class _Run:
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
     def _identity(self) -> dict[str, object]:
-        shards, fingerprint = self.minibatches.shards, self.images.fingerprint
-        return {**self.settings.identity(), "shards": shards, "fingerprint": fingerprint}
+        more = {"shards": self.minibatches.shards, "fingerprint": self.images.fingerprint}
+        return {**self.settings.identity(), **more}
 
     def resume(self) -> None:
-        """Continue from the checkpoint in the output folder, if there is one.
-
-        Raises:
-            ValueError: if the checkpoint belongs to another run.
-        """
+        """Continue from the checkpoint in the output folder, if there is one."""
         with self.folder.writing("the output folder"):
             self.folder.path.mkdir(parents=True, exist_ok=True)
         state = None if self.settings.overwrite else self.folder.load_run(self._identity())
         self.fabric.barrier()
         if state is None:
             return
-        self.vae.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.ema.load_state_dict(state["ema"])
-        self.loss_fn.load_state_dict(state["loss_fn"])
-        self.fabric.strategy.precision.load_state_dict(state["precision"])
+        for name, part in self.stateful.items():
+            part.load_state_dict(state[name])
         self.progress = Progress(**state["progress"])
         self.folder.saved_epoch = self.epoch
         self.start -= self.progress.seconds
 
     def _save_run(self) -> None:
         self.progress.seconds = time.perf_counter() - self.start
-        state: RunState = {
-            "kind": "vae run",
-            "identity": self._identity(),
-            "model": self.vae.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "ema": self.ema.state_dict(),
-            "loss_fn": self.loss_fn.state_dict(),
-            "precision": self.fabric.strategy.precision.state_dict(),
-            "progress": dataclasses.asdict(self.progress),
-        }
-        self.folder.save("last.pt", state)
+        parts = {name: part.state_dict() for name, part in self.stateful.items()}
+        state = {"kind": "vae run", "identity": self._identity(), "progress": dataclasses.asdict(self.progress)}
+        self.folder.save("last.pt", {**state, **parts})
         self.folder.saved_epoch = self.epoch
 
     def _save_best(self) -> None:
         with self.ema.applied(self.vae):
             model = {name: value.detach().cpu().clone() for name, value in self.vae.state_dict().items()}
-        state: ModelState = {
-            "kind": "vae model",
-            "settings": dataclasses.asdict(self.settings),
-            "data_shape": self.images.shape,
-            "epoch": self.epoch,
-            "model": model,
-        }
-        self.folder.save("best.pt", state)
+        settings = dataclasses.asdict(self.settings)
+        state = {"kind": "vae model", "settings": settings, "data_shape": self.images.shape, "epoch": self.epoch}
+        self.folder.save("best.pt", {**state, "model": model})
 
     # -- the end -------------------------------------------------------------------------------------------------------
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -12,16 +11,12 @@ from pyro_flowguides.vae.models.vae import Terms
 
 __all__ = ["ELBOLoss", "ImportanceWeightedLoss", "SoftFreeBitsLoss"]
 
-#: The loss and its parts by name, as detached scalar tensors.
-LossMetrics: TypeAlias = dict[str, Tensor]
-
 
 def _mean_parts(terms: Terms) -> tuple[Tensor, Tensor]:
-    """Return the log-likelihood and the whole divergence, averaged over draws and data."""
     return terms.log_likelihood.mean(), terms.kl.sum(-1).mean()
 
 
-def _metrics(loss: Tensor, reconstruction: Tensor, kl: Tensor, **others: Tensor) -> LossMetrics:
+def _metrics(loss: Tensor, reconstruction: Tensor, kl: Tensor, **others: Tensor) -> dict[str, Tensor]:
     loss, reconstruction, kl = loss.detach(), reconstruction.detach(), kl.detach()
     return {"loss": loss, "elbo": reconstruction - kl, "reconstruction": reconstruction, "kl": kl, **others}
 
@@ -31,7 +26,7 @@ def _kl_weight(step: int, warmup_steps: int) -> float:
 
 
 def _mean_over_processes(value: Tensor) -> Tensor:
-    """Average over the processes of a distributed training step, so that all of them decide alike."""
+    """Average over the processes, so that all of them decide alike."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         value = value.clone()  # the reduction is in place
         torch.distributed.all_reduce(value)
@@ -86,16 +81,16 @@ class ELBOLoss(nn.Module):
         _check_not_negative("ELBOLoss", warmup_steps=warmup_steps, free_bits=free_bits)
         self.warmup_steps, self.free_bits = warmup_steps, free_bits
 
-    def forward(self, terms: Terms, step: int) -> tuple[Tensor, LossMetrics]:
+    def forward(self, terms: Terms, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         weight = _kl_weight(step, self.warmup_steps)
         reconstruction, kl = _mean_parts(terms)
-        loss = weight * (self._with_free_bits(terms) if self.free_bits else kl) - reconstruction
+        cost = kl
+        if self.free_bits:
+            kl_by_group = terms.kl.flatten(0, 1).mean(0)
+            above = _mean_over_processes(kl_by_group.detach()) > self.free_bits
+            cost = torch.where(above, kl_by_group, self.free_bits).sum()
+        loss = weight * cost - reconstruction
         return loss, _metrics(loss, reconstruction, kl, kl_weight=torch.full_like(loss, weight, requires_grad=False))
-
-    def _with_free_bits(self, terms: Terms) -> Tensor:
-        kl = terms.kl.flatten(0, 1).mean(0)
-        above = _mean_over_processes(kl.detach()) > self.free_bits
-        return torch.where(above, kl, self.free_bits).sum()
 
 
 class SoftFreeBitsLoss(nn.Module):
@@ -121,10 +116,7 @@ class SoftFreeBitsLoss(nn.Module):
         floor: lower bound of γ.
 
     Shapes:
-        as for :class:`ELBOLoss`; the metrics include ``gamma``.
-
-    Raises:
-        ValueError: if an argument is negative.
+        as for :class:`ELBOLoss`, like the errors; the metrics include ``gamma``.
 
     References:
         X. Chen et al. (2017). Variational lossy autoencoder. arXiv:1611.02731.
@@ -157,7 +149,7 @@ class SoftFreeBitsLoss(nn.Module):
         self.rate, self.tolerance, self.floor = rate, tolerance, floor
         self.register_buffer("gamma", torch.ones(()))
 
-    def forward(self, terms: Terms, step: int) -> tuple[Tensor, LossMetrics]:
+    def forward(self, terms: Terms, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         weight = _kl_weight(step, self.warmup_steps)
         gamma, (reconstruction, kl) = self.gamma.clone(), _mean_parts(terms)
         loss = weight * gamma * kl - reconstruction
@@ -192,6 +184,6 @@ class ImportanceWeightedLoss(nn.Module):
         tensor(True)
     """
 
-    def forward(self, terms: Terms, step: int) -> tuple[Tensor, LossMetrics]:
+    def forward(self, terms: Terms, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         loss = math.log(len(terms.log_likelihood)) - terms.elbo.logsumexp(0).mean()
         return loss, _metrics(loss, *_mean_parts(terms), bound=-loss.detach())

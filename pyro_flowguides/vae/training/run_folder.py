@@ -1,4 +1,4 @@
-"""The folder of a training run: its files, and the messages if they cannot be written or continued."""
+"""The files of a training run: the checkpoint that it continues from, and its best model."""
 
 from __future__ import annotations
 
@@ -7,18 +7,26 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict, cast
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from pyro_flowguides.inference import checkpoint as checkpoints
-from pyro_flowguides.vae.training.ema import EMAState
-from pyro_flowguides.vae.training.held_out import Metrics
+from pyro_flowguides.vae.models.recipes import MODELS
+from pyro_flowguides.vae.models.vae import VAE
+from pyro_flowguides.vae.training.estimates import Metrics
+from pyro_flowguides.vae.training.settings import Settings
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
-__all__ = ["Progress", "RunFolder", "RunState"]
+__all__ = ["Progress", "RunFolder", "State", "build_model", "load_model", "read_model_state"]
+
+#: The contents of ``last.pt`` or ``best.pt``.
+State: TypeAlias = dict[str, Any]
+#: Settings that are arguments of every builder of a model.
+MODEL_SETTINGS = (
+    *("likelihood", "latent_dim", "posterior", "posterior_options"),
+    *("prior", "prior_options", "network"),
+)
 
 
 @dataclass
@@ -38,42 +46,18 @@ class Progress:
     history: list[Metrics] = field(default_factory=list)
 
 
-class RunState(TypedDict):
-    """The contents of ``last.pt``, from which a run is resumed."""
-
-    kind: str
-    #: What must be equal when the run is resumed.
-    identity: dict[str, object]
-    model: dict[str, Tensor]
-    optimizer: dict[str, object]
-    ema: EMAState
-    loss_fn: dict[str, Tensor]
-    precision: dict[str, object]
-    #: The fields of a :class:`Progress`.
-    progress: dict[str, Any]
-
-
 class RunFolder:
-    """The folder of a run; only the first of several processes writes to it.
-
-    Args:
-        path: path of the folder.
-        fabric: Fabric of the run.
-    """
+    """The folder of a run; only the first of several processes writes to it."""
 
     def __init__(self, path: Path, fabric: Fabric) -> None:
         self.path, self.fabric = path, fabric
         #: The epoch of the checkpoint, 0 if there is none.
         self.saved_epoch = 0
 
-    def load_run(self, identity: Mapping[str, object]) -> RunState | None:
-        """Return the checkpoint of the run with this identity, or ``None`` if there is no checkpoint.
-
-        Raises:
-            ValueError: if the file cannot be read, or holds a run with another identity.
-        """
+    def load_run(self, identity: Mapping[str, object]) -> State | None:
+        """Return the checkpoint of the run with this identity, or ``None`` if there is no checkpoint."""
         path = self.path / "last.pt"
-        state = cast("RunState | None", checkpoints.load(path))
+        state = cast("State | None", checkpoints.load(path))
         if state is None:
             return None
         if state.get("kind") != "vae run":
@@ -87,30 +71,53 @@ class RunFolder:
             )
         return state
 
-    def save(self, name: str, state: Mapping[str, object]) -> None:
-        """Write a file, while the other processes wait.
-
-        Raises:
-            OSError: if it cannot be written.
-        """
+    def save(self, name: str, state: State) -> None:
+        """Write a file, while the other processes wait."""
         if self.fabric.is_global_zero:
             with self.writing(name):
-                checkpoints.save(self.path / name, dict(state))
+                checkpoints.save(self.path / name, state)
         self.fabric.barrier()
 
     @contextmanager
     def writing(self, what: str) -> Iterator[None]:
-        """Explain a failure to write: which files are intact, and what to do.
-
-        Raises:
-            OSError: for an :class:`OSError`, or a :class:`RuntimeError`, into which torch turns some of them.
-        """
+        """Explain a failure to write: which files are intact, and what to do."""
         try:
             yield
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError) as error:  # torch turns some of the first into the second
             epoch = self.saved_epoch
             intact = f"the checkpoint of epoch {epoch} is intact" if epoch else "there is no checkpoint yet"
             raise OSError(
                 f"could not write {what} in {self.path} ({error}): {intact}. Make room there and repeat the command: "
                 "it continues the run"
             ) from error
+
+
+def build_model(settings: Settings, data_shape: tuple[int, ...]) -> VAE:
+    """Build the model that the settings describe."""
+    options = {name: getattr(settings, name) for name in MODEL_SETTINGS}
+    return MODELS[settings.model](data_shape, **options, **settings.model_options)
+
+
+def read_model_state(path: str | Path) -> State:
+    """Read a ``best.pt``; errors as for :func:`load_model`."""
+    state = cast("State | None", checkpoints.load(path))
+    if state is None:
+        raise FileNotFoundError(f"{path}: no such file")
+    if state.get("kind") != "vae model":
+        raise ValueError(f"{path} is not the best.pt of a training run")
+    return state
+
+
+def load_model(path: str | Path) -> tuple[VAE, Settings]:
+    """Return the best model of a run from its ``best.pt``, and the settings it was trained with.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file does not hold the model of a run.
+    """
+    state = read_model_state(path)
+    settings = Settings(**state["settings"])
+    vae = build_model(settings, state["data_shape"])
+    vae.to(next(value.dtype for value in state["model"].values() if value.is_floating_point()))
+    vae.load_state_dict(state["model"])
+    return vae.eval(), settings

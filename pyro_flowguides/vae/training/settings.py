@@ -10,10 +10,15 @@ from typing import Literal, TypeVar
 
 from pyro_flowguides.flows import FLOWS
 from pyro_flowguides.vae.decoders.likelihoods import LIKELIHOODS
-from pyro_flowguides.vae.models.components import NETWORKS, Options
-from pyro_flowguides.vae.models.recipes import MODELS
+from pyro_flowguides.vae.models.recipes import MODELS, NETWORKS, Options
 
-__all__ = ["Settings", "flag_of", "settings_by_group"]
+__all__ = ["Settings", "flag_of"]
+
+#: Settings that may change when a run is resumed.
+CHANGEABLE = {
+    *("data", "shape", "epochs", "patience", "accelerator", "devices", "nodes", "strategy", "shards"),
+    *("output", "overwrite", "tensorboard", "progress", "iw_images", "num_iw_samples"),
+}
 
 T = TypeVar("T")
 
@@ -146,21 +151,9 @@ class Settings:
         A resumed run may have more epochs, another patience, other output settings and another machine. Its data are
         compared by their pixels, not by their path.
         """
-        groups = settings_by_group()
-        free = {"data", "shape", "epochs", "patience", *groups["output"], *groups["machine"]} - {"precision", "compile"}
-        return {name: value for name, value in dataclasses.asdict(self).items() if name not in free}
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in CHANGEABLE}
 
 
 def flag_of(name: str) -> str:
     """Return the command-line flag of a setting."""
     return "--" + name.replace("_", "-")
-
-
-def settings_by_group() -> dict[str, list[str]]:
-    """Return the names of the settings in each group; a group begins at the setting that names it."""
-    groups: dict[str, list[str]] = {}
-    for setting in dataclasses.fields(Settings):
-        if "group" in setting.metadata:
-            group = groups.setdefault(setting.metadata["group"], [])
-        group.append(setting.name)
-    return groups

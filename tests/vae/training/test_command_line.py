@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pyro_flowguides.vae import Settings
-from pyro_flowguides.vae.training.command_line import parse_settings
+from pyro_flowguides.vae.__main__ import parse_settings
 from tests.vae.training.commands import command
 
 TRAINING_PAGE = Path(__file__).parents[3] / "docs" / "training.md"

@@ -1,4 +1,4 @@
-"""Priors over the latent vector of a VAE: a standard normal, a learned flow, and a mixture of posteriors."""
+"""Distributions of the latent vector of a VAE: its priors, and the Gaussian posterior."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pyro_flowguides.flows import Builder, get_flow
-from pyro_flowguides.guides.distributions import normal_log_prob
+from pyro_flowguides.guides.distributions import draw_normal, normal_log_prob
 from pyro_flowguides.transforms import Flow
 
-__all__ = ["FlowPrior", "PosteriorAt", "Prior", "StandardNormal", "VampPrior"]
+__all__ = ["FlowPrior", "NormalPosterior", "PosteriorAt", "Prior", "StandardNormal", "VampPrior"]
 
 #: A function from data to the posterior over their latent vectors.
 PosteriorAt: TypeAlias = Callable[[Tensor], dist.TorchDistribution]
@@ -55,12 +55,6 @@ class Prior(nn.Module):
 
 class StandardNormal(Prior):
     r"""The fixed prior :math:`N(0, I)`.
-
-    Args:
-        latent_dim: D.
-
-    Raises:
-        ValueError: if ``latent_dim`` is not positive.
 
     Example:
         >>> import torch
@@ -223,3 +217,28 @@ class _PosteriorMixture(TorchDistribution):
         chosen = torch.randint(len(self.inputs), (shape.numel(),), device=self.inputs.device)
         draws: Tensor = self.posterior_at(self.inputs[chosen]).sample()
         return draws.reshape(shape + self.event_shape)
+
+
+class NormalPosterior(nn.Module):
+    r"""The diagonal Gaussian :math:`q(z \mid x) = N(\mu, \operatorname{diag} \sigma^2)`; it ignores the context.
+
+    Shapes:
+        loc, scale ``(..., latent_dim)``; the distribution has batch shape ``(...)`` and event shape ``(latent_dim,)``.
+
+    Example:
+        >>> import torch
+        >>> from pyro_flowguides.vae import NormalPosterior
+        >>> NormalPosterior()(torch.zeros(5, 3), torch.ones(5, 3)).rsample((2,)).shape
+        torch.Size([2, 5, 3])
+    """
+
+    def forward(self, loc: Tensor, scale: Tensor, context: Tensor | None = None) -> dist.TorchDistribution:
+        return dist.Normal(loc, scale, validate_args=False).to_event(1)
+
+    def rsample_and_log_prob(
+        self, loc: Tensor, scale: Tensor, context: Tensor | None = None, sample_shape: Sequence[int] = ()
+    ) -> tuple[Tensor, Tensor]:
+        """Draw and return the draw with its log density, like :meth:`FlowPosterior.rsample_and_log_prob
+        <pyro_flowguides.guides.FlowPosterior.rsample_and_log_prob>`."""
+        z, noise = draw_normal(loc, scale, sample_shape)
+        return z, normal_log_prob(noise, scale)
