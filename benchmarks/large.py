@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import re
 import resource
 import statistics
 import subprocess
@@ -98,7 +99,13 @@ KINDS: dict[str, Callable[[str, int, int], dict[str, float]]] = {"step": time_st
 
 
 def peak_memory() -> float:
-    """Return the peak memory of this process so far, in MiB."""
+    """Return the peak memory of this process so far, in MiB.
+
+    On Linux the resource usage of a process begins at that of the process that started it; the status does not.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        return int(re.findall(r"VmHWM:\s*(\d+) kB", status.read_text("ascii"))[0]) / 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
