@@ -204,6 +204,6 @@ def fit(
         del run  # and with it recordings and compiled functions
         try:
             result.diagnosis = diagnose_program(result.program)
-        except ValueError as error:  # without a verdict the fit is still of use
-            result.why_no_verdict = str(error)
+        except (Exception, KeyboardInterrupt) as error:  # without a verdict the fit is still of use
+            result.why_no_verdict = str(error) or type(error).__name__
     return result

@@ -308,3 +308,24 @@ def test_result():
     assert data.posterior["w"].shape == (1, 50, 2)
     assert {"log_p", "log_q", "log_weights"} <= set(data.sample_stats.data_vars)
     assert (data.observed_data["y"].values == Y.numpy()).all()
+
+
+@pytest.mark.parametrize("error", [RuntimeError, torch.linalg.LinAlgError, MemoryError, KeyboardInterrupt])
+def test_a_fit_stands_whatever_its_verdict_raises(error):
+    """The guide's own draws stay near zero; those of the widened guide, which the verdict draws, go further."""
+    is_set_up = False
+
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        if is_set_up and bool((z.abs() > 0.8).any()):
+            raise error("far out")
+        pyro.sample("y", dist.Normal(z, 1.0), obs=torch.tensor(0.0))
+
+    guide = fg.AutoPlanar(model, depth=1)
+    guide()
+    is_set_up = True
+    result = fit(model, guide, steps=3, num_particles=2, warm_start=False)
+    assert result.steps == 3
+    if result.diagnosis is None:
+        assert "far out" in result.why_no_verdict
+    assert result.diagnosis is None or error is torch.linalg.LinAlgError  # such a draw has the weight NaN
