@@ -1,4 +1,4 @@
-"""Models that recording and compiling are tried on."""
+"""Models for tests of recording and compiling."""
 
 import pyro
 import pyro.distributions as dist
