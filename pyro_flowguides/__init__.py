@@ -21,7 +21,7 @@ from pyro_flowguides.diagnostics import (
 from pyro_flowguides.guides import AutoAmortizedFlow, AutoFlow, FlowPosterior
 from pyro_flowguides.guides.autoflow import RegisteredFlowGuide
 from pyro_flowguides.guides.registered import find_guide, guide_names
-from pyro_flowguides.inference import FitDivergedError, FitResult, fit
+from pyro_flowguides.inference import FitDivergedError, FitResult, Stepper, fit
 from pyro_flowguides.studies import VSBC, Comparison, compare, neutra_mcmc, vsbc
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ __all__ = [
     "FitDivergedError",
     "FitResult",
     "FlowPosterior",
+    "Stepper",
     "agreement",
     "compare",
     "diagnose",

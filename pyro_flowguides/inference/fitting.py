@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Generic, cast
+from typing import TYPE_CHECKING, Generic, Literal, cast
 
 import torch
 
@@ -14,7 +14,6 @@ from pyro_flowguides.diagnostics.export import export_program
 from pyro_flowguides.diagnostics.verdict import diagnose_program
 from pyro_flowguides.inference.objective import Route
 from pyro_flowguides.inference.run import FitSettings, Run
-from pyro_flowguides.inference.step_loop import CompileMode
 from pyro_flowguides.inference.stepper import GuideT
 from pyro_flowguides.programs.program import Program
 from pyro_flowguides.programs.types import Args, Kwargs, Model
@@ -107,7 +106,7 @@ def fit(
     path_gradient: bool = True,
     importance: int = 1,
     temper: float | None = None,
-    compile: CompileMode = "auto",
+    compile: bool | Literal["auto"] = "auto",
     seed: int = 0,
     checkpoint: str | Path | None = None,
     checkpoint_every: int = 200,

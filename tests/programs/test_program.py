@@ -80,7 +80,7 @@ def test_both_reasons_are_given_where_a_model_takes_one_draw_at_a_time():
 
 
 def test_a_slower_mode_is_never_followed_by_a_faster_one():
-    """What the diagnosis has refused at extreme draws is not tried again by the export."""
+    """The export does not try again what the diagnosis has refused at extreme draws."""
     guide = AutoNormal(broadcasting)
     guide(DATA)
     program = Program.inspect(broadcasting, guide, (DATA,))
