@@ -2,6 +2,7 @@
 
 import gc
 import math
+import weakref
 
 import pyro
 import pyro.distributions as dist
@@ -85,16 +86,24 @@ def test_chunks_are_small_in_many_dimensions():
     assert max(batches) <= 2**22 / (3 * dim)
 
 
-def test_recordings_are_freed_before_the_diagnosis():
+def test_recordings_are_freed_before_the_diagnosis(monkeypatch):
     """The last runs of the model are those of the diagnosis."""
-    num_recordings = []
+    alive, num_recordings = weakref.WeakSet(), []
+    create = Replay.__init__
+
+    def create_and_register(self, *args):
+        create(self, *args)
+        alive.add(self)
 
     def counting():
-        gc.collect()
-        num_recordings.append(sum(type(value) is Replay for value in gc.get_objects()))
+        if alive:
+            gc.collect()
+        num_recordings.append(len(alive))
         model()
 
-    result = fg.fit(counting, fg.AutoPlanar(counting), steps=5, num_particles=4, progress=False)
+    monkeypatch.setattr(Replay, "__init__", create_and_register)
+    options = {"steps": 5, "num_particles": 4, "warm_start": False, "progress": False}
+    result = fg.fit(counting, fg.AutoPlanar(counting), **options)
     assert result.diagnosis is not None
     assert max(num_recordings) > 0
     assert num_recordings[-1] == 0
