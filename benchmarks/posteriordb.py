@@ -153,10 +153,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--posteriordb", type=Path, help="folder of posteriordb; without it, nothing is run")
     parser.add_argument("--posteriors", type=listed, help="comma-separated; by default all that have a model")
     parser.add_argument(
-        "--guides",
-        type=listed,
-        default=list(FLOWS),
-        help="comma-separated flows or peers; by default all flows",
+        "--guides", type=listed, default=list(FLOWS), help="comma-separated flows or peers; by default all flows"
     )
     parser.add_argument("--peers", action="store_true", help="also Pyro's guides, by plain SVI with the same budget")
     parser.add_argument("--numpyro", action="store_true", help="also NumPyro's flow guides with the same budget")

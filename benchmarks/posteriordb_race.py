@@ -171,13 +171,7 @@ def train_numpyro(posterior: Posterior, job: Job) -> Iterator[Any]:
 
     name, options = fits.NUMPYRO_PEERS[job.guide]
     stretches = posteriordb_numpyro.train_in_stretches(
-        posterior,
-        name,
-        options,
-        seed=job.seed,
-        steps=CHECK_EVERY,
-        num_particles=fits.PEER_PARTICLES,
-        lr=fits.PEER_LR,
+        posterior, name, options, seed=job.seed, steps=CHECK_EVERY, num_particles=fits.PEER_PARTICLES, lr=fits.PEER_LR
     )
     for weigh in stretches:
         yield None

@@ -83,10 +83,7 @@ STUDIES = {
     "inverse": Study(
         inverses(10, 100, 500), quick=inverses(10, 100), facts=("error32", "largest32", "error64", "largest64")
     ),
-    "vae": Study(
-        vaes(("normal", 100), ("normal", 500), ("iaf", 100), ("iaf", 500)),
-        quick=vaes(("iaf", 100)),
-    ),
+    "vae": Study(vaes(("normal", 100), ("normal", 500), ("iaf", 100), ("iaf", 500)), quick=vaes(("iaf", 100))),
     "gap": Study(
         gaps(("location", 10), ("location", 100), ("scale", 10), ("scale", 100)),
         quick=gaps(("location", 10), ("scale", 10)),

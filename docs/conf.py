@@ -15,12 +15,7 @@ copyright = "2026, pyro_flowguides developers"
 release = installed_version("pyro-flowguides")
 version = release
 
-extensions = [
-    "myst_parser",
-    "sphinx.ext.autodoc",
-    "sphinx.ext.mathjax",
-    "sphinx.ext.napoleon",
-]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.mathjax", "sphinx.ext.napoleon"]
 # The tables are included by other pages.
 exclude_patterns = ["_build", "costs_table.md", "posteriordb_table.md"]
 

@@ -1,7 +1,5 @@
 """Flow posteriors for Pyro: transforms, recipes and autoguides, trained with reverse KL, and an honest verdict."""
 
-from __future__ import annotations
-
 import importlib
 from typing import TYPE_CHECKING
 

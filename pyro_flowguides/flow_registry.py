@@ -4,8 +4,6 @@ The decorator :func:`register` enters a builder into :data:`FLOWS`. Autoguides, 
 tables of the documentation iterate over this registry: no other place lists the flows.
 """
 
-from __future__ import annotations
-
 import difflib
 import inspect
 from collections.abc import Callable, Iterable

@@ -6,8 +6,6 @@ Layers that treat coordinates in an order alternate between the natural and the 
 layer, so every recipe starts at the identity.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial

@@ -102,11 +102,7 @@ def speed(results: Results) -> Numbers:
         },
     }
     first_call = results.rows("speed_steps").groupby("competitor")["first"]
-    compilers = {
-        "compile": "fit, compiled",
-        "compile_again": "fit, compiled, again",
-        "compile_scan": "NumPyro, scan",
-    }
+    compilers = {"compile": "fit, compiled", "compile_again": "fit, compiled, again", "compile_scan": "NumPyro, scan"}
     eager, compiled = (
         results.row("speed_steps", competitor=name, dim=10, **usual) for name in ("fit", "fit, compiled")
     )

@@ -1,7 +1,5 @@
 """The rules that turn the findings on a guide into a verdict: the limits, and the order in which they are checked."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

@@ -1,7 +1,5 @@
 """Defensive check of a guide: draws from a mixture of the guide and a widened copy of it."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -32,12 +30,7 @@ _DOMINANT_SHARE = 0.01
 
 
 def defensive_log_weights(
-    model: Model,
-    guide: Guide,
-    *args: object,
-    num_samples: int = 1000,
-    chunk_size: int | None = None,
-    **kwargs: object,
+    model: Model, guide: Guide, *args: object, num_samples: int = 1000, chunk_size: int | None = None, **kwargs: object
 ) -> WeightedDraws | None:
     r"""Draw from a mixture of a guide and a widened copy of it, and weigh the draws.
 

@@ -166,11 +166,7 @@ def _draw_data(program: Program, weighted: WeightedDraws, values: Values) -> Val
 
 
 def _run(
-    program: Program,
-    weighted: WeightedDraws,
-    values: Values,
-    collect: Collect,
-    handlers: Sequence[Messenger] = (),
+    program: Program, weighted: WeightedDraws, values: Values, collect: Collect, handlers: Sequence[Messenger] = ()
 ) -> Values:
     """Run the model in the mode in which the draws were weighed, or draw by draw where that fails."""
     size = program.default_chunk_size

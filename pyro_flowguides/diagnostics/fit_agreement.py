@@ -1,7 +1,5 @@
 """Agreement of independent fits of one posterior."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass

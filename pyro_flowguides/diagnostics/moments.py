@@ -1,7 +1,5 @@
 """Means and standard deviations of draws, and differences between them."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """Pareto-smoothed importance sampling: the tail index k-hat, smoothed weights, and effective sample size."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

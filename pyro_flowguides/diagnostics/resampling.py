@@ -1,7 +1,5 @@
 """Pareto-smoothed importance resampling: from draws of a guide to draws of the posterior."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import torch

@@ -1,7 +1,5 @@
 """Moments of draws that arrive in parts, computed without keeping the draws."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """The verdict on a fitted guide."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 
@@ -149,11 +147,7 @@ def diagnose(
 
 
 def diagnose_program(
-    program: Program,
-    *,
-    num_samples: int = 4000,
-    chunk_size: int | None = None,
-    agreement: Agreement | None = None,
+    program: Program, *, num_samples: int = 4000, chunk_size: int | None = None, agreement: Agreement | None = None
 ) -> Diagnosis:
     """Assess the guide of an inspected program; see :func:`diagnose`."""
     _check_num_samples(num_samples)

@@ -1,7 +1,5 @@
 """Draws of a guide with their importance weights, on which all other diagnostics build."""
 
-from __future__ import annotations
-
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -67,12 +65,7 @@ class WeightedDraws:
 
 
 def log_weights(
-    model: Model,
-    guide: Guide,
-    *args: object,
-    num_samples: int = 1000,
-    chunk_size: int | None = None,
-    **kwargs: object,
+    model: Model, guide: Guide, *args: object, num_samples: int = 1000, chunk_size: int | None = None, **kwargs: object
 ) -> WeightedDraws:
     r"""Draw from a guide and weigh the draws.
 
@@ -121,12 +114,7 @@ def weigh(program: Program, num_samples: int, chunk_size: int | None = None) -> 
 
 
 def weigh_widened(
-    program: Program,
-    widening: Widening,
-    num_samples: int,
-    chunk_size: int | None = None,
-    *,
-    from_widened: bool = False,
+    program: Program, widening: Widening, num_samples: int, chunk_size: int | None = None, *, from_widened: bool = False
 ) -> tuple[WeightedDraws, Tensor]:
     """Draw from a guide or from the widened guide, and weigh the draws.
 

@@ -1,7 +1,5 @@
 """Autoguides and amortized posteriors made from flow recipes; ``Auto<title>`` is the autoguide of a registered flow."""
 
-from __future__ import annotations
-
 from pyro_flowguides.guides.amortized import AutoAmortizedFlow
 from pyro_flowguides.guides.autoflow import AutoFlow, RegisteredFlowGuide
 from pyro_flowguides.guides.flow_posterior import FlowPosterior

@@ -1,7 +1,5 @@
 """The autoguide for models with a plate of local latent variables, amortized over the data."""
 
-from __future__ import annotations
-
 import inspect
 import weakref
 from collections.abc import Callable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """The autoguide with a flow posterior over all latent variables."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, cast

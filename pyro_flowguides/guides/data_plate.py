@@ -1,7 +1,5 @@
 """The data of an amortized guide: the plate that a model creates for them, and the features of those in a subsample."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import NamedTuple
 

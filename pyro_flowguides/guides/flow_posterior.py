@@ -1,7 +1,5 @@
 """The flow posterior of a hand-written encoder."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Sequence
 

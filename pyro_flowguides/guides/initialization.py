@@ -1,7 +1,5 @@
 """Initial values of the sites of a model."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import cast
 

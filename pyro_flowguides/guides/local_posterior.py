@@ -1,7 +1,5 @@
 """The posterior of the local latent variables of one datum, given its features and the global variables."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 

@@ -6,8 +6,6 @@ names before use. A name is available to it if it is free, already its own, or h
 guide and is copied into the guide that claims it.
 """
 
-from __future__ import annotations
-
 import re
 from itertools import count
 from typing import Protocol, cast

@@ -4,8 +4,6 @@ The classes are created on first use: ``pyro_flowguides.guides.AutoRealNVP`` is 
 registered with the title "RealNVP".
 """
 
-from __future__ import annotations
-
 import difflib
 import inspect
 import textwrap

@@ -1,7 +1,5 @@
 """Files that a fit can resume from: written whole or not at all, read without running code."""
 
-from __future__ import annotations
-
 import os
 import tempfile
 from collections.abc import Mapping

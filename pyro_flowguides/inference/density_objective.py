@@ -1,7 +1,5 @@
 """The bound of flow guides, from a batch of densities; and the choice of an objective."""
 
-from __future__ import annotations
-
 import math
 from typing import cast
 

@@ -1,7 +1,5 @@
 """Fits that diverge: where the density stops being finite."""
 
-from __future__ import annotations
-
 import math
 import warnings
 from typing import cast

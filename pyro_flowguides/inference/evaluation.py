@@ -1,7 +1,5 @@
 """The bound over many draws, without its gradient."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

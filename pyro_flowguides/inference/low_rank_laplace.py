@@ -1,7 +1,5 @@
 """Laplace approximation in many dimensions: a diagonal and a few directions, from products with the Hessian."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The contract of an objective: how it is evaluated at one step, and what an evaluation holds."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

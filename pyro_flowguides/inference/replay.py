@@ -1,7 +1,5 @@
 """Record the tensor operations of a function once, and replay them."""
 
-from __future__ import annotations
-
 import math
 import operator
 import warnings

@@ -1,7 +1,5 @@
 """The course of one fit: start, steps, averaging, checkpoints."""
 
-from __future__ import annotations
-
 import math
 import time
 from dataclasses import asdict, dataclass

@@ -1,7 +1,5 @@
 """The course of a fit: its step size, its number of particles and its end."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import asdict, dataclass, field
 from typing import ClassVar

@@ -1,7 +1,5 @@
 """Steps that follow the gradient of an objective: one at a time, or several in one call of a compiled function."""
 
-from __future__ import annotations
-
 import math
 import statistics
 import time

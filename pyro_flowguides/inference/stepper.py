@@ -1,7 +1,5 @@
 """Single steps of a fit, for training loops other than that of ``fit``."""
 
-from __future__ import annotations
-
 from typing import Generic, TypeVar
 
 import torch

@@ -1,7 +1,5 @@
 """The evidence lower bound through Pyro's own traces, for programs that no cheaper objective can evaluate."""
 
-from __future__ import annotations
-
 import math
 import warnings
 from functools import partial

@@ -1,7 +1,5 @@
 """Warm start of a flow guide: Gaussians along the way to a mode, of which the one with the highest ELBO is taken."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator

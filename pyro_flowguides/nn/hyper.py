@@ -1,7 +1,5 @@
 """Hypernetworks: networks that compute the parameters of something else from a context."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Collection, Mapping, Sequence
 

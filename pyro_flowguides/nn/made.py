@@ -1,7 +1,5 @@
 """Masked autoencoder: a network whose outputs depend on earlier inputs only."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from functools import reduce

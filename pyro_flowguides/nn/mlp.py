@@ -1,7 +1,5 @@
 """A multilayer perceptron whose layers can be read, shifted and masked from outside."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 

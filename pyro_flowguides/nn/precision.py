@@ -1,7 +1,5 @@
 """Keep exact computations out of automatic mixed precision, which is meant for networks."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from typing import TypeVar, cast

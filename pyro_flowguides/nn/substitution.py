@@ -5,8 +5,6 @@ by side. Everything that belongs to successive inputs is then a slice: of the in
 these inputs are the first to feed, and of the outputs.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, TypeAlias
@@ -183,11 +181,7 @@ class BackSubstitution(NamedTuple):
 
     def stages(self, block: Block) -> list[slice]:
         outputs = self.coefficients.shape[-1]
-        return [
-            slice(block.inputs.start * outputs, block.inputs.stop * outputs),
-            *reversed(block.units),
-            block.inputs,
-        ]
+        return [slice(block.inputs.start * outputs, block.inputs.stop * outputs), *reversed(block.units), block.inputs]
 
     def contribute(self, later: Sequence[Tensor], stages: Sequence[slice]) -> list[Tensor]:
         """Pull the derivatives of later blocks back to every stage but the first; return an empty list for none."""

@@ -1,7 +1,5 @@
 """Run a program on many draws: under a plate of draws, mapped over them, or one by one, with one check for all."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum

@@ -1,7 +1,5 @@
 """Process many draws in chunks, so that memory does not grow with their number."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 
 from torch import Tensor

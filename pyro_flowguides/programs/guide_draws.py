@@ -1,7 +1,5 @@
 """Draw from a guide: all draws under a plate where that is right, else one by one."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 

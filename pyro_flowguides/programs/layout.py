@@ -1,7 +1,5 @@
 """Say where the draws stand in a trace, and bring them there and back."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

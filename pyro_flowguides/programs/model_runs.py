@@ -1,7 +1,5 @@
 """Run a model on many draws of its latent sites: score them, or collect something of each run."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, TypeAlias
 

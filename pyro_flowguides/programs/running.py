@@ -1,7 +1,5 @@
 """Run a model or a guide on given values of its latent sites, for one draw or under a plate of draws."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 

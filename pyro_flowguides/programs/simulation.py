@@ -1,7 +1,5 @@
 """Draw parameters and data from a model."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Collection, Mapping, Sequence
 

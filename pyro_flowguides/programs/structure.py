@@ -1,7 +1,5 @@
 """Check that a model has the fixed structure that a flow guide serves, and say what it cannot serve."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -16,14 +14,7 @@ from pyro_flowguides.programs.running import isolated
 from pyro_flowguides.programs.sites import SiteInfo, latent_sites
 from pyro_flowguides.programs.types import Args, Kwargs, Model, Site
 
-__all__ = [
-    "call_signature",
-    "check_plates",
-    "check_same_structure",
-    "check_static",
-    "latent_trace",
-    "observed_sites",
-]
+__all__ = ["call_signature", "check_plates", "check_same_structure", "check_static", "latent_trace", "observed_sites"]
 
 #: Points around the initial one at which the structure is compared, and their distance in unconstrained space.
 PROBES, PROBE_SCALE = 3, 0.5

@@ -1,7 +1,5 @@
 """Log densities of traces, one number for each draw, in double precision on the CPU."""
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import ExitStack

@@ -1,7 +1,5 @@
 """Names for what Pyro leaves open: programs, their arguments, and the sites of their traces."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, TypeAlias
 

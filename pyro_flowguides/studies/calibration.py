@@ -1,7 +1,5 @@
 """``vsbc``: variational simulation-based calibration, a check of a guide's marginals without knowing the posterior."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

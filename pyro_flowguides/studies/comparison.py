@@ -1,7 +1,5 @@
 """``compare``: several guides on one model, each fitted more than once, side by side."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 from tqdm import tqdm

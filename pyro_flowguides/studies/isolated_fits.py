@@ -1,7 +1,5 @@
 """Fits that leave nothing behind: each has its own parameter store, parameters and random state."""
 
-from __future__ import annotations
-
 import copy
 import itertools
 import math

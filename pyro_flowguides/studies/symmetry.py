@@ -1,7 +1,5 @@
 """A test of symmetry about 1/2."""
 
-from __future__ import annotations
-
 from functools import lru_cache
 
 import numpy as np

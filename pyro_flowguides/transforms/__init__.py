@@ -4,8 +4,6 @@ Every family of :mod:`~pyro_flowguides.transforms.families` is here as a class, 
 Pyro-style helpers of both, such as ``planar`` and ``conditional_planar``: the classes under their names in snake case.
 """
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING
 
 from pyro_flowguides.transforms import families

@@ -1,7 +1,5 @@
 """Products with vectors and matrices that may carry batch dimensions, packed triangles, and numbers as vectors."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

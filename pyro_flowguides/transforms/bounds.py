@@ -1,7 +1,5 @@
 """Smooth constraints that keep flows invertible with a margin."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

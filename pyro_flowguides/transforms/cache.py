@@ -3,8 +3,6 @@
 A memo is valid only for the very same tensor objects, unchanged, under unchanged parameters and buffers.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import NamedTuple, TypeAlias
 

@@ -1,7 +1,5 @@
 """Compositions: flows applied in order, as one flow."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from typing import cast
 

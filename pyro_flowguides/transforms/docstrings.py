@@ -1,7 +1,5 @@
 """Docstrings in parts: those of generated classes are made from those of the classes behind them."""
 
-from __future__ import annotations
-
 import inspect
 import re
 import textwrap

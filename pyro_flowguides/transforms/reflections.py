@@ -1,7 +1,5 @@
 """Products of Householder reflections, applied to vectors."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -6,8 +6,6 @@ triangular system of an autoregressive map. The solver here takes any network; f
 the derivatives of the implicit function theorem.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any, TypeAlias

@@ -1,7 +1,5 @@
 """Find out whether a call is being traced or recorded: its control flow must then not depend on values."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """How autoregressive layers update a coordinate: log-scale and shift from two outputs of a network."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import NamedTuple

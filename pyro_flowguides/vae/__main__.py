@@ -1,7 +1,5 @@
 """``python -m pyro_flowguides.vae``: train a VAE from the command line."""
 
-from __future__ import annotations
-
 import dataclasses
 import os
 import sys

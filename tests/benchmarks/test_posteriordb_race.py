@@ -48,10 +48,7 @@ def test_a_guide_is_stopped_at_the_last_step():
 def test_the_table_shows_who_reached_the_target():
     reached = {"reached": "True", "cpu_seconds": "1.23", "gap": "0.05", "khat": "0.1"}
     missed = {"reached": "False", "cpu_seconds": "30.2", "gap": "12.3", "khat": "0.9"}
-    rows = [
-        {"posterior": "a", "guide": race.OURS, **reached},
-        {"posterior": "a", "guide": "Pyro AutoNormal", **missed},
-    ]
+    rows = [{"posterior": "a", "guide": race.OURS, **reached}, {"posterior": "a", "guide": "Pyro AutoNormal", **missed}]
     assert race.make_table(rows).splitlines()[-1] == "| a | **1.2** | not in 30 (12, k-hat 0.90) |"
 
 

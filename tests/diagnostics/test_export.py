@@ -14,14 +14,7 @@ from pyro.infer import autoguide
 from torch import Tensor
 
 import pyro_flowguides as fg
-from pyro_flowguides.diagnostics import (
-    arviz_compat,
-    log_weights,
-    plot_khat,
-    plot_pairs,
-    plot_ppc,
-    to_inference_data,
-)
+from pyro_flowguides.diagnostics import arviz_compat, log_weights, plot_khat, plot_pairs, plot_ppc, to_inference_data
 from tests.diagnostics import programs
 from tests.diagnostics.programs import DATA, EFFECTS
 

@@ -10,18 +10,7 @@ from pyro.infer import Predictive
 from pyro.infer.autoguide import AutoMultivariateNormal, init_to_mean, init_to_value
 from torch.testing import assert_close
 
-from tests.guides.zoo import (
-    F64,
-    SCHOOLS,
-    make_guide,
-    number,
-    regression,
-    regression_data,
-    schools,
-    shake,
-    train,
-    wide,
-)
+from tests.guides.zoo import F64, SCHOOLS, make_guide, number, regression, regression_data, schools, shake, train, wide
 
 
 @pytest.mark.parametrize("parallel", [False, True], ids=["sequential", "parallel"])

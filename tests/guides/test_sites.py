@@ -9,13 +9,7 @@ import torch
 from pyro import poutine
 from pyro.distributions import constraints
 from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO
-from pyro.infer.autoguide import (
-    AutoDelta,
-    AutoDiscreteParallel,
-    AutoGuideList,
-    AutoNormal,
-    init_to_mean,
-)
+from pyro.infer.autoguide import AutoDelta, AutoDiscreteParallel, AutoGuideList, AutoNormal, init_to_mean
 from pyro.nn import PyroModule, PyroSample
 from torch.testing import assert_close
 

@@ -71,8 +71,7 @@ def test_groups_shapes_and_statistics():
     assert dict(data["posterior"]["x"].sizes) == {"chain": 2, "draw": 30, "members": 3}
     assert data["posterior"]["rate"].dims == ("chain", "draw")
     assert_close(
-        data["posterior"]["total"].values,
-        (data["posterior"]["x"].sum("members") + data["posterior"]["rate"]).values,
+        data["posterior"]["total"].values, (data["posterior"]["x"].sum("members") + data["posterior"]["rate"]).values
     )
     stats = data["sample_stats"]
     assert set(stats.data_vars) == {"diverging", "acceptance_rate", "step_size", "lp"}

@@ -11,11 +11,7 @@ import pytest
 import torch
 
 from pyro_flowguides.inference.replay import record
-from pyro_flowguides.transforms import (
-    ConditionalInverseAutoregressive,
-    InverseAutoregressive,
-    MaskedAutoregressive,
-)
+from pyro_flowguides.transforms import ConditionalInverseAutoregressive, InverseAutoregressive, MaskedAutoregressive
 from pyro_flowguides.transforms.solvers import autoregressive_root
 from pyro_flowguides.transforms.updates import UPDATES, invert_affine
 from tests.transforms.families import CASES, DIMS, SCALES, as_under_tracing, name

@@ -3,8 +3,6 @@
 A new family is a new file here: a class, its conditional form, and both in ``__all__``.
 """
 
-from __future__ import annotations
-
 import importlib
 import pkgutil
 import re

@@ -1,7 +1,5 @@
 """Autoregressive flows: inverse autoregressive (IAF) and masked autoregressive (MAF)."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial

@@ -1,7 +1,5 @@
 """Coupling flows: additive (NICE) and affine (RealNVP)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import ClassVar
 

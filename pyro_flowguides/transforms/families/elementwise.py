@@ -1,7 +1,5 @@
 """Elementwise affine maps."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

@@ -1,7 +1,5 @@
 """Householder flows: rotations made of reflections."""
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 
 from pyro_flowguides.transforms.conditional import AmortizedFlow

@@ -1,7 +1,5 @@
 """Linear and affine maps given by their triangular factors."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

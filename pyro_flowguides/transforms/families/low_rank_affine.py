@@ -1,7 +1,5 @@
 """Affine maps with a diagonal and a low-rank part, for dimensions where a full triangle is too large."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

@@ -1,7 +1,5 @@
 """Permutations of the coordinates."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

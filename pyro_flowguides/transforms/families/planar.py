@@ -1,7 +1,5 @@
 """Planar flows."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

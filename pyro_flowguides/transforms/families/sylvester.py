@@ -1,7 +1,5 @@
 """Sylvester flows: orthogonal, Householder and triangular."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

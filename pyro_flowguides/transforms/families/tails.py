@@ -1,7 +1,5 @@
 """Elementwise maps that give a normal base heavier tails."""
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -1,7 +1,5 @@
 """Causal convolutions, masked or padded, with and without weight normalization."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F

@@ -1,7 +1,5 @@
 """Autoregressive decoders by name."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple

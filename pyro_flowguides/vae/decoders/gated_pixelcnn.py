@@ -1,7 +1,5 @@
 """Gated PixelCNN: a vertical and a horizontal stack, without a blind spot."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import cast
 

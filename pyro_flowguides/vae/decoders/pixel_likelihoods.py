@@ -1,7 +1,5 @@
 """The joint distribution of the channels of one position, given the outputs of an autoregressive network."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import torch

@@ -1,7 +1,5 @@
 """A small PixelCNN: masked convolutions in residual blocks, for decoders with a small window."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 
 from torch import Tensor, nn

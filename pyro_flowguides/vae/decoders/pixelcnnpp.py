@@ -1,7 +1,5 @@
 """PixelCNN++: whole-pixel conditioning, gated residual blocks, and several resolutions with shortcuts."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TypeAlias

@@ -1,7 +1,5 @@
 """WaveNet: dilated causal convolutions for sequences."""
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial

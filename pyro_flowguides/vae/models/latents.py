@@ -159,12 +159,7 @@ class VampPrior(Prior):
     """
 
     def __init__(
-        self,
-        latent_dim: int,
-        data_shape: tuple[int, ...],
-        low: float = 0.0,
-        high: float = 1.0,
-        components: int = 500,
+        self, latent_dim: int, data_shape: tuple[int, ...], low: float = 0.0, high: float = 1.0, components: int = 500
     ) -> None:
         super().__init__(latent_dim)
         if components < 1:

@@ -4,8 +4,6 @@ All builders share the arguments of :func:`vae`, and raise a :class:`ValueError`
 fit; some have options of their own.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias, cast
 

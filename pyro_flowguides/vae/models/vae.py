@@ -1,7 +1,5 @@
 """The variational autoencoder: with any parts, and with inverse autoregressive steps as its posterior."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol, TypeAlias, cast

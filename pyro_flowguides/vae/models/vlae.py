@@ -1,7 +1,5 @@
 """The variational lossy autoencoder: an autoregressive decoder that sees a small window, and a learned prior."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import cast
 

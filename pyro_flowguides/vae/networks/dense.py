@@ -1,7 +1,5 @@
 """Fully connected encoders, decoders, and the Gaussian head of an amortized posterior."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Sequence

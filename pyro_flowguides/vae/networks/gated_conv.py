@@ -1,7 +1,5 @@
 """Gated convolutions: the encoder and decoder of van den Berg et al. (2018)."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import cast

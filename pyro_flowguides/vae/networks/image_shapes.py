@@ -1,7 +1,5 @@
 """Shapes of images, feature maps and their batches in convolutional networks."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 

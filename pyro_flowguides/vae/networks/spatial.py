@@ -1,7 +1,5 @@
 """Encoder and decoder for latent images: residual networks that keep the spatial layout."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from torch import Tensor, nn

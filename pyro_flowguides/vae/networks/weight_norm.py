@@ -1,7 +1,5 @@
 """Weight-normalized layers and their data-dependent initialization."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 

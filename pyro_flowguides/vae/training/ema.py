@@ -1,7 +1,5 @@
 """Averages of the weights over the training steps."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any

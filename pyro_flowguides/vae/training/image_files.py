@@ -1,7 +1,5 @@
 """Read images from files; every error names the file and the remedy."""
 
-from __future__ import annotations
-
 import gzip
 import math
 import zipfile

@@ -1,7 +1,5 @@
 """Losses: the negative bound with KL warm-up and free bits, and the negative importance-weighted bound."""
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -1,7 +1,5 @@
 """The settings of a training run; the command line, its help and the summary are made from them."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from argparse import ArgumentTypeError

@@ -77,15 +77,7 @@ def test_the_gated_convolutions_are_those_of_the_paper():
 
     encoder = [(64, 5, 5, 1), (64, 5, 5, 2), (128, 5, 5, 1), (128, 5, 5, 2), (128, 5, 5, 1), (512, 7, 7, 1)]
     assert layers(GatedConvEncoder((1, 28, 28))) == encoder
-    decoder = [
-        (128, 7, 7, 1),
-        (128, 5, 5, 1),
-        (64, 5, 5, 2),
-        (64, 5, 5, 1),
-        (64, 5, 5, 2),
-        (64, 5, 5, 1),
-        (1, 1, 1, 1),
-    ]
+    decoder = [(128, 7, 7, 1), (128, 5, 5, 1), (64, 5, 5, 2), (64, 5, 5, 1), (64, 5, 5, 2), (64, 5, 5, 1), (1, 1, 1, 1)]
     assert layers(GatedConvDecoder(64, (1, 28, 28), 1)) == decoder
 
 
