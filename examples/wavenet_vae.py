@@ -30,8 +30,8 @@ DECODER = {"dilations": [1, 2, 4, 8], "residual": 24, "hidden": 24, "skip": 32}
 
 def recording() -> tuple[Tensor, Tensor]:
     """Load training pieces from the first three quarters of the active phase, and test pieces from the last quarter."""
-    with matplotlib.cbook.get_sample_data("membrane.dat") as file:
-        series = torch.from_numpy(np.frombuffer(file.read(), np.float32).copy())[1200:11000]
+    path = str(matplotlib.cbook.get_sample_data("membrane.dat", asfileobj=False))
+    series = torch.from_numpy(np.fromfile(path, np.float32))[1200:11000]
     levels = ((series - series.min()) / (series.max() - series.min()) * 255).round()
     border = 3 * len(levels) // 4
     train, test = levels[:border].unfold(0, LENGTH, STRIDE), levels[border:].unfold(0, LENGTH, LENGTH // 2)
@@ -40,7 +40,7 @@ def recording() -> tuple[Tensor, Tensor]:
 
 def build(features: int) -> VLAE:
     """Build the model. With ``features=0``, the WaveNet ignores the latent vector."""
-    return MODELS["vlae"](
+    vae = MODELS["vlae"](
         (1, LENGTH),
         likelihood="logistic_mixture",
         latent_dim=LATENT_DIM,
@@ -50,6 +50,8 @@ def build(features: int) -> VLAE:
         decoder_options={**DECODER, "features": features},
         prior_options={"hidden_dims": [64]},
     )
+    assert isinstance(vae, VLAE)
+    return vae
 
 
 def train(vae: VLAE, data: Tensor, steps: int) -> None:

@@ -1,4 +1,4 @@
-"""Minibatches: they depend on the seed and the step alone."""
+"""Images: minibatches depend on the seed and the step alone."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Priors: exact densities at large weights, in the cheap direction."""
+"""Distributions of the latent vector: exact densities at large weights, in the cheap direction."""
 
 import math
 
