@@ -12,7 +12,7 @@ from pyro_flowguides.diagnostics.psis import effective_sample_size, log_mean_wei
 from pyro_flowguides.diagnostics.summary import GuideSummary, SmoothedMoments
 from pyro_flowguides.diagnostics.weights import WeightedDraws, log_weight, weigh_widened
 from pyro_flowguides.diagnostics.widening import Widening
-from pyro_flowguides.programs.chunking import chunks
+from pyro_flowguides.programs.batched_run import chunks
 from pyro_flowguides.programs.program import Program
 from pyro_flowguides.programs.types import Guide, Model
 

@@ -20,10 +20,9 @@ from pyro_flowguides.diagnostics import arviz_compat
 from pyro_flowguides.diagnostics.arviz_compat import ArvizData
 from pyro_flowguides.diagnostics.resampling import resample as resample_draws
 from pyro_flowguides.diagnostics.weights import WeightedDraws, weigh
-from pyro_flowguides.programs.batched_run import RunMode, first_line
-from pyro_flowguides.programs.layout import Layout, NotVectorizedError
-from pyro_flowguides.programs.model_runs import Collect, run_model
+from pyro_flowguides.programs.batched_run import Layout, NotVectorizedError, RunMode, first_line
 from pyro_flowguides.programs.program import Program
+from pyro_flowguides.programs.program_runs import Collect, run_model
 from pyro_flowguides.programs.running import SampleObserved, evaluation
 from pyro_flowguides.programs.sites import SiteInfo
 from pyro_flowguides.programs.trace_density import scored_sites

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_flowguides.programs.chunking import chunks, per_chunk
+from pyro_flowguides.programs.batched_run import chunks, per_chunk
 
 __all__ = [
     "Moments",

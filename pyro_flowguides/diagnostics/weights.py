@@ -8,9 +8,8 @@ from torch import Tensor
 
 from pyro_flowguides.diagnostics.widening import LOG_RATIO, Widening
 from pyro_flowguides.programs.batched_run import RunMode
-from pyro_flowguides.programs.guide_draws import sample_guide
-from pyro_flowguides.programs.model_runs import score_model
 from pyro_flowguides.programs.program import Program
+from pyro_flowguides.programs.program_runs import sample_guide, score_model
 from pyro_flowguides.programs.running import evaluation
 from pyro_flowguides.programs.types import Guide, Model, Values
 
@@ -138,19 +137,19 @@ def weigh_widened(
     with evaluation():
         widen = widening.handler(active=from_widened)
         drawn = sample_guide(program, num_samples, size, handlers=[widen], collect=widen.collect)
-        scores = score_model(program, drawn.values, size)
+        log_p = score_model(program, drawn.values, size)
     log_ratio = drawn.extras[LOG_RATIO]
     log_q = drawn.log_density - log_ratio if from_widened else drawn.log_density
     constant = {name for name, value in drawn.values.items() if num_samples > 1 and bool((value == value[:1]).all())}
     weighted = WeightedDraws(
         draws=drawn.values,
-        log_p=scores.log_p,
+        log_p=log_p,
         log_q=log_q,
-        log_w=log_weight(scores.log_p, log_q),
+        log_w=log_weight(log_p, log_q),
         point_sites=point_sites(program, constant),
         guide_note=drawn.note,
-        model_note=scores.note,
-        model_mode=scores.mode,
+        model_note=program.mode_note,
+        model_mode=program.mode,
     )
     return weighted, log_ratio
 

@@ -15,7 +15,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import Distribution
 
-from pyro_flowguides.programs.layout import Layout
+from pyro_flowguides.programs.batched_run import Layout
 from pyro_flowguides.programs.program import Program
 from pyro_flowguides.programs.running import evaluation, trace_guide
 from pyro_flowguides.programs.trace_density import double_total

@@ -11,7 +11,7 @@ from pyro_flowguides.inference.flat_adam import flatten, group_parameters
 from pyro_flowguides.inference.objective import Evaluation, Objective, Route, StepOptions
 from pyro_flowguides.inference.replay import NotRecordedError, Replay, record
 from pyro_flowguides.inference.trace_objective import TraceObjective
-from pyro_flowguides.programs.layout import NotVectorizedError
+from pyro_flowguides.programs.batched_run import NotVectorizedError
 from pyro_flowguides.programs.program import Program
 from pyro_flowguides.programs.types import Guide
 from pyro_flowguides.transforms import with_path_gradient

@@ -7,7 +7,7 @@ import torch
 
 from pyro_flowguides.inference.density_objective import DensityObjective
 from pyro_flowguides.inference.objective import Evaluation, Objective, StepOptions
-from pyro_flowguides.programs.chunking import chunks, per_chunk
+from pyro_flowguides.programs.batched_run import chunks, per_chunk
 
 __all__ = ["evaluate", "pool"]
 

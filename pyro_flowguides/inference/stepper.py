@@ -10,7 +10,7 @@ from pyro_flowguides.inference.evaluation import evaluate
 from pyro_flowguides.inference.flat_adam import FlatAdam
 from pyro_flowguides.inference.objective import Route, StepOptions
 from pyro_flowguides.inference.step_loop import CompileMode, make_step_loop
-from pyro_flowguides.programs.guide_draws import sample_guide
+from pyro_flowguides.programs.program_runs import sample_guide
 from pyro_flowguides.programs.program import Program
 from pyro_flowguides.programs.running import evaluation
 from pyro_flowguides.programs.types import Guide, Model, Values

@@ -1,6 +1,6 @@
 """Run a program on many draws: under a plate of draws, mapped over them, or one by one, with one check for all."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Literal, TypeVar
@@ -8,19 +8,121 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor
 
-from pyro_flowguides.programs.chunking import gather
-from pyro_flowguides.programs.layout import Layout, NotVectorizedError
 from pyro_flowguides.programs.types import Values
 
-__all__ = ["DENSITY", "BatchedRun", "DensityRun", "RunMode", "check_against_single_runs", "first_line"]
+__all__ = [
+    "DENSITY",
+    "BatchedRun",
+    "DensityRun",
+    "Layout",
+    "NotVectorizedError",
+    "RunMode",
+    "check_against_single_runs",
+    "chunks",
+    "first_line",
+    "gather",
+    "per_chunk",
+    "select",
+]
 
 #: Name of a log density among named tensors; no site has it.
 DENSITY = " log density"
+#: Numbers in a chunk: 16 MiB in single precision.
+CHUNK_NUMBERS = 2**22
+#: Draws of each batch that are also run by themselves, besides the two with the extreme log densities.
+CHECKED_DRAWS = 4
 
 T = TypeVar("T")
 
-#: Draws of each batch that are also run by themselves, besides the two with the extreme log densities.
-CHECKED_DRAWS = 4
+
+def per_chunk(numbers: int) -> int:
+    """Return how many items of a given number of numbers fit into a chunk, at least one."""
+    return max(1, CHUNK_NUMBERS // max(numbers, 1))
+
+
+def chunks(total: int, size: int) -> Iterator[slice]:
+    """Yield slices of at most a given size that cover all items."""
+    for start in range(0, total, size):
+        yield slice(start, min(start + size, total))
+
+
+def select(values: Values, part: slice | int) -> Values:
+    """Return some of the draws, or one without its dimension of draws."""
+    return {name: value[part] for name, value in values.items()}
+
+
+def gather(parts: Iterable[Values], total: int) -> Values:
+    """Concatenate parts as they come, without keeping them or holding anything twice.
+
+    Args:
+        parts: named tensors, each ``(size of the part, ...)``.
+        total: sum of the parts' sizes.
+    """
+    whole: dict[str, Tensor] = {}
+    start = 0
+    for part in parts:
+        stop = start
+        for name, value in part.items():
+            if name not in whole:
+                whole[name] = value.new_empty((total, *value.shape[1:]))
+            stop = start + value.shape[0]
+            whole[name][start:stop] = value
+        start = stop
+    return whole
+
+
+class NotVectorizedError(ValueError):
+    """A program gives other shapes or other numbers for many draws at once than for one draw after the other."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The place of the draws in a trace.
+
+    Attributes:
+        size: number of draws in the trace; ``None`` for a single draw without a dimension of its own.
+        nesting: number of batch dimensions to the right of the dimension of the draws.
+    """
+
+    size: int | None
+    nesting: int
+
+    @property
+    def num_samples(self) -> int:
+        """Number of draws in the trace."""
+        return 1 if self.size is None else self.size
+
+    def split(self, value: Tensor, shape: torch.Size) -> Tensor:
+        """Bring the draws of a site to the front: (S, 1, ..., batch, event) -> (S, \\*shape).
+
+        Raises:
+            NotVectorizedError: if the value does not hold one array of that shape for each draw.
+        """
+        if self.size is None:
+            return value.reshape((1, *shape))
+        if value.shape == shape:  # the same for all draws
+            return value.expand((self.size, *shape))
+        if value.numel() != self.size * shape.numel() or value.shape[0] != self.size:
+            raise NotVectorizedError(f"a value of shape {tuple(value.shape)} for {self.size} draws of {tuple(shape)}")
+        return value.reshape((self.size, *shape))
+
+    def place(self, value: Tensor, batch_dim: int) -> Tensor:
+        """Invert :meth:`split`: (S, batch, event) -> (S, 1, ..., batch, event), for ``batch_dim`` batch axes."""
+        if self.size is None:
+            return value[0]
+        return value.reshape(value.shape[:1] + (1,) * (self.nesting - batch_dim) + value.shape[1:])
+
+    def total(self, log_prob: Tensor) -> Tensor:
+        """Sum a log density over everything but the draws, shape (S,).
+
+        Raises:
+            NotVectorizedError: if the draws do not stand in their dimension.
+        """
+        if self.size is None:
+            return log_prob.sum().reshape(1)
+        if log_prob.dim() != self.nesting + 1 or log_prob.shape[0] != self.size:
+            raise NotVectorizedError(f"a log density of shape {tuple(log_prob.shape)} for {self.size} draws")
+        return log_prob.reshape(self.size, -1).sum(-1)
 
 
 class RunMode(Enum):
@@ -51,25 +153,21 @@ class BatchedRun:
         """Run on given values (S, ...) of latent sites and return the named tensors, each (S, ...)."""
         if mode is RunMode.PLATE:
             layout = Layout(num_samples, self.nesting)
-            return self.run(
-                layout, {name: layout.place(value, self.batch_dims[name]) for name, value in values.items()}
-            )
+            placed = {name: layout.place(value, self.batch_dims[name]) for name, value in values.items()}
+            return self.run(layout, placed)
         if mode is RunMode.MAPPED:
             return self._mapped(values, num_samples)
-        return gather((self.single(values, index) for index in range(num_samples)), num_samples)
+        return gather((self.single(select(values, index)) for index in range(num_samples)), num_samples)
 
-    def single(self, values: Values, index: int) -> Values:
-        """Run on one of the draws and return the named tensors, each (1, ...)."""
-        return self._at({name: value[index] for name, value in values.items()})
-
-    def _at(self, values: Values) -> Values:
+    def single(self, values: Values) -> Values:
+        """Run on one draw, whose values have no dimension of draws, and return the named tensors, each (1, ...)."""
         return self.run(Layout(None, self.nesting), values)
 
     def _mapped(self, values: Values, num_samples: int) -> Values:
         """Run the program as it is for one draw, each of its operations taking all draws."""
 
         def at_one_draw(_: Tensor, values: Values) -> Values:
-            return {name: value[0] for name, value in self._at(values).items()}
+            return select(self.single(values), 0)
 
         mapped: Values = torch.func.vmap(at_one_draw, randomness=self.randomness)(torch.arange(num_samples), values)
         return mapped
@@ -119,26 +217,30 @@ class DensityRun:
 
     Attributes:
         runs: the run; it gives the log density alone, under the name :data:`DENSITY`.
-        dtype: type of the log density; ``None`` for that of the values.
+        dtype: type of the log density, on the CPU; ``None`` for type and device of the values.
     """
 
     runs: BatchedRun
     dtype: torch.dtype | None = None
 
-    def __call__(self, values: Values, num_samples: int, mode: RunMode) -> Tensor:
+    def __call__(self, values: Values, mode: RunMode) -> Tensor:
         """Return the log densities at given values (S, ...) of latent sites."""
         try:
-            return self.at_once(values, num_samples, mode)
+            return self.at_once(values, mode)
         except torch.linalg.LinAlgError:
-            if num_samples == 1:
-                return self._nan(values)
-            return torch.cat([self(*half, mode) for half in _halves(values, num_samples)])
+            first = next(iter(values.values()))
+            if len(first) == 1:
+                undefined = first.new_full((1,), torch.nan)
+                return undefined if self.dtype is None else undefined.to("cpu", self.dtype)
+            middle = len(first) // 2
+            halves = (select(values, part) for part in (slice(middle), slice(middle, None)))
+            return torch.cat([self(half, mode) for half in halves])
 
-    def at_once(self, values: Values, num_samples: int, mode: RunMode) -> Tensor:
+    def at_once(self, values: Values, mode: RunMode) -> Tensor:
         """Return the log densities; an error at one of the draws is raised."""
-        return self.runs(values, num_samples, mode)[DENSITY]
+        return self.runs(values, len(next(iter(values.values()))), mode)[DENSITY]
 
-    def checked(self, values: Values, num_samples: int, mode: RunMode, tolerance: float) -> Tensor:
+    def checked(self, values: Values, mode: RunMode, tolerance: float) -> Tensor:
         """Return the log densities after comparing some of them with runs of single draws.
 
         Raises:
@@ -146,23 +248,12 @@ class DensityRun:
         """
 
         def single(index: int) -> Values:
-            draw = {name: value[index : index + 1] for name, value in values.items()}
-            return {DENSITY: _seeded(lambda: self(draw, 1, RunMode.SINGLE))}
+            draw = select(values, slice(index, index + 1))
+            return {DENSITY: _seeded(lambda: self(draw, RunMode.SINGLE))}
 
-        log_density = _seeded(lambda: self(values, num_samples, mode))
+        log_density = _seeded(lambda: self(values, mode))
         check_against_single_runs({DENSITY: log_density}, single, tolerance)
         return log_density
-
-    def _nan(self, values: Values) -> Tensor:
-        if self.dtype is not None:
-            return torch.full((1,), torch.nan, dtype=self.dtype)
-        return next(iter(values.values())).new_full((1,), torch.nan)
-
-
-def _halves(values: Values, num_samples: int) -> Iterator[tuple[Values, int]]:
-    middle = num_samples // 2
-    for part in (slice(0, middle), slice(middle, num_samples)):
-        yield {name: value[part] for name, value in values.items()}, part.stop - part.start
 
 
 def _seeded(run: Callable[[], T]) -> T:

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributions import biject_to
 
-from pyro_flowguides.programs.batched_run import DENSITY, BatchedRun, DensityRun, RunMode
-from pyro_flowguides.programs.layout import Layout
+from pyro_flowguides.programs.batched_run import DENSITY, BatchedRun, DensityRun, Layout
 from pyro_flowguides.programs.running import run_scored
 from pyro_flowguides.programs.types import Values
 
@@ -46,11 +45,11 @@ class LogDensity:
         self._density = DensityRun(BatchedRun(self._run, program.nesting, {_LATENT: 0}, randomness="same"))
 
     def __call__(self, z: Tensor) -> Tensor:
-        return self._density({_LATENT: z}, len(z), self._mode)
+        return self._density({_LATENT: z}, self.program.mode)
 
     def at_once(self, z: Tensor) -> Tensor:
         """Evaluate all particles in one run; an error at one of them is raised."""
-        return self._density.at_once({_LATENT: z}, len(z), self._mode)
+        return self._density.at_once({_LATENT: z}, self.program.mode)
 
     def constrain(self, z: Tensor) -> Values:
         r"""Map unconstrained latent vectors (S, D) to values of the model's sites, each (S, \*site)."""
@@ -58,15 +57,11 @@ class LogDensity:
         sites, _ = self._constrain(layout.place(z, 0), layout)
         return {name: layout.split(value, self.program.latents[name].shape) for name, value in sites.items()}
 
-    @property
-    def _mode(self) -> RunMode:
-        return self.program.mode or RunMode.PLATE
-
     @torch.no_grad()
     def check(self, z: Tensor) -> None:
         """Find the fastest way to run the model on these particles that gives what each gives by itself."""
         tolerance = torch.finfo(z.dtype).eps ** 0.5
-        self.program.in_fastest_mode(lambda mode: self._density.checked({_LATENT: z}, len(z), mode, tolerance))
+        self.program.in_fastest_mode(lambda mode: self._density.checked({_LATENT: z}, mode, tolerance))
 
     def _run(self, layout: Layout, values: Values) -> Values:
         sites, ladj = self._constrain(values[_LATENT], layout)

@@ -11,9 +11,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyro_flowguides.programs.batched_run import RunMode, first_line
-from pyro_flowguides.programs.chunking import per_chunk
-from pyro_flowguides.programs.layout import Layout, NotVectorizedError
+from pyro_flowguides.programs.batched_run import Layout, NotVectorizedError, RunMode, first_line, per_chunk
 from pyro_flowguides.programs.log_density import LogDensity
 from pyro_flowguides.programs.running import evaluation, trace_guide, trace_program
 from pyro_flowguides.programs.sites import (
@@ -49,7 +47,7 @@ class Program:
         is_enumerating: whether a latent site of model or guide is marked for enumeration.
         subsampled: the subsampled plates: name -> (size of the subsample, full size).
         nesting: number of batch dimensions to the left of which a plate of draws may stand.
-        mode: the fastest way to run the model on many draws that is known to be right; ``None`` before it was tried.
+        mode: the fastest way to run the model on many draws that has not been refused.
         refused: the faster ways, and why each was not taken.
     """
 
@@ -66,7 +64,7 @@ class Program:
     is_enumerating: bool
     subsampled: dict[str, tuple[int, int]]
     nesting: int
-    mode: RunMode | None = None
+    mode: RunMode = RunMode.PLATE
     refused: dict[RunMode, str] = field(default_factory=dict)
 
     @classmethod
@@ -135,6 +133,11 @@ class Program:
     def why_slower(self) -> str:
         """Why the model does not run in a faster mode, with the reason for each; empty if there is none."""
         return "; ".join(f"{mode.value}, {reason}" for mode, reason in self.refused.items())
+
+    @property
+    def mode_note(self) -> str:
+        """Why the model does not run under a plate of draws; empty if it does."""
+        return f"the model ran {self.mode.value} ({self.why_slower})" if self.refused else ""
 
     @property
     def default_chunk_size(self) -> int:

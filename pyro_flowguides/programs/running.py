@@ -17,7 +17,7 @@ from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from torch import Tensor
 from torch.distributions import Distribution
 
-from pyro_flowguides.programs.layout import Layout
+from pyro_flowguides.programs.batched_run import Layout
 from pyro_flowguides.programs.sites import is_data
 from pyro_flowguides.programs.types import Args, Guide, Kwargs, Model, Site, Values
 

@@ -7,7 +7,7 @@ import pyro.distributions as dist
 import torch
 from pyro.poutine.util import site_is_factor, site_is_subsample
 
-from pyro_flowguides.programs.layout import Layout
+from pyro_flowguides.programs.batched_run import Layout
 from pyro_flowguides.programs.running import SampleObserved, trace_program
 from pyro_flowguides.programs.sites import innermost, is_data, latent_sites
 from pyro_flowguides.programs.types import Args, Kwargs, Model, Site, Values

@@ -12,7 +12,7 @@ from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import prune_subsample_sites, site_is_factor
 from torch import Tensor
 
-from pyro_flowguides.programs.layout import Layout, NotVectorizedError
+from pyro_flowguides.programs.batched_run import Layout, NotVectorizedError
 from pyro_flowguides.programs.running import DRAWS_PLATE, unvalidated
 from pyro_flowguides.programs.sites import is_deterministic, sample_sites
 from pyro_flowguides.programs.types import Site

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pyro
@@ -23,9 +23,9 @@ from torch.distributions import biject_to
 from pyro_flowguides.diagnostics import WeightedDraws, arviz_compat
 from pyro_flowguides.diagnostics.export import DatasetBuilder, collect_groups, describe_origin
 from pyro_flowguides.inference.replay import NotRecordedError, Replay, record
-from pyro_flowguides.programs.layout import NotVectorizedError
-from pyro_flowguides.programs.model_runs import score_model
+from pyro_flowguides.programs.batched_run import NotVectorizedError
 from pyro_flowguides.programs.program import Program
+from pyro_flowguides.programs.program_runs import score_model
 from pyro_flowguides.programs.running import evaluation
 from pyro_flowguides.programs.types import Args, Kwargs, Model, Site, Values
 
@@ -114,7 +114,7 @@ def neutra_mcmc(
         program = Program.inspect(model, guide, args, kwargs)
         program.check_full_density()
         options = NUTS_OPTIONS | (nuts_options or {})
-        chains: list[_Chain] = []
+        chains: list[Values] = []
         with _frozen(guide):
             needs_model = MODEL_OPTIONS & (nuts_options or {}).keys()
             potential = None if needs_model else _recorded_potential(program)
@@ -227,16 +227,10 @@ class _Transport(NeuTraReparam):
         self.x_unconstrained = {site["name"]: (site, value) for site, value in self.guide._unpack_latent(latent)}
 
 
-class _Chain(NamedTuple):
-    """The noise of all draws, and the variables of ``sample_stats`` except ``lp``, each (S,)."""
-
-    noise: Tensor
-    stats: Values
-
-
 def _run_chain(
     kernel: NUTS, start: Values | None, num_samples: int, warmup_steps: int, progress: bool, args: Args, kwargs: Kwargs
-) -> _Chain:
+) -> Values:
+    """Return the noise of all draws, and the variables of ``sample_stats`` except ``lp``, each (S, ...)."""
     acceptance: list[float] = []
     step_size: list[float] = []
     divergences: set[int] = set()
@@ -258,27 +252,27 @@ def _run_chain(
     mcmc.run(*args, **kwargs)
     count = torch.arange(1, num_samples + 1, dtype=torch.float64)
     total = count * torch.tensor(acceptance, dtype=torch.float64)  # NUTS reports the running mean
-    stats = {
+    return {
+        NOISE: mcmc.get_samples()[NOISE],
         "diverging": torch.tensor([draw in divergences for draw in range(num_samples)]),
         "acceptance_rate": total.diff(prepend=total.new_zeros(1)).clamp(0, 1),
         "step_size": torch.tensor(step_size, dtype=torch.float64),
     }
-    return _Chain(mcmc.get_samples()[NOISE], stats)
 
 
 # -- export ------------------------------------------------------------------------------------------------------------
 
 
-def _export(program: Program, guide: AutoContinuous, chains: Sequence[_Chain]) -> InferenceData:
+def _export(program: Program, guide: AutoContinuous, chains: Sequence[Values]) -> InferenceData:
     """Export the draws of all chains with the groups that ArviZ's functions need."""
-    num_samples = len(chains[0].noise)
+    num_samples = len(chains[0][NOISE])
+    stats = {name: torch.cat([chain[name] for chain in chains]) for name in chains[0]}
     with evaluation():
-        draws = program.log_density.constrain(guide.get_transform()(torch.cat([chain.noise for chain in chains])))
-        scores = score_model(program, draws, program.default_chunk_size)
-    log_p, log_w = scores.log_p, torch.zeros_like(scores.log_p)
-    weighted = WeightedDraws(draws, log_p, log_p, log_w, model_mode=scores.mode, model_note=scores.note)
+        draws = program.log_density.constrain(guide.get_transform()(stats.pop(NOISE)))
+        log_p = score_model(program, draws, program.default_chunk_size)
+    log_w = torch.zeros_like(log_p)
+    weighted = WeightedDraws(draws, log_p, log_p, log_w, model_mode=program.mode, model_note=program.mode_note)
     groups, notes = collect_groups(program, weighted)
-    stats = {name: torch.cat([chain.stats[name] for chain in chains]) for name in chains[0].stats}
     groups["sample_stats"] = stats | {"lp": log_p}
     attrs = {**describe_origin(program, num_samples, resampled=False), "draws": "NUTS in the guide's noise", **notes}
     builder = DatasetBuilder(program, {})

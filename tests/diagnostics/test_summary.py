@@ -21,7 +21,7 @@ from pyro_flowguides.diagnostics import defensive_log_weights, diagnose, diagnos
 from pyro_flowguides.diagnostics.moments import RunningMoments, moments
 from pyro_flowguides.diagnostics.summary import SmoothedMoments
 from pyro_flowguides.diagnostics.widening import Widening
-from pyro_flowguides.programs.chunking import chunks, per_chunk
+from pyro_flowguides.programs.batched_run import chunks, per_chunk
 from pyro_flowguides.programs.program import Program
 from tests.diagnostics import programs
 

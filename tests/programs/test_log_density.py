@@ -16,8 +16,7 @@ import pyro_flowguides as fg
 from pyro_flowguides.inference.density_objective import DensityObjective, make_objective
 from pyro_flowguides.inference.objective import StepOptions
 from pyro_flowguides.inference.trace_objective import TraceObjective
-from pyro_flowguides.programs.batched_run import RunMode
-from pyro_flowguides.programs.layout import NotVectorizedError
+from pyro_flowguides.programs.batched_run import NotVectorizedError, RunMode
 from pyro_flowguides.programs.program import Program
 
 

@@ -7,8 +7,7 @@ import torch
 from pyro.infer.autoguide import AutoNormal
 
 import pyro_flowguides as fg
-from pyro_flowguides.programs.batched_run import RunMode
-from pyro_flowguides.programs.layout import NotVectorizedError
+from pyro_flowguides.programs.batched_run import NotVectorizedError, RunMode
 from pyro_flowguides.programs.program import Program
 from pyro_flowguides.programs.simulation import simulate
 
