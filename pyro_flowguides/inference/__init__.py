@@ -1,7 +1,7 @@
 """Fitting guides: warm start, objectives, steps, schedule, ``fit``."""
 
-from pyro_flowguides.inference.divergence import FitDivergedError
 from pyro_flowguides.inference.fitting import FitResult, fit
-from pyro_flowguides.inference.stepper import Stepper
+from pyro_flowguides.inference.run import FitDivergedError
+from pyro_flowguides.inference.step_loop import Stepper
 
 __all__ = ["FitDivergedError", "FitResult", "Stepper", "fit"]

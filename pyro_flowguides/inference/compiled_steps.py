@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeAlias
 
 import torch
 from torch import Tensor, fx
@@ -14,7 +13,7 @@ from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyro_flowguides.inference.flat_adam import BETAS, EPSILON, MAX_GRADIENT_NORM, FlatAdam, unflatten
-from pyro_flowguides.inference.replay import assert_same
+from pyro_flowguides.inference.replay import Operations, assert_same
 
 __all__ = ["MAX_STEPS_PER_CALL", "CapturedSteps", "CompiledSteps", "LoopedSteps", "compile_steps"]
 
@@ -29,8 +28,6 @@ STATE_SIZE = 4
 #: Options of inductor, where it has them. Code that calls the kernels is compiled apart from them and optimized less,
 #: which takes a third of the time. Precompiled headers would repay their own time only after several compilations.
 CPU_OPTIONS = {"cpp_wrapper": True, "cpp_wrapper_build_separate": True, "cpp_cache_precompile_headers": False}
-
-Function: TypeAlias = Callable[..., Sequence[Tensor]]
 
 
 def compile_steps(recording: fx.GraphModule, adam: FlatAdam, noise: Tensor, *shared: Tensor) -> CompiledSteps:
@@ -139,23 +136,15 @@ class CompiledSteps:
     def _steps(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Take one step in place, if any remain; return its moments, and how many remain if it was taken."""
         state, (noises, factors, remaining, *constant) = inputs[:STATE_SIZE], inputs[STATE_SIZE:]
-        moments, *new_state = self._step(remaining > 0, *state, noises[0], factors[0], *constant)
+        moments, *new_state = self._step(remaining > 0, state, noises[0], factors[0], *constant)
         _copy_all(state, new_state)
         return moments[None], torch.where(moments[0].isfinite(), remaining - 1, 0)
 
     def _step(
-        self,
-        is_wanted: Tensor,
-        vector: Tensor,
-        first_moment: Tensor,
-        second_moment: Tensor,
-        step_count: Tensor,
-        noise: Tensor,
-        factors: Tensor,
-        scale: Tensor,
-        *rest: Tensor,
+        self, is_wanted: Tensor, state: Sequence[Tensor], noise: Tensor, factors: Tensor, scale: Tensor, *rest: Tensor
     ) -> tuple[Tensor, ...]:
         """Return the moments and the state after a step; NaN and the old state if it is not wanted or not finite."""
+        vector, first_moment, second_moment, step_count = state
         num_shared = len(rest) - len(self.buffer_names)
         shared, buffers = rest[:num_shared], dict(zip(self.buffer_names, rest[num_shared:], strict=True))
         inputs = (noise, *shared, *unflatten(vector, self.group))
@@ -190,7 +179,7 @@ class LoopedSteps(CompiledSteps):
         def body(index: Tensor, last_taken: Tensor, rows: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
             state, (noises, factors, indices, *constant, _) = others[:STATE_SIZE], others[STATE_SIZE:]
             noise, factor = noises[index[None]][0], factors[index[None]][0]
-            moments, *new_state = self._step(last_taken, *state, noise, factor, *constant)
+            moments, *new_state = self._step(last_taken, state, noise, factor, *constant)
             rows = torch.where((indices == index)[:, None], moments, rows)
             return index + 1, moments[0].isfinite(), rows, *new_state
 
@@ -255,7 +244,7 @@ def _without_compiler_messages() -> Iterator[None]:
         log.setLevel(level)
 
 
-def _compile(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> Function:
+def _compile(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> Operations:
     """Compile a graph with inductor, without guards against other inputs: shapes and dtypes never change."""
     import torch._inductor
     from torch._guards import TracingContext, tracing

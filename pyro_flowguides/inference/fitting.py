@@ -14,7 +14,7 @@ from pyro_flowguides.diagnostics.export import export_program
 from pyro_flowguides.diagnostics.verdict import diagnose_program
 from pyro_flowguides.inference.objective import Route
 from pyro_flowguides.inference.run import FitSettings, Run
-from pyro_flowguides.inference.stepper import GuideT
+from pyro_flowguides.inference.step_loop import GuideT
 from pyro_flowguides.programs.program import Program
 from pyro_flowguides.programs.types import Args, Kwargs, Model
 

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -65,15 +65,18 @@ class FlatAdam:
         self.groups = group_parameters(parameters)
         self.vectors = [flatten([value.detach() for value in group]).requires_grad_() for group in self.groups]
         self._gradients = [torch.zeros_like(vector) for vector in self.vectors]
-        for group, vector, gradient in zip(self.groups, self.vectors, self._gradients, strict=True):
-            views = zip(group, unflatten(vector.detach(), group), unflatten(gradient, group), strict=True)
-            for parameter, value, slot in views:
-                parameter.data, parameter.grad = value, slot
         vectors = [vector.detach() for vector in self.vectors]
+        for (parameter, value), (_, slot) in zip(self._parts(vectors), self._parts(self._gradients), strict=True):
+            parameter.data, parameter.grad = value, slot
         self.scales = [torch.ones_like(vector) for vector in vectors]
         self._scaled: list[tuple[int, slice]] = []
         self.first_moments, self.second_moments = ([torch.zeros_like(vector) for vector in vectors] for _ in range(2))
         self.step_counts = [vector.new_zeros((), dtype=torch.float32) for vector in vectors]
+
+    def _parts(self, vectors: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield each parameter with its part, a view, of the vectors of all groups."""
+        for group, vector in zip(self.groups, vectors, strict=True):
+            yield from zip(group, unflatten(vector, group), strict=True)
 
     @property
     def device(self) -> torch.device:
@@ -82,10 +85,9 @@ class FlatAdam:
 
     def set_scale(self, parameter: Tensor, scale: Tensor) -> None:
         """Set the scale of one parameter: positive numbers in the shape of the parameter."""
-        for group, vector in zip(self.groups, self.scales, strict=True):
-            for other, piece in zip(group, unflatten(vector, group), strict=True):
-                if other is parameter:
-                    piece.copy_(scale)
+        for other, part in self._parts(self.scales):
+            if other is parameter:
+                part.copy_(scale)
         self.set_scales(self.scales)
 
     def set_scales(self, scales: Sequence[Tensor]) -> None:
@@ -154,9 +156,8 @@ class FlatAdam:
 
     def mark_modified(self) -> None:
         """Mark every parameter as modified, so that caches of what was computed from it are dropped."""
-        for group in self.groups:
-            for parameter in group:
-                increment_version(parameter)
+        for parameter in itertools.chain(*self.groups):
+            increment_version(parameter)
 
     def state(self) -> list[list[Tensor]]:
         """Return everything that a step changes, for each group: vector, first and second moments, step count."""
@@ -171,12 +172,10 @@ class FlatAdam:
     @torch.no_grad()
     def restore(self, vectors: Sequence[Tensor]) -> None:
         """Set all parameters to the values of a :meth:`snapshot`."""
-        for group, vector in zip(self.groups, vectors, strict=True):
-            for parameter, value in zip(group, unflatten(vector, group), strict=True):
-                parameter.copy_(value)
+        for parameter, value in self._parts(vectors):
+            parameter.copy_(value)
 
     def release(self) -> None:
         """Give every parameter its own memory, without a gradient. The optimizer cannot be used afterwards."""
-        for group in self.groups:
-            for parameter in group:
-                parameter.data, parameter.grad = parameter.data.clone(), None
+        for parameter in itertools.chain(*self.groups):
+            parameter.data, parameter.grad = parameter.data.clone(), None

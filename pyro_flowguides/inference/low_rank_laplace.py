@@ -12,7 +12,7 @@ from torch import Tensor
 from pyro_flowguides.transforms.algebra import stretch
 from pyro_flowguides.transforms.families.low_rank_affine import DEFAULT_RANK
 
-__all__ = ["LowRankGaussian", "low_rank_laplace"]
+__all__ = ["MAX_FLAT_SCALE", "Density", "LowRankGaussian", "low_rank_laplace"]
 
 Density: TypeAlias = Callable[[Tensor], Tensor]
 #: HessianProduct of the negative Hessian with rows ``(M, D)``.
@@ -21,7 +21,7 @@ HessianProduct: TypeAlias = Callable[[Tensor], Tensor]
 #: these eigenvalues set to one, and to its standard error. Directions add nothing to a coordinate without curvature.
 Curvature: TypeAlias = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
-#: Largest scale of a coordinate in which the density is not log-concave.
+#: Largest scale where the density is not log-concave.
 MAX_FLAT_SCALE = 1.0
 #: Curvature below which a coordinate counts as flat.
 MIN_CURVATURE = 1e-12

@@ -3,16 +3,17 @@
 import math
 import operator
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from pyro_flowguides.programs.batched_run import first_line
 
-__all__ = ["NotRecordedError", "Replay", "assert_same", "record"]
+__all__ = ["NotRecordedError", "Operations", "Replay", "assert_same", "record"]
 
 #: Most operations of a recording. A longer one takes so long to record that its replays do not repay it.
 MAX_OPERATIONS = 4000
@@ -141,12 +142,6 @@ class _Tape(TorchDispatchMode):
             self.nodes[id(value)] = value, self.graph.get_attr(name)
         return self.nodes[id(value)][1]
 
-    def _with_nodes(self, value: Any) -> Any:
-        """Replace tensors by their nodes, also inside sequences."""
-        if isinstance(value, (tuple, list)):
-            return type(value)(map(self._with_nodes, value))
-        return self.node(value) if isinstance(value, Tensor) else value
-
     def _varies(self, value: object) -> bool:
         if not isinstance(value, Tensor):
             return False
@@ -156,7 +151,7 @@ class _Tape(TorchDispatchMode):
         kwargs = kwargs or {}
         if torch.Tag.nondeterministic_seeded in func.tags:
             raise NotRecordedError(f"it draws random numbers ({func})")
-        if not any(self._varies(value) for value in _leaves((*args, *kwargs.values()))):
+        if not any(self._varies(value) for value in tree_leaves((args, kwargs))):
             return func(*args, **kwargs)
         if func._schema.is_mutable:
             self.has_in_place_operations = True
@@ -167,8 +162,7 @@ class _Tape(TorchDispatchMode):
             return func(*args, **kwargs)
         if len(self.nodes) > MAX_OPERATIONS:
             raise NotRecordedError(f"it has more than {MAX_OPERATIONS} operations, too many to repay the recording")
-        node_kwargs = {name: self._with_nodes(value) for name, value in kwargs.items()}
-        node = self.graph.call_function(func, self._with_nodes(args), node_kwargs)
+        node = self.graph.call_function(func, *tree_map_only(Tensor, self.node, (args, kwargs)))
         result = func(*args, **kwargs)
         if isinstance(result, Tensor):
             self._add(result, node)
@@ -197,14 +191,6 @@ class _Tape(TorchDispatchMode):
         for failure in failed:
             outputs = [node and call(aten.masked_fill.Scalar, (node, failure, math.nan)) for node in outputs]
         return list(outputs)
-
-
-def _leaves(values: Iterable[object]) -> Iterator[object]:
-    for value in values:
-        if isinstance(value, (tuple, list)):
-            yield from _leaves(value)
-        else:
-            yield value
 
 
 def _merge_duplicates(graph: fx.Graph) -> None:

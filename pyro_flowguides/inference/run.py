@@ -2,27 +2,28 @@
 
 import math
 import time
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Generic
+from typing import Generic, cast
 
+import pyro
 import torch
+from pyro import poutine
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from pyro_flowguides.guides.autoflow import FULL_RANK_LIMIT, AutoFlow
 from pyro_flowguides.inference import checkpoint as checkpoints
-from pyro_flowguides.inference.density_objective import DensityObjective
-from pyro_flowguides.inference.divergence import FitDivergedError, describe_divergence
-from pyro_flowguides.inference.evaluation import evaluate
+from pyro_flowguides.inference.density_objective import DensityObjective, evaluate
 from pyro_flowguides.inference.objective import StepOptions
 from pyro_flowguides.inference.schedule import Schedule
-from pyro_flowguides.inference.step_loop import CompileMode
-from pyro_flowguides.inference.stepper import GuideT, Stepper
-from pyro_flowguides.inference.warm_start import Density, Start, low_rank_warm_start, warm_start
-from pyro_flowguides.programs.types import Args, Kwargs, Model
+from pyro_flowguides.inference.step_loop import CompileMode, GuideT, Stepper
+from pyro_flowguides.inference.warm_start import low_rank_warm_start, warm_start
+from pyro_flowguides.programs.program import Program
+from pyro_flowguides.programs.types import Args, Kwargs, Model, Site
 
-__all__ = ["FitSettings", "Run"]
+__all__ = ["FitDivergedError", "FitSettings", "Run"]
 
 #: Consecutive steps without a finite bound and gradient after which a fit is given up.
 PATIENCE = 50
@@ -36,6 +37,10 @@ TAIL_WEIGHT, TOTAL_TAIL_WEIGHT = 0.05, 0.2
 TEMPERED_SHARE = 0.75
 #: Draws for each estimate of the bound by which parameters are compared.
 NUM_COMPARISON_SAMPLES = 1000
+
+
+class FitDivergedError(RuntimeError):
+    """The bound or its gradient was not finite for too many steps in a row."""
 
 
 @dataclass(frozen=True)
@@ -72,13 +77,7 @@ class Run(Generic[GuideT]):
     """
 
     def __init__(
-        self,
-        model: Model,
-        guide: GuideT,
-        args: Args,
-        kwargs: Kwargs,
-        settings: FitSettings,
-        compile: CompileMode = False,
+        self, model: Model, guide: GuideT, args: Args, kwargs: Kwargs, settings: FitSettings, compile: CompileMode
     ) -> None:
         self.begin_time = time.perf_counter()
         self.guide, self.settings = guide, settings
@@ -114,7 +113,9 @@ class Run(Generic[GuideT]):
         guide = self.guide
         if not isinstance(self.objective, DensityObjective) or not isinstance(guide, AutoFlow):
             return
-        best = self._best_start(self.objective.density, guide)
+        location = guide._init_loc().to(next(guide.get_transform().parameters()))
+        find_starts = warm_start if len(location) <= FULL_RANK_LIMIT else low_rank_warm_start
+        best = find_starts(self.objective.density, location, seed=self.settings.seed)[0]
         bound = self._bound()
         if not math.isfinite(best.elbo) or bound >= best.elbo:
             return
@@ -123,12 +124,6 @@ class Run(Generic[GuideT]):
         # Without a scale, a step would be far too long for a narrow posterior.
         self.adam.set_scale(guide.location, best.gaussian.scale)
         self.start = f"{best.origin} (ELBO {best.elbo:.2f})"
-
-    def _best_start(self, density: Density, guide: AutoFlow) -> Start:
-        location = guide._init_loc().to(next(guide.get_transform().parameters()))
-        if len(location) <= FULL_RANK_LIMIT:
-            return warm_start(density, location, seed=self.settings.seed)[0]
-        return low_rank_warm_start(density, location, seed=self.settings.seed)[0]
 
     # -- the loop ------------------------------------------------------------------------------------------------------
 
@@ -212,7 +207,7 @@ class Run(Generic[GuideT]):
         return elbo if math.isfinite(elbo) else -math.inf
 
     def _divergence(self) -> str:
-        step, where = self.schedule.step + 1, describe_divergence(self.stepper.program, self.settings.num_particles)
+        step, where = self.schedule.step + 1, _describe_divergence(self.stepper.program, self.settings.num_particles)
         what = f"the bound or its gradient was not finite for {PATIENCE} steps in a row, up to step {step}"
         return f"fit: {what}{where}. Start elsewhere (init_loc_fn, init_scale) or lower lr."
 
@@ -226,7 +221,7 @@ class Run(Generic[GuideT]):
             "parameters": {name: value.detach() for name, value in self.objective.parameters.items()},
             "moments": [moments for _, *moments in self.adam.state()],
             "scales": self.adam.scales,
-            "schedule": self.schedule.state(),
+            "schedule": asdict(self.schedule),
             "generator": self.stepper.generator.get_state(),
             "global_generator": torch.get_rng_state(),
             "history": self.history,
@@ -275,3 +270,21 @@ class Run(Generic[GuideT]):
             raise ValueError(f"fit: {path} is a checkpoint of a fit with other settings ({', '.join(changed)})")
         if state["generator"].shape != self.stepper.generator.get_state().shape:
             raise ValueError(f"fit: {path} is a checkpoint from another kind of device; resume it there")
+
+
+def _describe_divergence(program: Program, num_samples: int) -> str:
+    """Name the first site whose log density is not finite at a draw of the guide, for the end of a message."""
+    args, kwargs = program.args, program.kwargs
+    with torch.no_grad(), pyro.validation_enabled(False), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for _ in range(num_samples):
+            drawn = poutine.trace(program.guide).get_trace(*args, **kwargs)
+            try:
+                trace = poutine.trace(poutine.replay(program.model, trace=drawn)).get_trace(*args, **kwargs)
+                trace.compute_log_prob()
+            except (ValueError, RuntimeError) as error:
+                return f"; the model fails at a draw of the guide: {error}"
+            for name, site in cast("dict[str, Site]", trace.nodes).items():
+                if site["type"] == "sample" and not math.isfinite(float(site["log_prob_sum"])):
+                    return f"; the log density is not finite at site {name!r}"
+    return ""

@@ -1,7 +1,7 @@
 """The course of a fit: its step size, its number of particles and its end."""
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 __all__ = ["Schedule"]
@@ -169,10 +169,6 @@ class Schedule:
     def _refine(self, steps: int, reason: str) -> None:
         self.refining_since, self.reason = self.step, reason
         self.refine_steps = max(1, min(self.steps - self.step, steps))
-
-    def state(self) -> dict[str, object]:
-        """Return the arguments that recreate the schedule as it is."""
-        return asdict(self)
 
 
 def _moments(values: list[float]) -> tuple[float, float]:

@@ -1,23 +1,31 @@
-"""Steps that follow the gradient of an objective: one at a time, or several in one call of a compiled function."""
+"""Steps that follow the gradient of an objective, one at a time or several in one compiled call; the public stepper."""
 
 import math
 import statistics
 import time
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Generic, Literal, TypeAlias, TypeVar
 
 import torch
 
-from pyro_flowguides.inference.compiled_steps import CompiledSteps, compile_steps
-from pyro_flowguides.inference.density_objective import DensityObjective
+from pyro_flowguides.inference.compiled_steps import MAX_STEPS_PER_CALL, CompiledSteps, compile_steps
+from pyro_flowguides.inference.density_objective import DensityObjective, evaluate, make_objective
 from pyro_flowguides.inference.flat_adam import FlatAdam
 from pyro_flowguides.inference.objective import Evaluation, Objective, Route, StepOptions
 from pyro_flowguides.programs.batched_run import first_line
+from pyro_flowguides.programs.program import Program
+from pyro_flowguides.programs.program_runs import sample_guide
+from pyro_flowguides.programs.running import evaluation
+from pyro_flowguides.programs.types import Guide, Model, Values
 
-__all__ = ["CompileMode", "CompiledStepLoop", "StepLoop", "StepOutcome", "make_step_loop"]
+__all__ = ["CompileMode", "CompiledStepLoop", "GuideT", "StepLoop", "StepOutcome", "Stepper"]
+
+GuideT = TypeVar("GuideT", bound=Guide)
 
 #: Whether to compile steps: always, never, on a GPU and where it saves time, or on a GPU only.
 CompileMode: TypeAlias = bool | Literal["auto", "gpu"]
+#: An estimate of the bound, and whether the step was taken: not if the bound or its gradient was not finite.
+StepOutcome: TypeAlias = tuple[Evaluation, bool]
 
 #: Seconds that inductor takes per operation on one core, and the share of a step's time that compiling saves.
 COMPILE_SECONDS, COMPILE_SAVES = 0.04, 0.5
@@ -25,18 +33,6 @@ COMPILE_SECONDS, COMPILE_SAVES = 0.04, 0.5
 NUM_TIMED_STEPS = 20
 #: Most characters of a compiler's message that a route repeats.
 MAX_FAILURE_LENGTH = 120
-
-
-class StepOutcome(NamedTuple):
-    """A step of an optimizer.
-
-    Attributes:
-        evaluation: the estimate of the bound.
-        was_taken: whether the parameters were changed; not if the bound or its gradient was not finite.
-    """
-
-    evaluation: Evaluation
-    was_taken: bool
 
 
 class StepLoop:
@@ -69,7 +65,7 @@ class StepLoop:
         """
         evaluation = self.objective(options, self.generator)
         was_taken = math.isfinite(evaluation.elbo) and self.adam.step(evaluation.loss_or_gradient, lrs[0])
-        return [StepOutcome(evaluation, was_taken)]
+        return [(evaluation, was_taken)]
 
 
 class CompiledStepLoop(StepLoop):
@@ -133,7 +129,7 @@ class CompiledStepLoop(StepLoop):
         state = self.generator.get_state()
         noises = [self.objective.noise(options.num_particles, self.generator) for _ in lrs]
         rows = compiled(noises, noises[0].new_tensor(options.power), lrs=lrs).tolist()
-        outcomes = [StepOutcome(Evaluation((), elbo, 0, gap), True) for elbo, gap in rows if math.isfinite(elbo)]
+        outcomes = [(Evaluation((), elbo, 0, gap), True) for elbo, gap in rows if math.isfinite(elbo)]
         if len(outcomes) < len(lrs):
             self.generator.set_state(state)
             for _ in outcomes:
@@ -177,10 +173,114 @@ class CompiledStepLoop(StepLoop):
             self.failure = first_line(error)[:MAX_FAILURE_LENGTH]
 
 
-def make_step_loop(
-    objective: Objective, adam: FlatAdam, generator: torch.Generator, compile: CompileMode = "auto"
-) -> StepLoop:
-    """Make the loop of an objective: a compiling one if steps are to be compiled, and can be."""
-    if compile and isinstance(objective, DensityObjective):
-        return CompiledStepLoop(objective, adam, generator, compile)
-    return StepLoop(objective, adam, generator)
+class Stepper(Generic[GuideT]):
+    r"""Train a guide step by step: the step that :func:`~pyro_flowguides.inference.fit` takes, for loops of your own.
+
+    A step estimates the gradient of :math:`\mathcal{L} = E_q[\log p(x, z) - \log q(z)]` from a batch of particles and
+    follows it with Adam, gradients clipped. There is no warm start, no schedule and no averaging: ``fit`` adds these.
+
+    Args:
+        model, guide: as for ``pyro.infer.SVI``.
+        *args, **kwargs: the model's arguments.
+        num_particles: draws per step.
+        lr: Adam's step size.
+        path_gradient: follow the path gradient (flow guides only), which has less variance near the posterior and more
+            far from it.
+        importance: 1 for the ELBO, K for the importance-weighted bound with its doubly reparametrized gradient.
+        compile: ``True`` to compile steps, ``False`` not to, ``"auto"`` to compile them on a GPU, and on a CPU where
+            :meth:`run` is asked for enough steps to repay it.
+        seed: seed of the noise of flow guides; other guides draw from the global generator.
+
+    Attributes:
+        guide: the guide, which is trained in place.
+        options: the options of the next step; may be replaced between steps.
+        lr: the step size of the next step; may be changed between steps.
+
+    Raises:
+        ValueError: if guide and model have no parameters, or not the same latent sites.
+
+    Cost: one pass of model and guide over all particles per step, forward and backward. The first step also records
+    its operations.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist, torch, pyro_flowguides as fg
+        >>> def model(y):
+        ...     z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...     pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+        >>> stepper = fg.inference.Stepper(model, fg.AutoPlanar(model), torch.tensor(2.0), lr=0.05)
+        >>> for _ in range(200):
+        ...     elbo = stepper.step()
+        >>> log_evidence = dist.Normal(0.0, 2**0.5).log_prob(torch.tensor(2.0)).item()
+        >>> abs(log_evidence - stepper.elbo()) < 0.05
+        True
+        >>> stepper.sample(100)["z"].shape
+        torch.Size([100])
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        guide: GuideT,
+        *args: object,
+        num_particles: int = 32,
+        lr: float = 1e-2,
+        path_gradient: bool = False,
+        importance: int = 1,
+        compile: CompileMode = "auto",
+        seed: int = 0,
+        **kwargs: object,
+    ) -> None:
+        guide(*args, **kwargs)  # creates the parameters, if there are none yet
+        self.guide = guide
+        self.program = Program.inspect(model, guide, args, kwargs)
+        self.objective = make_objective(self.program)
+        parameters = list(self.objective.parameters.values())
+        if not parameters:
+            raise ValueError(f"{type(guide).__name__} and its model have no parameters to train")
+        self.options = StepOptions(num_particles, path_gradient, importance=importance)
+        self.lr = lr
+        self.adam = FlatAdam(parameters)
+        # On a GPU, drawing the noise elsewhere and copying it would take longer than the step.
+        self.generator = torch.Generator(self.adam.device).manual_seed(seed)
+        self.loop = StepLoop(self.objective, self.adam, self.generator)
+        if compile and isinstance(self.objective, DensityObjective):
+            self.loop = CompiledStepLoop(self.objective, self.adam, self.generator, compile)
+
+    @property
+    def route(self) -> Route:
+        """How the steps so far evaluated the bound, and why not faster."""
+        return self.loop.route
+
+    def step(self) -> float:
+        """Take one step.
+
+        Returns:
+            the estimate of the bound before the step; NaN if no particle was finite.
+        """
+        return self.run(1)[0]
+
+    def run(self, num_steps: int) -> list[float]:
+        """Take several steps, which is faster than one by one where they are compiled.
+
+        Returns:
+            the estimate of the bound before each step.
+        """
+        elbos: list[float] = []
+        while len(elbos) < num_steps:
+            remaining = num_steps - len(elbos)
+            outcomes = self.loop.advance(self.options, [self.lr] * min(remaining, MAX_STEPS_PER_CALL), remaining)
+            elbos += [evaluation.elbo for evaluation, _ in outcomes]
+        return elbos
+
+    def elbo(self, num_samples: int = 1000) -> float:
+        """Estimate the bound of the guide as it is, with random numbers that are the same at every call."""
+        return evaluate(self.objective, num_samples, self.options.importance).elbo
+
+    def sample(self, num_samples: int) -> Values:
+        """Draw from the guide: site -> values ``(num_samples, *site)``."""
+        with evaluation():
+            return sample_guide(self.program, num_samples, self.program.default_chunk_size).values
+
+    def release(self) -> None:
+        """Give the parameters their own memory and end the training; the guide can be used as any other."""
+        self.adam.release()

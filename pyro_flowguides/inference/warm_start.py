@@ -2,9 +2,8 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -12,16 +11,12 @@ from scipy.optimize import minimize
 from torch import Tensor
 
 from pyro_flowguides.guides.autoflow import AutoFlow
-from pyro_flowguides.inference.low_rank_laplace import LowRankGaussian, low_rank_laplace
+from pyro_flowguides.inference.low_rank_laplace import MAX_FLAT_SCALE, Density, LowRankGaussian, low_rank_laplace
 
-__all__ = ["Density", "Gaussian", "Start", "low_rank_warm_start", "warm_start"]
-
-Density: TypeAlias = Callable[[Tensor], Tensor]
+__all__ = ["Gaussian", "Start", "low_rank_warm_start", "warm_start"]
 
 #: Standard deviations of the isotropic candidates around the guide's own location.
 PLAIN_SCALES = (0.1, 0.3, 1.0)
-#: Largest standard deviation along a direction in which the density is not log-concave.
-MAX_FLAT_SCALE = 1.0
 #: Replaces the negative log density where it is not finite.
 LARGE_LOSS = 1e20
 

@@ -16,7 +16,7 @@ from pyro_flowguides.inference.compiled_steps import CapturedSteps, CompiledStep
 from pyro_flowguides.inference.flat_adam import FlatAdam, flatten
 from pyro_flowguides.inference.objective import StepOptions
 from pyro_flowguides.inference.replay import record
-from pyro_flowguides.inference.stepper import Stepper
+from pyro_flowguides.inference.step_loop import Stepper
 from tests.inference.models import DATA, correlated, schools
 
 MATRICES = (torch.tensor([[1.0, 0.5], [-0.5, 0.3]], dtype=torch.float64),)

@@ -10,8 +10,7 @@ import pytest
 import torch
 
 import pyro_flowguides as fg
-from pyro_flowguides.inference.density_objective import DensityObjective
-from pyro_flowguides.inference.evaluation import evaluate
+from pyro_flowguides.inference.density_objective import DensityObjective, evaluate
 from pyro_flowguides.inference.objective import StepOptions
 from pyro_flowguides.inference.replay import Replay
 from pyro_flowguides.programs.program import Program

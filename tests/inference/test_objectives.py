@@ -12,8 +12,7 @@ from torch.testing import assert_close
 import pyro_flowguides as fg
 from pyro_flowguides.inference.density_objective import DensityObjective, make_objective
 from pyro_flowguides.inference.flat_adam import flatten
-from pyro_flowguides.inference.objective import StepOptions
-from pyro_flowguides.inference.trace_objective import TraceObjective
+from pyro_flowguides.inference.objective import StepOptions, TraceObjective
 from pyro_flowguides.programs.program import Program
 
 Y = torch.tensor([0.7, -1.2], dtype=torch.float64)

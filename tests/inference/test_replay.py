@@ -14,7 +14,7 @@ from pyro_flowguides.inference.density_objective import DensityObjective
 from pyro_flowguides.inference.flat_adam import flatten
 from pyro_flowguides.inference.objective import StepOptions
 from pyro_flowguides.inference.replay import MAX_OPERATIONS, NotRecordedError, Replay, record
-from pyro_flowguides.inference.stepper import Stepper
+from pyro_flowguides.inference.step_loop import Stepper
 from pyro_flowguides.programs.program import Program
 from tests.inference.models import DATA, correlated, schools
 

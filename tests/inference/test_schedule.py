@@ -2,6 +2,7 @@
 
 import math
 import random
+from dataclasses import asdict
 
 import pytest
 
@@ -124,7 +125,7 @@ def test_a_schedule_continues_from_its_state(stop):
     for step in range(stop):
         if not schedule.is_done:
             schedule.advance(elbos[step])
-    other = Schedule(**schedule.state())
+    other = Schedule(**asdict(schedule))
     assert other == schedule
     assert run(other, lambda step: elbos[step]) == run(schedule, lambda step: elbos[step])
     assert other == schedule

@@ -9,7 +9,7 @@ import pytest
 import pyro_flowguides as fg
 from pyro_flowguides.inference import compiled_steps, step_loop
 from pyro_flowguides.inference.objective import StepOptions
-from pyro_flowguides.inference.stepper import Stepper
+from pyro_flowguides.inference.step_loop import Stepper
 from tests.inference.models import DATA, schools
 
 

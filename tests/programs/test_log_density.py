@@ -14,8 +14,7 @@ from torch.testing import assert_close
 
 import pyro_flowguides as fg
 from pyro_flowguides.inference.density_objective import DensityObjective, make_objective
-from pyro_flowguides.inference.objective import StepOptions
-from pyro_flowguides.inference.trace_objective import TraceObjective
+from pyro_flowguides.inference.objective import StepOptions, TraceObjective
 from pyro_flowguides.programs.batched_run import NotVectorizedError, RunMode
 from pyro_flowguides.programs.program import Program
 
