@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from pyro_flowguides.vae.models.recipes import Options
 from pyro_flowguides.vae.training.loop import TrainingDivergedError, train
-from pyro_flowguides.vae.training.report import Summary
+from pyro_flowguides.vae.training.run_folder import Summary
 from pyro_flowguides.vae.training.settings import Settings, flag_of
 
 #: Defaults of models that were published with settings of their own.

@@ -6,14 +6,8 @@ from torch.nn import functional as F
 
 from pyro_flowguides.vae.networks.weight_norm import WeightNorm
 
-__all__ = [
-    "MaskedConv2d",
-    "PaddedConv2d",
-    "WeightNormMaskedConv2d",
-    "WeightNormPaddedConv2d",
-    "shift_down",
-    "split_reach",
-]
+__all__ = ["MaskedConv2d", "PaddedConv2d", "WeightNormMaskedConv2d", "WeightNormPaddedConv2d"]
+__all__ += ["shift_down", "split_reach"]
 
 
 def split_reach(owner: str, reach: int, depth: int) -> list[int]:

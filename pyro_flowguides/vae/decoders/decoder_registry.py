@@ -5,11 +5,10 @@ from functools import partial
 from typing import NamedTuple
 
 from pyro_flowguides.vae.decoders.agnostic_made import AgnosticMADE
-from pyro_flowguides.vae.decoders.autoregressive_network import AutoregressiveNetwork
-from pyro_flowguides.vae.decoders.gated_pixelcnn import GatedPixelCNN
+from pyro_flowguides.vae.decoders.autoregressive import AutoregressiveNetwork
 from pyro_flowguides.vae.decoders.likelihoods import DiscretizedLogisticMixture, Likelihood, get_likelihood
 from pyro_flowguides.vae.decoders.pixel_likelihoods import IndependentChannels, PixelLikelihood, PixelLogisticMixture
-from pyro_flowguides.vae.decoders.pixelcnn import PixelCNN
+from pyro_flowguides.vae.decoders.pixelcnn import GatedPixelCNN, PixelCNN
 from pyro_flowguides.vae.decoders.pixelcnnpp import PixelCNNPlusPlus
 from pyro_flowguides.vae.decoders.pixelrnn import PixelRNN, RowLSTM
 from pyro_flowguides.vae.decoders.wavenet import WaveNet

@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Generic, TypeAlias, TypeVar
+from typing import Generic, TypeVar
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pyro_flowguides.vae.decoders.autoregressive_network import AutoregressiveNetwork, GenerationStep
+from pyro_flowguides.vae.decoders.autoregressive import AutoregressiveNetwork, GenerationStep
 from pyro_flowguides.vae.decoders.causal_conv import PaddedConv2d
 
-__all__ = ["CachedWindow", "FullMap", "MapRegion", "TwoStackNetwork"]
+__all__ = ["CachedWindow", "MapRegion", "TwoStackNetwork"]
 
 #: The features of the vertical stack that the horizontal stack reads.
 Above = TypeVar("Above")
 
 
-class FullMap:
-    """The region that covers whole feature maps.
+class MapRegion:
+    """A region of the feature maps: the whole maps or, in :class:`CachedWindow`, a row or a pixel of them.
 
-    :class:`CachedWindow` has the same methods for a row or a pixel, so that one definition of a network serves both
-    the density and generation.
+    One definition of a network thus serves both the density and generation.
 
     Args:
         contexts: the projected context of every layer, for whole maps.
@@ -33,7 +32,7 @@ class FullMap:
 
     def context(self, projection: nn.Module) -> Tensor:
         """Return the projected context in this region."""
-        return self.contexts[projection]
+        return self.crop(self.contexts[projection])
 
     def crop(self, complete: Tensor) -> Tensor:
         """Return the part of a complete map in this region."""
@@ -54,7 +53,7 @@ class FullMap:
         return F.pixel_shuffle(grow(inner(shrink(features), self)), 2)
 
 
-class CachedWindow:
+class CachedWindow(MapRegion):
     """One row of the feature maps, or one pixel of it; all earlier rows and pixels must have been visited before.
 
     The input of every layer is cached as a map. A visit adds the features of the window to the map and evaluates the
@@ -63,11 +62,12 @@ class CachedWindow:
     Args:
         size: B.
         space: height and width of the maps.
-        contexts: as for :class:`FullMap`.
+        contexts: as for :class:`MapRegion`.
     """
 
     def __init__(self, size: int, space: Sequence[int], contexts: Mapping[nn.Module, Tensor]) -> None:
-        self.size, self.contexts = size, contexts
+        super().__init__(contexts)
+        self.size = size
         self.height, self.width = space
         self._maps: dict[nn.Module, Tensor] = {}
         self._weights: dict[nn.Module, Tensor] = {}
@@ -85,9 +85,6 @@ class CachedWindow:
     def _move(self, row: int, start: int, stop: int) -> CachedWindow:
         self.row, self.start, self.stop = row, start, stop
         return self
-
-    def context(self, projection: nn.Module) -> Tensor:
-        return self.crop(self.contexts[projection])
 
     def crop(self, complete: Tensor) -> Tensor:
         """Return the part of a complete map in the window; a map of one row or column is constant over the others."""
@@ -138,9 +135,6 @@ class CachedWindow:
         return self.crop(self._maps[grow])
 
 
-MapRegion: TypeAlias = FullMap | CachedWindow
-
-
 class TwoStackNetwork(AutoregressiveNetwork, Generic[Above]):
     """An image network whose vertical stack reads the rows above, and whose horizontal stack reads these features and
     the earlier pixels of the current row.
@@ -157,7 +151,7 @@ class TwoStackNetwork(AutoregressiveNetwork, Generic[Above]):
         raise NotImplementedError
 
     def evaluate(self, x: Tensor, contexts: dict[nn.Module, Tensor]) -> Tensor:
-        region = FullMap(contexts)
+        region = MapRegion(contexts)
         return self.horizontal(x, self.vertical(x, region), region)
 
     def outputs_by_step(self, x: Tensor, contexts: dict[nn.Module, Tensor]) -> Iterator[tuple[GenerationStep, Tensor]]:

@@ -14,18 +14,8 @@ from torch.nn import functional as F
 
 from pyro_flowguides.transforms.bounds import soft_bound
 
-__all__ = [
-    "LIKELIHOODS",
-    "LOG_SCALE_BOUND",
-    "Bernoulli",
-    "Categorical",
-    "DiscretizedLogistic",
-    "DiscretizedLogisticMixture",
-    "Likelihood",
-    "draw_pixel",
-    "get_likelihood",
-    "pixel_log_prob",
-]
+__all__ = ["LIKELIHOODS", "Bernoulli", "Categorical", "DiscretizedLogistic", "DiscretizedLogisticMixture", "Likelihood"]
+__all__ += ["LOG_SCALE_BOUND", "draw_pixel", "get_likelihood", "pixel_log_prob"]
 
 #: Largest absolute log-scale, approached smoothly.
 LOG_SCALE_BOUND = 7.0

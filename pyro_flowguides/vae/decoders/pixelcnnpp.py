@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pyro_flowguides.vae.decoders.autoregressive_network import ContextProjection
+from pyro_flowguides.vae.decoders.autoregressive import ContextProjection
 from pyro_flowguides.vae.decoders.causal_conv import WeightNormMaskedConv2d, WeightNormPaddedConv2d, shift_down
 from pyro_flowguides.vae.decoders.image_networks import MapRegion, TwoStackNetwork
 from pyro_flowguides.vae.networks.resnet import RESIDUAL_SCALE

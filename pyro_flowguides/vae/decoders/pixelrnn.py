@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pyro_flowguides.vae.decoders.autoregressive_network import AutoregressiveNetwork, ContextProjection, GenerationStep
+from pyro_flowguides.vae.decoders.autoregressive import AutoregressiveNetwork, ContextProjection, GenerationStep
 from pyro_flowguides.vae.decoders.causal_conv import MaskedConv2d, shift_down
-from pyro_flowguides.vae.decoders.image_networks import CachedWindow, FullMap, MapRegion
+from pyro_flowguides.vae.decoders.image_networks import CachedWindow, MapRegion
 
 __all__ = ["DiagonalBiLSTM", "PixelRNN", "RowLSTM"]
 
@@ -252,7 +252,7 @@ class PixelRNN(AutoregressiveNetwork):
         return region.apply(self.last, F.relu(region.apply(self.hidden, F.relu(h))))
 
     def evaluate(self, x: Tensor, contexts: dict[nn.Module, Tensor]) -> Tensor:
-        return self._outputs(x, FullMap(contexts), [layer.recurrent for layer in self.layers])
+        return self._outputs(x, MapRegion(contexts), [layer.recurrent for layer in self.layers])
 
     def outputs_by_step(self, x: Tensor, contexts: dict[nn.Module, Tensor]) -> Iterator[tuple[GenerationStep, Tensor]]:
         pixel = CachedWindow(len(x), self.shape[1:], contexts)

@@ -7,18 +7,5 @@ from pyro_flowguides.vae.models.recipes import MODELS, NETWORKS
 from pyro_flowguides.vae.models.vae import IAFVAE, VAE, Terms
 from pyro_flowguides.vae.models.vlae import VLAE
 
-__all__ = [
-    "IAFVAE",
-    "MODELS",
-    "NETWORKS",
-    "VAE",
-    "VLAE",
-    "ConvIAF",
-    "FlowPrior",
-    "HierarchicalVAE",
-    "NormalPosterior",
-    "Prior",
-    "StandardNormal",
-    "Terms",
-    "VampPrior",
-]
+__all__ = ["IAFVAE", "MODELS", "NETWORKS", "VAE", "VLAE", "ConvIAF", "HierarchicalVAE", "Terms"]
+__all__ += ["FlowPrior", "NormalPosterior", "Prior", "StandardNormal", "VampPrior"]

@@ -8,17 +8,6 @@ from pyro_flowguides.vae.training.losses import ELBOLoss, ImportanceWeightedLoss
 from pyro_flowguides.vae.training.run_folder import load_model
 from pyro_flowguides.vae.training.settings import Settings
 
-__all__ = [
-    "EMA",
-    "ELBOLoss",
-    "Images",
-    "ImportanceWeightedLoss",
-    "Minibatches",
-    "Settings",
-    "SoftFreeBitsLoss",
-    "TrainingDivergedError",
-    "derive_seed",
-    "load_images",
-    "load_model",
-    "train",
-]
+__all__ = ["EMA", "ELBOLoss", "ImportanceWeightedLoss", "SoftFreeBitsLoss"]
+__all__ += ["Images", "Minibatches", "derive_seed", "load_images"]
+__all__ += ["Settings", "TrainingDivergedError", "load_model", "train"]

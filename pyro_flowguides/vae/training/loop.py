@@ -23,8 +23,16 @@ from pyro_flowguides.vae.training.estimates import HeldOut, Metrics, ShardedTerm
 from pyro_flowguides.vae.training.image_files import load_images
 from pyro_flowguides.vae.training.images import Images, Minibatches, derive_seed
 from pyro_flowguides.vae.training.losses import ELBOLoss, SoftFreeBitsLoss
-from pyro_flowguides.vae.training.report import EpochLog, Summary, describe_machine, write_report
-from pyro_flowguides.vae.training.run_folder import Progress, RunFolder, build_model, read_model_state
+from pyro_flowguides.vae.training.run_folder import (
+    EpochLog,
+    Progress,
+    RunFolder,
+    Summary,
+    build_model,
+    describe_machine,
+    read_model_state,
+    write_report,
+)
 from pyro_flowguides.vae.training.settings import Settings
 
 if TYPE_CHECKING:

@@ -1,32 +1,45 @@
-"""The files of a training run: the checkpoint that it continues from, and its best model."""
+"""The files of a training run: the checkpoint it continues from, its best model, its logs, and the final report."""
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterator, Mapping
+import os
+import platform
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
+
+import torch
+from torch import Tensor
 
 from pyro_flowguides.inference import checkpoint as checkpoints
 from pyro_flowguides.vae.models.recipes import MODELS
 from pyro_flowguides.vae.models.vae import VAE
-from pyro_flowguides.vae.training.estimates import Metrics
+from pyro_flowguides.vae.training.estimates import Metrics, Pictures
 from pyro_flowguides.vae.training.settings import Settings
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
+    from lightning_fabric.loggers import CSVLogger, TensorBoardLogger
+    from matplotlib.figure import Figure
 
-__all__ = ["Progress", "RunFolder", "State", "build_model", "load_model", "read_model_state"]
+__all__ = ["EpochLog", "Progress", "RunFolder", "State", "Summary", "build_model", "describe_machine", "load_model"]
+__all__ += ["read_model_state", "write_report"]
+
 
 #: The contents of ``last.pt`` or ``best.pt``.
 State: TypeAlias = dict[str, Any]
+#: The summary of a run, as it is written to ``summary.json``.
+Summary: TypeAlias = dict[str, Any]
 #: Settings that are arguments of every builder of a model.
-MODEL_SETTINGS = (
-    *("likelihood", "latent_dim", "posterior", "posterior_options"),
-    *("prior", "prior_options", "network"),
-)
+MODEL_SETTINGS = ("likelihood", "latent_dim", "posterior", "posterior_options", "prior", "prior_options", "network")
+#: Images per row of a picture.
+COLUMNS = 8
 
 
 @dataclass
@@ -56,12 +69,9 @@ class RunFolder:
 
     def load_run(self, identity: Mapping[str, object]) -> State | None:
         """Return the checkpoint of the run with this identity, or ``None`` if there is no checkpoint."""
-        path = self.path / "last.pt"
-        state = cast("State | None", checkpoints.load(path))
+        state = _load(self.path / "last.pt", "vae run", "a checkpoint of VAE training")
         if state is None:
             return None
-        if state.get("kind") != "vae run":
-            raise ValueError(f"{path} is not a checkpoint of VAE training")
         saved = state["identity"]
         changed = [f"{name}={saved.get(name)}" for name, value in identity.items() if saved.get(name) != value]
         if changed:
@@ -92,6 +102,14 @@ class RunFolder:
             ) from error
 
 
+def _load(path: str | Path, kind: str, description: str) -> State | None:
+    """Return the contents of a file of this kind, or ``None`` if there is no file."""
+    state = cast("State | None", checkpoints.load(path))
+    if state is not None and state.get("kind") != kind:
+        raise ValueError(f"{path} is not {description}")
+    return state
+
+
 def build_model(settings: Settings, data_shape: tuple[int, ...]) -> VAE:
     """Build the model that the settings describe."""
     options = {name: getattr(settings, name) for name in MODEL_SETTINGS}
@@ -100,11 +118,9 @@ def build_model(settings: Settings, data_shape: tuple[int, ...]) -> VAE:
 
 def read_model_state(path: str | Path) -> State:
     """Read a ``best.pt``; errors as for :func:`load_model`."""
-    state = cast("State | None", checkpoints.load(path))
+    state = _load(path, "vae model", "the best.pt of a training run")
     if state is None:
         raise FileNotFoundError(f"{path}: no such file")
-    if state.get("kind") != "vae model":
-        raise ValueError(f"{path} is not the best.pt of a training run")
     return state
 
 
@@ -121,3 +137,120 @@ def load_model(path: str | Path) -> tuple[VAE, Settings]:
     vae.to(next(value.dtype for value in state["model"].values() if value.is_floating_point()))
     vae.load_state_dict(state["model"])
     return vae.eval(), settings
+
+
+class EpochLog:
+    """Write one row per epoch to ``metrics.csv`` and, optionally, for TensorBoard.
+
+    Only the first of several processes writes. The file is written again from the rows of earlier epochs, because a
+    killed run may have logged epochs after its last checkpoint.
+    """
+
+    def __init__(self, folder: Path, history: Sequence[Mapping[str, float]], *, tensorboard: bool = True) -> None:
+        self.tensorboard = _tensorboard_logger(folder, len(history)) if tensorboard else None
+        self.csv = _csv_logger(folder)
+        for row in history:
+            self.csv.log_metrics(dict(row), step=int(row["step"]))
+
+    def add(self, row: Mapping[str, float]) -> None:
+        """Write one row."""
+        self.csv.log_metrics(dict(row), step=int(row["step"]))
+        if self.tensorboard is not None:
+            tags = {name.replace("_", "/", 1): value for name, value in row.items()}
+            self.tensorboard.log_metrics(tags, step=int(row["epoch"]))
+            self.tensorboard.save()
+
+    def close(self) -> None:
+        if self.tensorboard is not None:
+            self.tensorboard.finalize("success")
+
+
+def _csv_logger(folder: Path) -> CSVLogger:
+    from lightning_fabric.loggers import CSVLogger
+
+    logger = CSVLogger(folder, name="", version="", flush_logs_every_n_steps=1)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Experiment logs directory")  # other files in it are left alone
+        _ = logger.experiment  # deletes the earlier file
+    return logger
+
+
+def _tensorboard_logger(folder: Path, epochs: int) -> TensorBoardLogger:
+    from lightning_fabric.loggers import TensorBoardLogger
+
+    try:
+        logger = TensorBoardLogger(folder, name="tensorboard", version="", purge_step=epochs + 1)
+        _ = logger.experiment  # opens the file
+    except ImportError as error:
+        raise ImportError(
+            "TensorBoard logs need the package: pip install 'pyro-flowguides[vae]', or leave them out "
+            "(--no-tensorboard)"
+        ) from error
+    return logger
+
+
+def describe_machine(fabric: Fabric) -> dict[str, object]:
+    """Describe the hardware and the versions of a run."""
+    cuda = fabric.device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(fabric.device) if cuda else platform.processor() or platform.machine(),
+        "accelerator": fabric.device.type,
+        "processes": fabric.world_size,
+        "threads": torch.get_num_threads(),
+        "cpus": os.cpu_count(),
+        "peak_memory_mib": round(torch.cuda.max_memory_allocated(fabric.device) / 2**20) if cuda else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "pyro_flowguides": version("pyro-flowguides"),
+    }
+
+
+def write_report(folder: Path, summary: Summary, history: Sequence[Metrics], pictures: Pictures) -> None:
+    """Write ``summary.json``, ``samples.png``, ``reconstructions.png`` and ``curve.png``."""
+    samples, originals, reconstructions = pictures
+    _save_page(folder / "samples.png", _arrange(samples), "Draws from the prior")
+    pairs = torch.stack([originals, reconstructions], 1).flatten(0, 1)
+    _save_page(folder / "reconstructions.png", _arrange(pairs), "Test images, each beside its reconstruction")
+    _save_curve(folder / "curve.png", history)
+    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+
+
+def _arrange(images: Tensor) -> Tensor:
+    """Arrange images in rows, one pixel apart, as a page ``(height, width, 3)``."""
+    images = images.detach().float().cpu().clamp(0, 1).expand(-1, 3, -1, -1)
+    rows = math.ceil(len(images) / COLUMNS)
+    _, channels, height, width = images.shape
+    page = torch.ones(rows * COLUMNS, channels, height + 1, width + 1)
+    page[: len(images), :, :height, :width] = images
+    page = page.unflatten(0, (rows, COLUMNS)).permute(0, 3, 1, 4, 2)
+    return page.reshape(rows * (height + 1), COLUMNS * (width + 1), channels)
+
+
+def _save_page(path: Path, page: Tensor, title: str) -> None:
+    figure = _new_figure(6, 6 * page.shape[0] / page.shape[1] + 0.4)
+    axes = figure.subplots()
+    axes.imshow(page.numpy(), interpolation="nearest")
+    axes.set_title(title, fontsize=10)
+    axes.set_axis_off()
+    figure.savefig(path)
+
+
+def _save_curve(path: Path, history: Sequence[Metrics]) -> None:
+    figure = _new_figure(9, 3.5)
+    left, right = figure.subplots(1, 2)
+    epochs = [row["epoch"] for row in history]
+    for split, style in (("train", "C0-"), ("valid", "C1-")):
+        left.plot(epochs, [-row[f"{split}_elbo"] for row in history], style, label=split)
+        right.plot(epochs, [row[f"{split}_kl"] for row in history], style, label=split)
+    for axes, title in ((left, "−ELBO (nats per image)"), (right, "KL (nats per image)")):
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel("epoch")
+        axes.legend()
+    figure.savefig(path)
+
+
+def _new_figure(width: float, height: float) -> Figure:
+    """Make a figure that pyplot does not know of."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")

@@ -9,7 +9,7 @@ pytest.importorskip("tensorboard")
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from pyro_flowguides.vae.training.report import EpochLog
+from pyro_flowguides.vae.training.run_folder import EpochLog
 
 
 def row(epoch, elbo):
