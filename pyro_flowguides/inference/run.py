@@ -47,14 +47,14 @@ class FitDivergedError(RuntimeError):
 class FitSettings:
     """The options of ``fit`` that decide its course; a checkpoint belongs to one set of them."""
 
-    steps: int = 2000
-    num_particles: int = 32
-    lr: float = 1e-2
-    tolerance: float = 0.01
-    path_gradient: bool = True
-    importance: int = 1
-    temper: float | None = None
-    seed: int = 0
+    steps: int
+    num_particles: int
+    lr: float
+    tolerance: float
+    path_gradient: bool
+    importance: int
+    temper: float | None
+    seed: int
 
     def __post_init__(self) -> None:
         counts = self.steps, self.num_particles, self.importance
