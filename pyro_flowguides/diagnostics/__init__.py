@@ -10,11 +10,12 @@ from pyro_flowguides.diagnostics.plots import plot_elbo, plot_khat, plot_pairs, 
 from pyro_flowguides.diagnostics.psis import (
     ParetoSmoothed,
     effective_sample_size,
+    importance_resample,
     khat_threshold,
     log_mean_weight,
     pareto_smooth,
+    resample,
 )
-from pyro_flowguides.diagnostics.resampling import importance_resample, resample
 from pyro_flowguides.diagnostics.verdict import Diagnosis, diagnose, diagnose_draws
 from pyro_flowguides.diagnostics.weights import WeightedDraws, log_weights
 

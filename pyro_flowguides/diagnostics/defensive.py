@@ -7,16 +7,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from pyro_flowguides.diagnostics.moments import Moments, moment_shift
+from pyro_flowguides.diagnostics.moments import GuideSummary, Moments, SmoothedMoments, moment_shift
 from pyro_flowguides.diagnostics.psis import effective_sample_size, log_mean_weight
-from pyro_flowguides.diagnostics.summary import GuideSummary, SmoothedMoments
-from pyro_flowguides.diagnostics.weights import WeightedDraws, log_weight, weigh_widened
-from pyro_flowguides.diagnostics.widening import Widening
+from pyro_flowguides.diagnostics.weights import WeightedDraws, Widening, log_weight, valid_chunk_size, weigh_widened
 from pyro_flowguides.programs.batched_run import chunks
 from pyro_flowguides.programs.program import Program
 from pyro_flowguides.programs.types import Guide, Model
 
-__all__ = ["DefensiveCheck", "defensive_check", "defensive_log_weights", "weigh_own_and_widened"]
+__all__ = ["DefensiveCheck", "defensive_check", "defensive_log_weights", "summarize_own_and_widened"]
 
 #: If runs are draw by draw, the widened guide gets 1 / this many of the draws.
 _SLOW_REDUCTION = 4
@@ -76,76 +74,65 @@ def defensive_log_weights(
         [0.5, 1.0]
     """
     program = Program.inspect(model, guide, args, kwargs)
-    widening = Widening.of(program)
-    own, own_ratio = weigh_widened(program, widening, num_samples, chunk_size)
-    if not widening.sites:
+    size = valid_chunk_size(program, num_samples, chunk_size)
+    weighing = _weigh_in_parts(program, Widening.of(program), num_samples, num_samples, size)
+    parts = [mixed for _, mixed, _ in weighing if mixed is not None]
+    if not parts:
         return None
-    mixture = _Mixture(own, num_samples)
-    wide, wide_ratio = weigh_widened(program, widening, mixture.num_wide, chunk_size, from_widened=True)
-    parts = mixture.weigh(own, own_ratio), mixture.weigh(wide, wide_ratio)
     return replace(
         parts[0],
-        draws={name: torch.cat([part.draws[name] for part in parts]) for name in own.draws},
+        draws={name: torch.cat([part.draws[name] for part in parts]) for name in parts[0].draws},
         log_p=torch.cat([part.log_p for part in parts]),
         log_q=torch.cat([part.log_q for part in parts]),
         log_w=torch.cat([part.log_w for part in parts]),
     )
 
 
-def weigh_own_and_widened(
+def summarize_own_and_widened(
     program: Program, widening: Widening, num_samples: int, chunk_size: int | None
 ) -> tuple[GuideSummary, SmoothedMoments | None]:
     """Summarize the draws of :func:`log_weights` and :func:`defensive_log_weights` without keeping them.
-
-    Both use the same draws of the guide.
 
     Returns:
         A summary of the guide's draws, and the moments of the mixture; ``None`` if no distribution can be widened.
     """
     own, mixture = GuideSummary(num_samples), None
-    for part, log_ratio in _weighted_chunks(program, widening, num_samples, chunk_size):
-        own.add(part.draws, part.log_w)
-        if widening.sites:
-            mixture = mixture or _Mixture(part, num_samples)
-            mixture.add(part, log_ratio)
-    if mixture is None:
-        return own, None
-    for part, log_ratio in _weighted_chunks(program, widening, mixture.num_wide, chunk_size, from_widened=True):
-        mixture.add(part, log_ratio)
-    return own, mixture.moments
+    part_size = valid_chunk_size(program, num_samples, chunk_size)
+    for part, mixed, num_mixed in _weigh_in_parts(program, widening, num_samples, part_size, None):
+        if part is not None:
+            own.add(part.draws, part.log_w)
+        if mixed is not None:
+            mixture = mixture or SmoothedMoments(num_mixed)
+            mixture.add(mixed.draws, mixed.log_w)
+    return own, mixture
 
 
-class _Mixture:
-    """Mixture of a guide and a widened copy of it.
+def _weigh_in_parts(
+    program: Program, widening: Widening, num_samples: int, part_size: int, chunk_size: int | None
+) -> Iterator[tuple[WeightedDraws | None, WeightedDraws | None, int]]:
+    """Draw from a guide, then from the widened guide, and weigh the draws of each part.
 
-    Args:
-        own: some draws of the guide.
-        num_own: number of all its draws.
+    Yields:
+        The draws weighted for the guide, ``None`` if they come from the widened guide; the draws weighted for the
+        mixture, ``None`` if no distribution can be widened; and the number of all draws of the mixture.
     """
-
-    def __init__(self, own: WeightedDraws, num_own: int) -> None:
-        self.num_wide = num_own if own.vectorized else -(-num_own // _SLOW_REDUCTION)
-        self.share = num_own / (num_own + self.num_wide)
-        self.moments = SmoothedMoments(num_own + self.num_wide)
-
-    def weigh(self, part: WeightedDraws, log_ratio: Tensor) -> WeightedDraws:
-        """Weigh draws by the density of the mixture; the log ratio is that of the widened guide to the guide."""
-        log_q = part.log_q
-        own, wide = torch.full_like(log_q, math.log(self.share)), log_ratio + math.log1p(-self.share)
-        log_mix = log_q + torch.logaddexp(own, wide)
-        return replace(part, log_q=log_mix, log_w=log_weight(part.log_p, log_mix))
-
-    def add(self, part: WeightedDraws, log_ratio: Tensor) -> None:
-        """Add weighted draws to the moments of the mixture."""
-        self.moments.add(part.draws, self.weigh(part, log_ratio).log_w)
+    num_wide = 0
+    for part in chunks(num_samples, part_size):
+        own, log_ratio = weigh_widened(program, widening, part.stop - part.start, chunk_size)
+        if widening.sites and num_wide == 0:
+            num_wide = num_samples if own.vectorized else -(-num_samples // _SLOW_REDUCTION)
+        share = num_samples / (num_samples + num_wide)
+        yield own, _weigh_for_mixture(own, log_ratio, share) if widening.sites else None, num_samples + num_wide
+    for part in chunks(num_wide, part_size):
+        wide, log_ratio = weigh_widened(program, widening, part.stop - part.start, chunk_size, from_widened=True)
+        yield None, _weigh_for_mixture(wide, log_ratio, share), num_samples + num_wide
 
 
-def _weighted_chunks(
-    program: Program, widening: Widening, num_samples: int, chunk_size: int | None, *, from_widened: bool = False
-) -> Iterator[tuple[WeightedDraws, Tensor]]:
-    """Yield weighted draws and their log ratios, as many at a time as run together."""
-    for chunk in chunks(num_samples, program.default_chunk_size if chunk_size is None else chunk_size):
-        yield weigh_widened(program, widening, chunk.stop - chunk.start, from_widened=from_widened)
+def _weigh_for_mixture(part: WeightedDraws, log_ratio: Tensor, share: float) -> WeightedDraws:
+    """Weigh draws by the density of the mixture, given its share from the guide and the widened guide's log ratio."""
+    own, wide = torch.full_like(part.log_q, math.log(share)), log_ratio + math.log1p(-share)
+    log_mix = part.log_q + torch.logaddexp(own, wide)
+    return replace(part, log_q=log_mix, log_w=log_weight(part.log_p, log_mix))
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pyro_flowguides.diagnostics import arviz_compat
 from pyro_flowguides.diagnostics.arviz_compat import ArvizData
-from pyro_flowguides.diagnostics.resampling import resample as resample_draws
+from pyro_flowguides.diagnostics.psis import resample as resample_draws
 from pyro_flowguides.diagnostics.weights import WeightedDraws, weigh
 from pyro_flowguides.programs.batched_run import Layout, NotVectorizedError, RunMode, first_line
 from pyro_flowguides.programs.program import Program
@@ -31,7 +31,7 @@ from pyro_flowguides.programs.types import Guide, Model, Site, Values
 if TYPE_CHECKING:
     import xarray as xr
 
-__all__ = ["DatasetBuilder", "collect_groups", "describe_origin", "export_program", "to_inference_data"]
+__all__ = ["export_draws", "export_program", "to_inference_data"]
 
 #: Number of draws from the guide per resampled draw.
 _OVERSAMPLING = 4
@@ -101,9 +101,27 @@ def export_program(
     weighted = weigh(program, num_samples * _OVERSAMPLING if resample else num_samples)
     if resample:
         weighted = resample_draws(weighted, num_samples)
-    groups, notes = collect_groups(program, weighted)
-    attrs = {**describe_origin(program, num_samples, resampled=resample), **notes}
-    builder = DatasetBuilder(program, coords or {})
+    return export_draws(program, weighted, "importance-resampled" if resample else "from the guide", coords=coords)
+
+
+def export_draws(
+    program: Program,
+    weighted: WeightedDraws,
+    origin: str,
+    *,
+    coords: Mapping[str, Sequence[object]] | None = None,
+    sample_stats: Values | None = None,
+    num_chains: int = 1,
+) -> ArvizData:
+    """Export weighted draws to ArviZ, with the groups that :func:`to_inference_data` describes.
+
+    The draws of several chains stand one chain after the other. ``origin`` tells how the draws were made, and
+    ``sample_stats`` replaces densities and weights in the group of this name, each (S,).
+    """
+    groups, notes = _collect_groups(program, weighted)
+    groups["sample_stats"] = sample_stats or groups["sample_stats"]
+    attrs = {**_describe(program), "num_samples": str(weighted.num_samples // num_chains), "draws": origin, **notes}
+    builder = _DatasetBuilder(program, coords or {}, num_chains)
     datasets = {group: builder.dataset(group, values, attrs) for group, values in groups.items() if values}
     builder.check_labels()
     return arviz_compat.build_tree(datasets, attrs)
@@ -112,7 +130,7 @@ def export_program(
 # --- the groups ------------------------------------------------------------------------------------------------------
 
 
-def collect_groups(program: Program, weighted: WeightedDraws) -> tuple[dict[str, Values], dict[str, str]]:
+def _collect_groups(program: Program, weighted: WeightedDraws) -> tuple[dict[str, Values], dict[str, str]]:
     """Collect the tensors of each group, with a leading dimension of draws except for the data.
 
     Returns:
@@ -192,17 +210,12 @@ def _split_sites(trace: Trace, layout: Layout, sites: Mapping[str, SiteInfo]) ->
 # --- datasets -------------------------------------------------------------------------------------------------------
 
 
-class DatasetBuilder:
-    """Builder of xarray datasets that names the dimensions of all groups consistently.
+class _DatasetBuilder:
+    """Builder of xarray datasets that names and labels the dimensions of all groups of a program consistently."""
 
-    Args:
-        program: the program whose sites the datasets hold.
-        labels: dimension -> labels; integers by default.
-    """
-
-    def __init__(self, program: Program, labels: Mapping[str, Sequence[object]]) -> None:
+    def __init__(self, program: Program, labels: Mapping[str, Sequence[object]], num_chains: int) -> None:
         self.sites = program.latents | program.observed | program.deterministics
-        self.labels = labels
+        self.labels, self.num_chains = labels, num_chains
         self._sizes: dict[str, int] = {}
 
     def dataset(self, group: str, values: Values, attrs: Mapping[str, str]) -> xr.Dataset:
@@ -214,7 +227,7 @@ class DatasetBuilder:
         for name, value in values.items():
             array = _to_numpy(value)
             dims = (*sample_dims, *self._dims(name, is_density=group == "log_likelihood"))
-            variables[name] = (dims, array[np.newaxis] if sample_dims else array)
+            variables[name] = (dims, array.reshape(self.num_chains, -1, *array.shape[1:]) if sample_dims else array)
             self._sizes |= dict(zip(dims, variables[name][1].shape, strict=True))
         coords = {dim: self._labels(dim) for dims, _ in variables.values() for dim in dims}
         return xr.Dataset(variables, coords=coords, attrs=dict(attrs))
@@ -258,8 +271,8 @@ def _to_numpy(value: Tensor) -> NDArray[np.generic]:
     return np.array(value.numpy(), order="C")
 
 
-def describe_origin(program: Program, num_samples: int, *, resampled: bool) -> dict[str, str]:
-    """Return attributes that record how the draws were made."""
+def _describe(program: Program) -> dict[str, str]:
+    """Return attributes that record the programs, and the time and libraries of the export."""
     return {
         "created_at": datetime.now(timezone.utc).isoformat(),
         "inference_library": "pyro_flowguides",
@@ -268,8 +281,6 @@ def describe_origin(program: Program, num_samples: int, *, resampled: bool) -> d
         "torch_version": str(torch.__version__),
         "guide": _qualified_name(program.guide),
         "model": _qualified_name(program.model),
-        "num_samples": str(num_samples),
-        "draws": "importance-resampled" if resampled else "from the guide",
     }
 
 

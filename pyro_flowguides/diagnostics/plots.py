@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["plot_elbo", "plot_khat", "plot_pairs", "plot_ppc"]
+__all__ = ["new_figure", "plot_elbo", "plot_khat", "plot_pairs", "plot_ppc"]
 
 #: Fewest draws from which :func:`plot_khat` computes a k-hat, if there are as many.
 _FEWEST_DRAWS = 100
@@ -70,7 +70,7 @@ def plot_elbo(history: HasElboHistory | Sequence[float] | np.ndarray | Tensor) -
             "an ELBO history must be a sequence of numbers with at least one finite value; got "
             f"shape {values.shape} with {finite.sum()} finite values"
         )
-    figure = _new_figure(width=7)
+    figure = new_figure(width=7)
     axes = figure.subplots()
     _draw_history(axes, np.flatnonzero(finite), values[finite])
     _mark_missing(axes, np.flatnonzero(~finite))
@@ -102,7 +102,7 @@ def plot_khat(weights: WeightedDraws | Tensor | ArvizData) -> Figure:
         2
     """
     log_w = _log_weights_of(weights)
-    figure = _new_figure(width=9)
+    figure = new_figure(width=9)
     left, right = figure.subplots(1, 2)
     _draw_weights(left, log_w)
     _draw_khats(right, log_w)
@@ -151,9 +151,9 @@ def plot_ppc(
     return arviz_compat.posterior_predictive_figure(data, var_names, min(num_samples, available), **options)
 
 
-def _new_figure(width: float) -> Figure:
+def new_figure(width: float, height: float = 3.5) -> Figure:
     """Make a figure that pyplot does not know of."""
-    figure: Figure = importlib.import_module("matplotlib.figure").Figure(figsize=(width, 3.5), layout="constrained")
+    figure: Figure = importlib.import_module("matplotlib.figure").Figure(figsize=(width, height), layout="constrained")
     return figure
 
 

@@ -6,13 +6,11 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from pyro_flowguides.diagnostics.decision import Findings, Verdict, decide
-from pyro_flowguides.diagnostics.defensive import defensive_check, weigh_own_and_widened
+from pyro_flowguides.diagnostics.defensive import defensive_check, summarize_own_and_widened
 from pyro_flowguides.diagnostics.fit_agreement import Agreement
-from pyro_flowguides.diagnostics.moments import moment_shift
+from pyro_flowguides.diagnostics.moments import GuideSummary, SmoothedMoments, moment_shift
 from pyro_flowguides.diagnostics.psis import MIN_DRAWS, effective_sample_size, khat_threshold, log_mean_weight
-from pyro_flowguides.diagnostics.summary import GuideSummary, SmoothedMoments
-from pyro_flowguides.diagnostics.weights import WeightedDraws, point_sites
-from pyro_flowguides.diagnostics.widening import Widening
+from pyro_flowguides.diagnostics.weights import WeightedDraws, Widening, point_sites
 from pyro_flowguides.programs.program import Program
 from pyro_flowguides.programs.types import Guide, Model
 
@@ -152,7 +150,7 @@ def diagnose_program(
     """Assess the guide of an inspected program; see :func:`diagnose`."""
     _check_num_samples(num_samples)
     widening = Widening.of(program)
-    own, mixture = weigh_own_and_widened(program, widening, num_samples, chunk_size)
+    own, mixture = summarize_own_and_widened(program, widening, num_samples, chunk_size)
     constant = point_sites(program, own.constant)
     return _diagnosis(_findings(own, mixture, widening.factor, agreement, constant), own.weighted.log_w)
 

@@ -46,7 +46,7 @@ def chunks(total: int, size: int) -> Iterator[slice]:
         yield slice(start, min(start + size, total))
 
 
-def select(values: Values, part: slice | int) -> Values:
+def select(values: Values, part: slice | int | Tensor) -> Values:
     """Return some of the draws, or one without its dimension of draws."""
     return {name: value[part] for name, value in values.items()}
 
@@ -259,7 +259,10 @@ class DensityRun:
 def _seeded(run: Callable[[], T]) -> T:
     """Run with the same random numbers, such as those of subsampling, at every call."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        if torch.cuda.is_initialized() or torch.backends.mps.is_available():
+            torch.manual_seed(0)
+        else:
+            torch.default_generator.manual_seed(0)  # torch.manual_seed formats the call stack for each idle device
         return run()
 
 

@@ -1,22 +1,52 @@
-"""``compare``: several guides on one model, each fitted more than once, side by side."""
+"""``compare``: several guides on one model, each fitted more than once, as a table, a plot and a text."""
 
-from collections.abc import Mapping, Sequence
+from __future__ import annotations
 
+import difflib
+import importlib
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, TypeAlias
+
+from pyro.infer.autoguide import AutoDiagonalNormal, AutoLowRankMultivariateNormal, AutoMultivariateNormal, AutoNormal
+from torch import nn
 from tqdm import tqdm
 
 from pyro_flowguides.diagnostics import agreement
+from pyro_flowguides.diagnostics.plots import new_figure
+from pyro_flowguides.flows import FLOWS
+from pyro_flowguides.guides import AutoFlow
+from pyro_flowguides.inference.fitting import FitResult
 from pyro_flowguides.programs.batched_run import first_line
-from pyro_flowguides.programs.types import Kwargs, Model
-from pyro_flowguides.studies.comparison_result import Comparison
-from pyro_flowguides.studies.guide_factories import GuideSpec, resolve_guides
-from pyro_flowguides.studies.isolated_fits import IsolatedFit, diagnose_again, fit_in_isolation
+from pyro_flowguides.programs.types import Guide, Kwargs, Model
+from pyro_flowguides.studies.isolated_fits import GuideFactory, IsolatedFit, diagnose_again, fit_in_isolation
 
-__all__ = ["compare"]
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
 
+__all__ = ["Comparison", "compare"]
+
+#: A name or a factory, or a pair of a label and one of them.
+GuideSpec: TypeAlias = str | GuideFactory | tuple[str, str | GuideFactory]
+
+#: Pyro's own guides by name.
+GAUSSIANS: dict[str, GuideFactory] = {
+    "normal": AutoNormal,
+    "diagonal": AutoDiagonalNormal,
+    "lowrank": AutoLowRankMultivariateNormal,
+    "mvn": AutoMultivariateNormal,
+}
 #: Guides to compare by default.
 DEFAULT_GUIDES = ("normal", "mvn", "planar", "sylvester", "iaf")
 #: Options of ``fit`` that must differ between fits or that ``compare`` sets itself.
 RESERVED_OPTIONS = ("seed", "checkpoint", "progress")
+
+_FAILED = "failed"
+_COLORS = {"good": "tab:green", "usable with importance resampling": "tab:orange", "do not trust": "tab:red"}
+_HEADER = ("guide", "ELBO", "k-hat", "ESS", "agreement", "time", "steps", "verdict")
 
 
 def compare(
@@ -79,7 +109,11 @@ def compare(
         ['planar', 'diagonal']
     """
     factories, options = resolve_guides(guides), fit_options or {}
-    _check(repeats, options)
+    if repeats < 1:
+        raise ValueError(f"compare: repeats must be at least 1, got {repeats}")
+    for name in RESERVED_OPTIONS:
+        if name in options:
+            raise ValueError(f"compare: {name!r} cannot be the same for all fits; leave it out of fit_options")
     best_fits: dict[str, IsolatedFit] = {}
     errors: dict[str, str] = {}
     with tqdm(total=len(factories) * repeats, disable=not progress, leave=False) as bar:
@@ -101,16 +135,183 @@ def compare(
     return Comparison({label: best_fits[label].result for label in labels}, repeats, errors)
 
 
-def _check(repeats: int, options: Mapping[str, object]) -> None:
-    if repeats < 1:
-        raise ValueError(f"compare: repeats must be at least 1, got {repeats}")
-    for name in RESERVED_OPTIONS:
-        if name in options:
-            raise ValueError(f"compare: {name!r} cannot be the same for all fits; leave it out of fit_options")
-
-
 def _best(fits: Sequence[IsolatedFit], seed: int) -> IsolatedFit:
     """Choose the fit with the highest ELBO, and diagnose it again with the agreement of all fits."""
     best = max(fits, key=lambda fit: fit.elbo)
     draws = [fit.draws for fit in fits if fit.draws is not None]
     return diagnose_again(best, agreement(*draws), seed) if len(draws) > 1 else best
+
+
+# -- the guides --------------------------------------------------------------------------------------------------------
+
+
+def resolve_guides(guides: GuideSpec | Iterable[GuideSpec]) -> dict[str, GuideFactory]:
+    """Return a factory of guides for each label.
+
+    Raises:
+        ValueError: for no guides, an unknown name (the nearest is named) or a label that occurs twice.
+        TypeError: for an object that is neither a name nor a factory.
+    """
+    factories: dict[str, GuideFactory] = {}
+    for spec in [guides] if isinstance(guides, str) or not isinstance(guides, Iterable) else guides:
+        label, factory = _resolve(spec)
+        if label in factories:
+            raise ValueError(f"compare: two guides are labeled {label!r}; pass (label, guide) with another label")
+        factories[label] = factory
+    if not factories:
+        raise ValueError(f"compare: no guides given; the known guides are {', '.join([*GAUSSIANS, *FLOWS])}")
+    return factories
+
+
+def _resolve(spec: object) -> tuple[str, GuideFactory]:
+    """Return the label and the factory of one guide."""
+    if isinstance(spec, tuple) and len(spec) == 2 and isinstance(spec[0], str):
+        return spec[0], _factory(spec[1])
+    if isinstance(spec, str):
+        return spec, _factory(spec)
+    factory = _factory(spec)
+    inner = factory.func if isinstance(factory, partial) else factory
+    return str(getattr(inner, "__name__", type(inner).__name__)), factory
+
+
+def _factory(spec: object) -> GuideFactory:
+    if isinstance(spec, str):
+        return _by_name(spec)
+    if isinstance(spec, nn.Module) or not callable(spec):
+        raise TypeError(
+            "compare: every fit needs a guide of its own, so pass a name, a guide class or a function model -> guide, "
+            f"not {'the guide' if callable(spec) else 'an object'} of type {type(spec).__name__}"
+        )
+    return spec
+
+
+def _by_name(name: str) -> GuideFactory:
+    if name in GAUSSIANS:
+        return GAUSSIANS[name]
+    if name in FLOWS:
+        return partial(AutoFlow, flow=name)
+    names = [*GAUSSIANS, *FLOWS]
+    nearest = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.0)[0]
+    raise ValueError(f"compare: unknown guide {name!r}: did you mean {nearest!r}? Known guides: {', '.join(names)}")
+
+
+# -- the result --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A row of the table: the better fit of one guide, or why there is none."""
+
+    guide: str
+    elbo: float = math.nan
+    elbo_se: float = math.nan
+    khat: float = math.nan
+    ess_fraction: float = math.nan
+    agreement: float = math.nan
+    seconds: float = math.nan
+    steps: int | None = None
+    verdict: str = _FAILED
+    error: str = ""
+
+    @property
+    def cells(self) -> list[str]:
+        """The cells of the printed table."""
+        return [
+            self.guide,
+            f"{self.elbo:.2f} ± {self.elbo_se:.2f}",
+            f"{self.khat:.2f}",
+            f"{100 * self.ess_fraction:.0f} %",
+            "-" if math.isnan(self.agreement) else f"{self.agreement:.2f}",
+            f"{self.seconds:.1f} s",
+            str(self.steps),
+            self.verdict,
+        ]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The result of :func:`compare`; print it, or look at ``table``.
+
+    Attributes:
+        results: label -> the better of the fits, best guide first; guides of which every fit failed are absent.
+        repeats: number of independent fits per guide.
+        errors: label -> message, for guides of which a fit failed.
+    """
+
+    results: dict[str, FitResult[Guide]] = field(repr=False)
+    repeats: int
+    errors: dict[str, str] = field(repr=False)
+
+    @cached_property
+    def _rows(self) -> list[_Row]:
+        labels = dict.fromkeys([*self.results, *self.errors])
+        return [_row(label, self.results.get(label), self.errors.get(label, "")) for label in labels]
+
+    @cached_property
+    def table(self) -> pd.DataFrame:
+        """One row per guide, best first.
+
+        The columns: ``guide``, ``elbo``, ``elbo_se``, ``khat``, ``ess_fraction``, ``agreement`` (largest difference
+        between the fits of this guide, in posterior sd or log sd; NaN if there was only one), ``seconds`` and ``steps``
+        of the better fit, ``verdict`` and ``error``. Guides of which no fit succeeded come last, with the verdict
+        ``"failed"``.
+        """
+        frame: pd.DataFrame = importlib.import_module("pandas").DataFrame([asdict(row) for row in self._rows])
+        return frame.astype({"steps": "Int64"})
+
+    @property
+    def best(self) -> FitResult[Guide]:
+        """The fit with the highest ELBO.
+
+        Raises:
+            RuntimeError: if every fit failed.
+        """
+        if not self.results:
+            raise RuntimeError(f"compare: every fit failed\n{self}")
+        return next(iter(self.results.values()))
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Plot the ELBO of each guide with its standard error, best on top, colored by verdict.
+
+        Args:
+            ax: where to draw; a new figure, which does not belong to pyplot, if not given.
+        """
+        ax = new_figure(7, 1 + 0.4 * len(self._rows)).subplots() if ax is None else ax
+        rows = [row for row in self._rows if math.isfinite(row.elbo)]
+        for verdict, color in _COLORS.items():
+            places = [place for place, row in enumerate(rows) if row.verdict == verdict]
+            if places:
+                elbos, errors = [rows[place].elbo for place in places], [rows[place].elbo_se for place in places]
+                ax.errorbar(elbos, places, xerr=errors, fmt="o", capsize=3, color=color, label=verdict)
+        ax.set_yticks(range(len(rows)), [row.guide for row in rows])
+        ax.invert_yaxis()
+        ax.set_xlabel("ELBO (nats)")
+        if rows:
+            ax.legend(fontsize="small")
+        return ax
+
+    def __str__(self) -> str:
+        cells = [list(_HEADER)] + [row.cells for row in self._rows if row.verdict != _FAILED]
+        widths = [max(len(line[column]) for line in cells) for column in range(len(_HEADER))]
+        widths[0] = max(len(row.guide) for row in self._rows)
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in cells]
+        lines += [f"{row.guide.ljust(widths[0])}  {row.error}" for row in self._rows if row.error]
+        return "\n".join(line.rstrip() for line in lines)
+
+
+def _row(label: str, result: FitResult[Guide] | None, error: str) -> _Row:
+    if result is None or result.diagnosis is None:
+        return _Row(label, error=error)
+    diagnosis = result.diagnosis
+    return _Row(
+        guide=label,
+        elbo=diagnosis.elbo,
+        elbo_se=diagnosis.elbo_se,
+        khat=diagnosis.khat,
+        ess_fraction=diagnosis.ess_fraction,
+        agreement=math.nan if diagnosis.agreement is None else diagnosis.agreement.worst_difference,
+        seconds=result.seconds,
+        steps=result.steps,
+        verdict=diagnosis.verdict,
+        error=error,
+    )

@@ -3,7 +3,7 @@
 import copy
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TypeAlias
@@ -15,15 +15,16 @@ from pyro.params.param_store import StateDict
 from torch import nn
 
 from pyro_flowguides.diagnostics import Agreement
-from pyro_flowguides.diagnostics.resampling import resample
+from pyro_flowguides.diagnostics.psis import resample
 from pyro_flowguides.diagnostics.verdict import diagnose_program
 from pyro_flowguides.diagnostics.weights import weigh
 from pyro_flowguides.inference.fitting import FitResult, fit
 from pyro_flowguides.programs.types import Args, Guide, Kwargs, Model, Values
-from pyro_flowguides.studies.guide_factories import GuideFactory
 
-__all__ = ["IsolatedFit", "diagnose_again", "fit_in_isolation", "isolation"]
+__all__ = ["GuideFactory", "IsolatedFit", "diagnose_again", "fit_in_isolation", "isolation"]
 
+#: A guide class, or a function that makes a guide for a model.
+GuideFactory: TypeAlias = Callable[[Model], Guide]
 Result: TypeAlias = FitResult[Guide]
 
 #: Number of draws that compare independent fits, before and after resampling.
@@ -67,7 +68,9 @@ def fit_in_isolation(
         result = fit(own, guide, *args, seed=seed, progress=False, **options, **kwargs)
         if result.diagnosis is None:
             raise ValueError(result.why_no_verdict)
-        draws = _resampled(result)
+        weighted = weigh(result.program, NUM_AGREEMENT_SAMPLES)
+        has_weight = bool(weighted.log_w.isfinite().any())
+        draws = resample(weighted, NUM_AGREEMENT_SAMPLES).draws if has_weight else None
     return IsolatedFit(_with_parameters(result, store_state), draws)
 
 
@@ -93,14 +96,6 @@ def _with_own_names(guide: Guide, label: str) -> Guide:
     if isinstance(guide, PyroModule) and not guide._pyro_context.used:
         guide._pyro_set_supermodule(f"compare_{next(_guide_numbers)}_{label}", guide._pyro_context)
     return guide
-
-
-def _resampled(result: Result) -> Values | None:
-    weighted = weigh(result.program, NUM_AGREEMENT_SAMPLES)
-    try:
-        return resample(weighted, NUM_AGREEMENT_SAMPLES).draws
-    except ValueError:  # no draw has a positive weight, as the diagnosis says
-        return None
 
 
 class _WithStore:

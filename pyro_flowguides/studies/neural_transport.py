@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
-import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
@@ -20,8 +18,8 @@ from pyro.poutine.plate_messenger import block_plate
 from torch import Tensor, nn
 from torch.distributions import biject_to
 
-from pyro_flowguides.diagnostics import WeightedDraws, arviz_compat
-from pyro_flowguides.diagnostics.export import DatasetBuilder, collect_groups, describe_origin
+from pyro_flowguides.diagnostics import WeightedDraws
+from pyro_flowguides.diagnostics.export import export_draws
 from pyro_flowguides.inference.replay import NotRecordedError, Replay, record
 from pyro_flowguides.programs.batched_run import NotVectorizedError
 from pyro_flowguides.programs.program import Program
@@ -30,7 +28,6 @@ from pyro_flowguides.programs.running import evaluation
 from pyro_flowguides.programs.types import Args, Kwargs, Model, Site, Values
 
 if TYPE_CHECKING:
-    import xarray as xr
     from arviz import InferenceData
 
 __all__ = ["neutra_mcmc"]
@@ -265,34 +262,11 @@ def _run_chain(
 
 def _export(program: Program, guide: AutoContinuous, chains: Sequence[Values]) -> InferenceData:
     """Export the draws of all chains with the groups that ArviZ's functions need."""
-    num_samples = len(chains[0][NOISE])
     stats = {name: torch.cat([chain[name] for chain in chains]) for name in chains[0]}
     with evaluation():
         draws = program.log_density.constrain(guide.get_transform()(stats.pop(NOISE)))
         log_p = score_model(program, draws, program.default_chunk_size)
     log_w = torch.zeros_like(log_p)
     weighted = WeightedDraws(draws, log_p, log_p, log_w, model_mode=program.mode, model_note=program.mode_note)
-    groups, notes = collect_groups(program, weighted)
-    groups["sample_stats"] = stats | {"lp": log_p}
-    attrs = {**describe_origin(program, num_samples, resampled=False), "draws": "NUTS in the guide's noise", **notes}
-    builder = DatasetBuilder(program, {})
-    datasets = {
-        group: _by_chain(builder.dataset(group, values, attrs), len(chains))
-        for group, values in groups.items()
-        if values
-    }
-    return arviz_compat.build_tree(datasets, attrs)
-
-
-def _by_chain(dataset: xr.Dataset, num_chains: int) -> xr.Dataset:
-    """Split a dataset with the draws of all chains into its chains."""
-    if "draw" not in dataset.dims or num_chains == 1:
-        return dataset
-    size = dataset.sizes["draw"] // num_chains
-    concat = importlib.import_module("xarray").concat
-    parts = [
-        dataset.isel(draw=slice(chain * size, (chain + 1) * size)).assign_coords(chain=[chain], draw=np.arange(size))
-        for chain in range(num_chains)
-    ]
-    joined: xr.Dataset = concat(parts, dim="chain")
-    return joined
+    origin, stats = "NUTS in the guide's noise", stats | {"lp": log_p}
+    return export_draws(program, weighted, origin, sample_stats=stats, num_chains=len(chains))

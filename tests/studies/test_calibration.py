@@ -13,7 +13,7 @@ from scipy import stats
 
 import pyro_flowguides as fg
 from pyro_flowguides.studies import VSBC, vsbc
-from pyro_flowguides.studies.symmetry import symmetry_test
+from pyro_flowguides.studies.calibration import symmetry_test
 
 DATA = torch.zeros(3)
 

@@ -18,9 +18,8 @@ from torch.utils._pytree import tree_leaves
 
 import pyro_flowguides as fg
 from pyro_flowguides.diagnostics import defensive_log_weights, diagnose, diagnose_draws, log_weights, pareto_smooth
-from pyro_flowguides.diagnostics.moments import RunningMoments, moments
-from pyro_flowguides.diagnostics.summary import SmoothedMoments
-from pyro_flowguides.diagnostics.widening import Widening
+from pyro_flowguides.diagnostics.moments import RunningMoments, SmoothedMoments, moments
+from pyro_flowguides.diagnostics.weights import Widening
 from pyro_flowguides.programs.batched_run import chunks, per_chunk
 from pyro_flowguides.programs.program import Program
 from tests.diagnostics import programs
