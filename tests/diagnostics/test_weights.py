@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -11,7 +13,7 @@ from pyro.infer.importance import vectorized_importance_weights
 from torch import Tensor
 
 import pyro_flowguides as fg
-from pyro_flowguides.diagnostics import WeightedDraws, log_weights
+from pyro_flowguides.diagnostics import WeightedDraws, defensive_log_weights, diagnose, log_weights
 from pyro_flowguides.programs.batched_run import RunMode
 from tests.diagnostics import programs
 from tests.diagnostics.programs import DATA
@@ -347,7 +349,16 @@ def test_structures_that_are_refused(model: object, message: str) -> None:
         log_weights(model, programs.gaussian_guide(), DATA, num_samples=10)
 
 
-@pytest.mark.parametrize("sizes", [{"num_samples": 0}, {"num_samples": 10, "chunk_size": 0}])
-def test_sizes_that_are_refused(sizes: dict[str, int]) -> None:
+@pytest.mark.parametrize(
+    ("function", "sizes"),
+    [
+        (log_weights, {"num_samples": 0}),
+        (log_weights, {"num_samples": 10, "chunk_size": 0}),
+        (defensive_log_weights, {"num_samples": 0}),
+        (defensive_log_weights, {"num_samples": 10, "chunk_size": 0}),
+        (diagnose, {"num_samples": 30, "chunk_size": 0}),
+    ],
+)
+def test_sizes_that_are_refused(function: Callable[..., object], sizes: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="must be positive"):
-        log_weights(programs.gaussian_model, programs.gaussian_guide(), DATA, **sizes)
+        function(programs.gaussian_model, programs.gaussian_guide(), DATA, **sizes)
