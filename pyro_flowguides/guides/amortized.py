@@ -17,12 +17,10 @@ from torch import Tensor, nn
 
 from pyro_flowguides.flows import Builder, check_options, get_flow
 from pyro_flowguides.guides.autoflow import AutoFlow, marginal_quantiles
-from pyro_flowguides.guides.data_plate import DataPlate, encode_data, find_data_plate
+from pyro_flowguides.guides.data_plate import DataPlate, LocalSite, encode_data, find_data_plate
 from pyro_flowguides.guides.distributions import PathDistribution
-from pyro_flowguides.guides.flow_posterior import FlowPosterior
+from pyro_flowguides.guides.flow_posterior import FlowPosterior, LocalPosterior, local_path_log_prob
 from pyro_flowguides.guides.lazy import LazyGuide
-from pyro_flowguides.guides.local_posterior import LocalPosterior, local_path_log_prob
-from pyro_flowguides.guides.local_site import LocalSite
 from pyro_flowguides.guides.param_names import claim_names
 from pyro_flowguides.programs import structure
 from pyro_flowguides.programs.running import isolated

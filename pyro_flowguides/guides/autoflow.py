@@ -13,8 +13,7 @@ from torch.distributions import biject_to
 
 from pyro_flowguides.flows import Builder, check_options, get_flow
 from pyro_flowguides.guides.distributions import DensityDeltaMessenger, PathDistribution
-from pyro_flowguides.guides.initialization import check_finite
-from pyro_flowguides.guides.lazy import LazyGuide
+from pyro_flowguides.guides.lazy import LazyGuide, check_finite
 from pyro_flowguides.guides.param_names import claim_names
 from pyro_flowguides.programs import structure
 from pyro_flowguides.programs.sites import latent_sites

@@ -1,10 +1,11 @@
-"""A guide whose parameters are created when its model is first run, and that is a module like any other."""
+"""A guide whose parameters are created when its model is first run, at initial values that are checked."""
 
 from __future__ import annotations
 
 import copy
 import pickle
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, ClassVar, cast
 
 import torch
@@ -12,14 +13,14 @@ from pyro.infer.autoguide.guides import AutoGuide
 from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
+from torch.distributions import transform_to
 
-from pyro_flowguides.guides.initialization import InitialValue
 from pyro_flowguides.guides.param_names import Owner, drop_references
 from pyro_flowguides.programs import structure
 from pyro_flowguides.programs.running import isolated
-from pyro_flowguides.programs.types import Args, Kwargs, Model, Values
+from pyro_flowguides.programs.types import Args, Kwargs, Model, Site, Values
 
-__all__ = ["MAX_CHECKED_SIGNATURES", "LazyGuide"]
+__all__ = ["MAX_CHECKED_SIGNATURES", "LazyGuide", "check_finite"]
 
 #: Number of call signatures after which the structure of the model is no longer compared with that of the guide.
 MAX_CHECKED_SIGNATURES = 64
@@ -43,7 +44,7 @@ class LazyGuide(AutoGuide):
         if not init_scale > 0:
             raise ValueError(f"{type(self).__name__}: init_scale must be positive, got {init_scale}")
         super().__init__(model)
-        self._init, self._init_scale = InitialValue(init_loc_fn), init_scale
+        self._init, self._init_scale = partial(_initial_value, init_loc_fn), init_scale
         self._model = InitMessenger(self._init)(model), model
         self._owner = Owner()
         self._signatures: set[object] = set()
@@ -178,3 +179,30 @@ def _is_picklable(value: object) -> bool:
     except Exception:  # pickling runs code of the object, which may raise anything
         return False
     return True
+
+
+def _initial_value(init_loc_fn: Callable[..., object], site: Site) -> Tensor:
+    """Return the initial value of a site, also where the prior has no sampler.
+
+    Pyro's functions sample the prior, which an :class:`~pyro.distributions.ImproperUniform` refuses. Such a site starts
+    at zero in unconstrained space.
+    """
+    try:
+        return cast("Tensor", init_loc_fn(site))
+    except NotImplementedError:
+        transform = transform_to(site["fn"].support)
+        value: Tensor = transform(torch.zeros(transform.inverse_shape(site["fn"].shape())))
+        value._pyro_custom_init = False  # type: ignore[attr-defined]  # Pyro's own functions set this too
+        return value
+
+
+def check_finite(owner: str, name: str, unconstrained: Tensor, value: Tensor) -> None:
+    """Refuse a site whose initial value is not finite or lies on the boundary of its support."""
+    if not unconstrained.isfinite().all():
+        numbers = [f"{number:.4g}" for number in value.detach().reshape(-1)[:7].tolist()]
+        numbers[6:] = ["..."] * len(numbers[6:])
+        raise ValueError(
+            f"{owner}: the initial value of site {name!r} is not in the interior of its support: "
+            f"[{', '.join(numbers)}], shape {tuple(value.shape)}. Choose another init_loc_fn, for example "
+            f"init_to_value(values={{{name!r}: ...}})."
+        )
