@@ -11,14 +11,11 @@ from pyro_flowguides.vae.training.loop import TrainingDivergedError, train
 from pyro_flowguides.vae.training.run_folder import Summary
 from pyro_flowguides.vae.training.settings import Settings, flag_of
 
+#: The published settings of the variational lossy autoencoder.
+VLAE_SETTINGS: Options = {"network": "resnet", "latent_dim": 64, "posterior": "normal", "prior": "maf"}
+VLAE_TRAINING: Options = {"optimizer": "adamax", "lr": 2e-3, "ema": 0.998}
 #: Defaults of models that were published with settings of their own.
-PUBLISHED_DEFAULTS: dict[str, Options] = {
-    model: {
-        **{"network": "resnet", "latent_dim": 64, "posterior": "normal", "prior": "maf"},
-        **{"optimizer": "adamax", "lr": 2e-3, "ema": 0.998},
-    }
-    for model in ("vlae", "spatial_vlae")
-}
+PUBLISHED_DEFAULTS = {model: {**VLAE_SETTINGS, **VLAE_TRAINING} for model in ("vlae", "spatial_vlae")}
 
 DESCRIPTION = """\
 Train a variational autoencoder with a flow posterior.

@@ -1,7 +1,7 @@
 """Likelihoods, autoregressive networks over images and sequences, and the distributions made from them."""
 
 from pyro_flowguides.vae.decoders.agnostic_made import AgnosticMADE
-from pyro_flowguides.vae.decoders.autoregressive import AutoregressiveDistribution, AutoregressiveNetwork
+from pyro_flowguides.vae.decoders.autoregressive_decoder import AutoregressiveDistribution, AutoregressiveNetwork
 from pyro_flowguides.vae.decoders.causal_conv import MaskedConv2d, PaddedConv2d
 from pyro_flowguides.vae.decoders.decoder_registry import DECODERS, make_decoder
 from pyro_flowguides.vae.decoders.likelihoods import (

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from pyro_flowguides.nn.made import layer_masks
 from pyro_flowguides.nn.mlp import MLP
-from pyro_flowguides.vae.decoders.autoregressive import AutoregressiveNetwork, ContextProjection, GenerationStep
+from pyro_flowguides.vae.decoders.autoregressive_decoder import AutoregressiveNetwork, ContextProjection, GenerationStep
 
 __all__ = ["AgnosticMADE"]
 

@@ -5,7 +5,7 @@ from functools import partial
 from typing import NamedTuple
 
 from pyro_flowguides.vae.decoders.agnostic_made import AgnosticMADE
-from pyro_flowguides.vae.decoders.autoregressive import AutoregressiveNetwork
+from pyro_flowguides.vae.decoders.autoregressive_decoder import AutoregressiveNetwork
 from pyro_flowguides.vae.decoders.likelihoods import DiscretizedLogisticMixture, Likelihood, get_likelihood
 from pyro_flowguides.vae.decoders.pixel_likelihoods import IndependentChannels, PixelLikelihood, PixelLogisticMixture
 from pyro_flowguides.vae.decoders.pixelcnn import GatedPixelCNN, PixelCNN

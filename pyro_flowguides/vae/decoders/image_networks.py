@@ -9,7 +9,7 @@ from typing import Generic, TypeVar
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pyro_flowguides.vae.decoders.autoregressive import AutoregressiveNetwork, GenerationStep
+from pyro_flowguides.vae.decoders.autoregressive_decoder import AutoregressiveNetwork, GenerationStep
 from pyro_flowguides.vae.decoders.causal_conv import PaddedConv2d
 
 __all__ = ["CachedWindow", "MapRegion", "TwoStackNetwork"]

@@ -6,14 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from pyro_flowguides.transforms.bounds import soft_bound
-from pyro_flowguides.vae.decoders.likelihoods import (
-    LOG_SCALE_BOUND,
-    DiscretizedLogistic,
-    Likelihood,
-    draw_pixel,
-    get_likelihood,
-    pixel_log_prob,
-)
+from pyro_flowguides.vae.decoders import likelihoods
+from pyro_flowguides.vae.decoders.likelihoods import Likelihood
 
 __all__ = ["IndependentChannels", "PixelLikelihood", "PixelLogisticMixture"]
 
@@ -62,7 +56,7 @@ class IndependentChannels(PixelLikelihood):
     """
 
     def __init__(self, likelihood: str | Likelihood, channels: int) -> None:
-        values = get_likelihood(likelihood)
+        values = likelihoods.get_likelihood(likelihood)
         super().__init__(values, channels, channels * values.parameters_per_value)
 
     def _by_channel(self, params: Tensor) -> Tensor:
@@ -111,13 +105,13 @@ class PixelLogisticMixture(PixelLikelihood):
             raise ValueError(f"PixelLogisticMixture: need channels, components >= 1, got {channels} and {components}")
         #: Numbers of logits, locations, scales and coefficients.
         self.sizes = [components * count for count in (1, channels, channels, channels * (channels - 1) // 2)]
-        super().__init__(DiscretizedLogistic(), channels, sum(self.sizes))
+        super().__init__(likelihoods.DiscretizedLogistic(), channels, sum(self.sizes))
         self.components = components
 
     def _split(self, params: Tensor) -> tuple[Tensor, Iterator[tuple[Tensor, Tensor, list[Tensor]]]]:
         """Return log weights and, for every channel, locations, log-scales and coefficients, each ``(B, K, ...)``."""
         logits, locations, raw, tanh_inputs = params.split(self.sizes, 1)
-        scales = soft_bound(raw, LOG_SCALE_BOUND)
+        scales = soft_bound(raw, likelihoods.LOG_SCALE_BOUND)
         coefficients = iter(tanh_inputs.tanh().split(self.components, 1))
         by_channel = [[next(coefficients) for _ in range(channel)] for channel in range(self.channels)]
         parts = (part.split(self.components, 1) for part in (locations, scales))
@@ -134,7 +128,7 @@ class PixelLogisticMixture(PixelLikelihood):
         total, channels = self._split(params)
         for channel, (location, scale, coefficients) in enumerate(channels):
             shifted = self._shifted(location, coefficients, x)
-            total = total + pixel_log_prob(x[:, channel : channel + 1], shifted, scale)
+            total = total + likelihoods.pixel_log_prob(x[:, channel : channel + 1], shifted, scale)
         return total.logsumexp(1)
 
     def draw(self, params: Tensor) -> Tensor:
@@ -143,6 +137,6 @@ class PixelLogisticMixture(PixelLikelihood):
         drawn = params.new_zeros(len(params), 0)
         for location, scale, coefficients in channels:
             shifted = self._shifted(location, coefficients, drawn)
-            value = draw_pixel(shifted.gather(1, component), scale.gather(1, component))
+            value = likelihoods.draw_pixel(shifted.gather(1, component), scale.gather(1, component))
             drawn = torch.cat([drawn, value], 1)
         return drawn

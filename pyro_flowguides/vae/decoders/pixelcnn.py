@@ -6,7 +6,7 @@ from typing import cast
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pyro_flowguides.vae.decoders.autoregressive import AutoregressiveNetwork, ContextProjection, GenerationStep
+from pyro_flowguides.vae.decoders.autoregressive_decoder import AutoregressiveNetwork, ContextProjection, GenerationStep
 from pyro_flowguides.vae.decoders.causal_conv import MaskedConv2d, PaddedConv2d, shift_down, split_reach
 from pyro_flowguides.vae.decoders.image_networks import CachedWindow, MapRegion, TwoStackNetwork
 
@@ -48,7 +48,7 @@ class PixelCNN(AutoregressiveNetwork):
         reach: total reach, in pixels.
         depth: number of layers.
 
-    The other arguments and the shapes are those of :class:`AutoregressiveNetwork`.
+    The arguments ``features``, ``maps``, ``groups`` and the shapes are those of :class:`AutoregressiveNetwork`.
 
     References:
         X. Chen et al. (2017). Variational lossy autoencoder. arXiv:1611.02731.
@@ -62,24 +62,15 @@ class PixelCNN(AutoregressiveNetwork):
     """
 
     def __init__(
-        self,
-        shape: Sequence[int],
-        outputs: int,
-        *,
-        filters: int = 12,
-        reach: int = 6,
-        depth: int = 10,
-        features: int = 0,
-        maps: int = 0,
-        groups: int = 1,
+        self, shape: Sequence[int], outputs: int, *, filters: int = 12, reach: int = 6, depth: int = 10, **options: int
     ) -> None:
-        super().__init__(shape, outputs, features, maps, groups)
+        super().__init__(shape, outputs, **options)
         first, *others = split_reach("PixelCNN", reach, depth)
         self.reach = reach
-        self.first = MaskedConv2d(shape[0], filters, first, first, first, groups=groups, strict=True)
-        self.context_projection = ContextProjection(features, maps, filters, reach=first)
-        self.blocks = nn.ModuleList(_Block(filters, each, groups) for each in others)
-        self.last = MaskedConv2d(filters, outputs, groups=groups)
+        self.first = MaskedConv2d(shape[0], filters, first, first, first, groups=self.groups, strict=True)
+        self.context_projection = ContextProjection(self.features, self.maps, filters, reach=first)
+        self.blocks = nn.ModuleList(_Block(filters, each, self.groups) for each in others)
+        self.last = MaskedConv2d(filters, outputs, groups=self.groups)
 
     def _outputs(self, x: Tensor, region: MapRegion) -> Tensor:
         """Return the outputs in a region of the image."""
@@ -151,7 +142,7 @@ class GatedPixelCNN(TwoStackNetwork[list[Tensor]]):
         reach: total reach, in pixels.
         depth: number of gated layers.
 
-    The other arguments and the shapes are those of :class:`AutoregressiveNetwork`.
+    The arguments ``features``, ``maps``, ``groups`` and the shapes are those of :class:`AutoregressiveNetwork`.
 
     References:
         A. van den Oord, N. Kalchbrenner, O. Vinyals, L. Espeholt, A. Graves, K. Kavukcuoglu (2016). Conditional image
@@ -166,27 +157,19 @@ class GatedPixelCNN(TwoStackNetwork[list[Tensor]]):
     """
 
     def __init__(
-        self,
-        shape: Sequence[int],
-        outputs: int,
-        *,
-        filters: int = 36,
-        reach: int = 6,
-        depth: int = 6,
-        features: int = 0,
-        maps: int = 0,
-        groups: int = 1,
+        self, shape: Sequence[int], outputs: int, *, filters: int = 36, reach: int = 6, depth: int = 6, **options: int
     ) -> None:
-        super().__init__(shape, outputs, features, maps, groups)
+        super().__init__(shape, outputs, **options)
         self._check_width("filters", filters)
         self.reach = reach
+        sizes = self.features, self.maps, self.groups
         layers = nn.ModuleList(
-            _GatedLayer(shape[0] if i == 0 else filters, filters, each, features, maps, groups, first=i == 0)
+            _GatedLayer(shape[0] if i == 0 else filters, filters, each, *sizes, first=i == 0)
             for i, each in enumerate(split_reach("GatedPixelCNN", reach, depth))
         )
         self.layers = cast("Sequence[_GatedLayer]", layers)
-        self.hidden = MaskedConv2d(filters, filters, groups=groups)
-        self.last = MaskedConv2d(filters, outputs, groups=groups)
+        self.hidden = MaskedConv2d(filters, filters, groups=self.groups)
+        self.last = MaskedConv2d(filters, outputs, groups=self.groups)
 
     def vertical(self, x: Tensor, region: MapRegion) -> list[Tensor]:
         """Return what each layer of the horizontal stack reads from the vertical stack."""

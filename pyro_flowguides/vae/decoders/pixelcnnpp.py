@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pyro_flowguides.vae.decoders.autoregressive import ContextProjection
+from pyro_flowguides.vae.decoders.autoregressive_decoder import ContextProjection
 from pyro_flowguides.vae.decoders.causal_conv import WeightNormMaskedConv2d, WeightNormPaddedConv2d, shift_down
 from pyro_flowguides.vae.decoders.image_networks import MapRegion, TwoStackNetwork
 from pyro_flowguides.vae.networks.resnet import RESIDUAL_SCALE
@@ -120,8 +120,8 @@ class PixelCNNPlusPlus(TwoStackNetwork[StackFeatures]):
         levels: number of resolutions.
         dropout: probability of dropping a channel inside a block in training.
 
-    The other arguments and the shapes are those of :class:`AutoregressiveNetwork`. Lower resolutions read averages of
-    the maps.
+    The arguments ``features``, ``maps`` and the shapes are those of :class:`AutoregressiveNetwork`. Lower resolutions
+    read averages of the maps.
 
     References:
         T. Salimans, A. Karpathy, X. Chen, D. Kingma (2017). PixelCNN++. arXiv:1701.05517.
@@ -145,10 +145,9 @@ class PixelCNNPlusPlus(TwoStackNetwork[StackFeatures]):
         blocks: int = 2,
         levels: int = 3,
         dropout: float = 0.5,
-        features: int = 0,
-        maps: int = 0,
+        **options: int,
     ) -> None:
-        super().__init__(shape, outputs, features, maps, groups=1)
+        super().__init__(shape, outputs, groups=1, **options)
         if blocks < 1 or levels < 1 or any(side % 2 ** (levels - 1) for side in shape[1:]):
             raise ValueError(
                 f"PixelCNNPlusPlus: need blocks, levels >= 1 and sides divisible by 2**(levels - 1), "
@@ -159,9 +158,9 @@ class PixelCNNPlusPlus(TwoStackNetwork[StackFeatures]):
         horizontal_conv = partial(WeightNormPaddedConv2d, above=1, left=1)
         self.first_above = WeightNormPaddedConv2d(shape[0], filters, 1, 1, 1)
         self.first_left = WeightNormMaskedConv2d(shape[0], filters, 1, 1, 1, strict=True)
-        options, sizes = (filters, (features, maps), dropout), (filters, blocks, levels)
-        self.vertical_stack = _Level(vertical_conv, partial(_Block, vertical_conv, *options), *sizes, 0)
-        self.horizontal_stack = _Level(horizontal_conv, partial(_Block, horizontal_conv, *options), *sizes, filters)
+        block, sizes = (filters, (self.features, self.maps), dropout), (filters, blocks, levels)
+        self.vertical_stack = _Level(vertical_conv, partial(_Block, vertical_conv, *block), *sizes, 0)
+        self.horizontal_stack = _Level(horizontal_conv, partial(_Block, horizontal_conv, *block), *sizes, filters)
         self.last = WeightNormPaddedConv2d(filters, outputs)
 
     def vertical(self, x: Tensor, region: MapRegion) -> StackFeatures:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pyro_flowguides.vae.decoders.autoregressive import AutoregressiveNetwork, ContextProjection, GenerationStep
+from pyro_flowguides.vae.decoders.autoregressive_decoder import AutoregressiveNetwork, ContextProjection, GenerationStep
 from pyro_flowguides.vae.decoders.causal_conv import MaskedConv2d, shift_down
 from pyro_flowguides.vae.decoders.image_networks import CachedWindow, MapRegion
 
@@ -211,7 +211,7 @@ class PixelRNN(AutoregressiveNetwork):
         hidden: channels of the states, a multiple of ``groups``; the residual path has twice as many.
         depth: number of recurrent layers.
 
-    The other arguments and the shapes are those of :class:`AutoregressiveNetwork`.
+    The arguments ``features``, ``maps``, ``groups`` and the shapes are those of :class:`AutoregressiveNetwork`.
 
     References:
         A. van den Oord, N. Kalchbrenner, K. Kavukcuoglu (2016). Pixel recurrent neural networks. arXiv:1601.06759.
@@ -232,14 +232,13 @@ class PixelRNN(AutoregressiveNetwork):
         recurrent: type[Recurrent] = DiagonalBiLSTM,
         hidden: int = 18,
         depth: int = 3,
-        features: int = 0,
-        maps: int = 0,
-        groups: int = 1,
+        **options: int,
     ) -> None:
-        super().__init__(shape, outputs, features, maps, groups)
+        super().__init__(shape, outputs, **options)
+        groups = self.groups
         self._check_width("hidden", hidden)
         self.first = MaskedConv2d(shape[0], 2 * hidden, 3, 3, 3, groups=groups, strict=True)
-        layers = nn.ModuleList(_Layer(recurrent, hidden, features, maps, groups) for _ in range(depth))
+        layers = nn.ModuleList(_Layer(recurrent, hidden, self.features, self.maps, groups) for _ in range(depth))
         self.layers = cast("Iterable[_Layer]", layers)
         self.hidden = MaskedConv2d(2 * hidden, 2 * hidden, groups=groups)
         self.last = MaskedConv2d(2 * hidden, outputs, groups=groups)

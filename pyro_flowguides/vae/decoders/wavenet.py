@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pyro_flowguides.vae.decoders.autoregressive import AutoregressiveNetwork, ContextProjection, GenerationStep
+from pyro_flowguides.vae.decoders.autoregressive_decoder import AutoregressiveNetwork, ContextProjection, GenerationStep
 
 __all__ = ["WaveNet"]
 
@@ -48,7 +48,7 @@ class WaveNet(AutoregressiveNetwork):
         dilations: dilations of the layers.
         residual, hidden, skip: channels of the residual path, of the gates and of the skip path.
 
-    The other arguments and the shapes are those of :class:`AutoregressiveNetwork`.
+    The arguments ``features``, ``maps`` and the shapes are those of :class:`AutoregressiveNetwork`.
 
     References:
         A. van den Oord et al. (2016). WaveNet: a generative model for raw audio. arXiv:1609.03499.
@@ -73,16 +73,15 @@ class WaveNet(AutoregressiveNetwork):
         residual: int = 32,
         hidden: int = 32,
         skip: int = 64,
-        features: int = 0,
-        maps: int = 0,
+        **options: int,
     ) -> None:
-        super().__init__(shape, outputs, features, maps, groups=1)
+        super().__init__(shape, outputs, groups=1, **options)
         if not dilations or min(dilations) < 1:
             raise ValueError(f"WaveNet: dilations must be positive, got {list(dilations)}")
         self.dilations = tuple(dilations)
         self.first = nn.Conv1d(shape[0], residual, 1)
         layers = nn.ModuleList(
-            _Layer(residual, hidden, skip, features, maps, last=number == len(dilations) - 1)
+            _Layer(residual, hidden, skip, self.features, self.maps, last=number == len(dilations) - 1)
             for number in range(len(dilations))
         )
         self.layers = cast("Sequence[_Layer]", layers)

@@ -57,18 +57,13 @@ class LadderDistribution(TorchDistribution):
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         shape = torch.Size(sample_shape) + self.batch_shape
         evidence = self.flat_evidence(shape)
-        draws: list[Tensor] = []
-        log_probs: list[Tensor] = []
 
-        def choose(index: int, layer: DownLayer, state: DownState) -> Tensor:
-            z, log_prob = layer.draw(state, evidence[index])
-            draws.append(z.flatten(1))
-            log_probs.append(log_prob.flatten(1).sum(-1))
-            return z
+        def draw(index: int, layer: DownLayer, state: DownState) -> tuple[Tensor, Tensor]:
+            return layer.draw(state, evidence[index])
 
-        self.ladder.descend(shape.numel(), choose)
-        z = torch.cat(draws, -1).reshape(shape + self.event_shape)
-        self._last_draw = z, torch.stack(log_probs).sum(0).reshape(shape)
+        _, flat, log_probs = self.ladder.descend(shape.numel(), draw)
+        z = flat.reshape(shape + self.event_shape)
+        self._last_draw = z, _total(log_probs).reshape(shape)
         return z
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -77,14 +72,16 @@ class LadderDistribution(TorchDistribution):
         shape = torch.broadcast_shapes(value.shape[:-1], self.batch_shape)
         maps = self.ladder.split(value.expand(*shape, value.shape[-1]).reshape(-1, value.shape[-1]))
         evidence = self.flat_evidence(shape)
-        log_probs: list[Tensor] = []
 
-        def choose(index: int, layer: DownLayer, state: DownState) -> Tensor:
-            log_probs.append(layer.log_prob(state, evidence[index], maps[index]).flatten(1).sum(-1))
-            return maps[index]
+        def score(index: int, layer: DownLayer, state: DownState) -> tuple[Tensor, Tensor]:
+            return maps[index], layer.log_prob(state, evidence[index], maps[index])
 
-        self.ladder.descend(shape.numel(), choose)
-        return torch.stack(log_probs).sum(0).reshape(shape)
+        return _total(self.ladder.descend(shape.numel(), score)[2]).reshape(shape)
+
+
+def _total(log_probs: Sequence[Tensor]) -> Tensor:
+    """Return the log density ``(N,)`` from the elementwise ones of all layers."""
+    return torch.stack([part.flatten(1).sum(-1) for part in log_probs]).sum(0)
 
 
 class LadderPrior(Prior):
@@ -191,15 +188,12 @@ class HierarchicalVAE(VAE):
         self._check_shape(x)
         shape = torch.Size((num_samples, len(x)))
         evidence = self.posterior_at(x).flat_evidence(shape)
-        draws: list[Tensor] = []
-        kls: list[Tensor] = []
 
-        def choose(index: int, layer: DownLayer, state: DownState) -> Tensor:
+        def draw(index: int, layer: DownLayer, state: DownState) -> tuple[Tensor, Tensor]:
             z, log_q = layer.draw(state, evidence[index])
-            draws.append(z.flatten(1))
-            kls.append((log_q - state.prior.log_prob(z)).sum((-2, -1)))
-            return z
+            return z, (log_q - state.prior.log_prob(z)).sum((-2, -1))
 
-        params = self.decoder.emit(self.decoder.descend(shape.numel(), choose)).unflatten(0, shape)
+        features, z, kls = self.decoder.descend(shape.numel(), draw)
+        params = self.decoder.emit(features).unflatten(0, shape)
         log_likelihood = self.likelihood.log_prob(params, x).sum(self._data_dims)
-        return Terms(log_likelihood, torch.cat(kls, -1).unflatten(0, shape), torch.cat(draws, -1).unflatten(0, shape))
+        return Terms(log_likelihood, torch.cat(kls, -1).unflatten(0, shape), z.unflatten(0, shape))

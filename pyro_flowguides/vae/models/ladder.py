@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple, TypeAlias, cast
+from typing import NamedTuple, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ __all__ = ["BottomUp", "ConvIAF", "DownLayer", "DownState", "Evidence", "Gaussia
 LOG_SCALE_BOUND = 7.0
 #: Channels of a layer's latents, of its features, and of the context of its IAF steps (0 without steps).
 Widths: TypeAlias = tuple[int, int, int]
+T = TypeVar("T")
 
 
 class ConvIAF(nn.Module):
@@ -178,8 +179,7 @@ class UpLayer(TopLayer):
         self.second = WeightNormConv2d(features, features)
 
     def forward(self, x: Tensor) -> Tensor:
-        h: Tensor = self.skip(x) + RESIDUAL_SCALE * self.second(F.elu(self.first(F.elu(x))))
-        return h
+        return self.skip(x) + RESIDUAL_SCALE * self.second(F.elu(self.first(F.elu(x))))
 
 
 class BottomUp(nn.Module):
@@ -211,10 +211,6 @@ class DownState(NamedTuple):
     features: Tensor
 
 
-#: A function ``(index, layer, state) -> z`` that chooses the latents of a layer, ``(N, C, H, W)``.
-ChooseLatents: TypeAlias = Callable[[int, "DownLayer", DownState], Tensor]
-
-
 class DownLayer(nn.Module):
     """A layer of the pass downwards: the prior and the posterior of its latents, and their effect on the features.
 
@@ -243,9 +239,7 @@ class DownLayer(nn.Module):
 
     def close(self, state: DownState, z: Tensor) -> Tensor:
         """Return the features below this layer."""
-        residual = self.second(F.elu(torch.cat([state.features, z], -3)))
-        h: Tensor = self.skip(state.h) + RESIDUAL_SCALE * residual
-        return h
+        return self.skip(state.h) + RESIDUAL_SCALE * self.second(F.elu(torch.cat([state.features, z], -3)))
 
     def draw(self, state: DownState, evidence: Evidence | None) -> tuple[Tensor, Tensor]:
         """Draw from the posterior given the evidence, or from the prior; return the elementwise log density, too."""
@@ -284,7 +278,7 @@ class TopDown(nn.Module):
         self, layers: Sequence[DownLayer], features: int, data_shape: Sequence[int], parameters_per_value: int
     ) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(layers)
+        self.layers = cast("Sequence[DownLayer]", nn.ModuleList(layers))
         self.data_channels = data_shape[0]
         self.top = nn.Parameter(torch.zeros(features, *layers[0].event[1:]))
         self.head = UpsampleConv2d(features, data_shape[0] * parameters_per_value, (data_shape[1], data_shape[2]))
@@ -293,20 +287,29 @@ class TopDown(nn.Module):
     @property
     def latent_dims(self) -> list[int]:
         """The number of latents of each layer, the topmost first."""
-        return [layer.event.numel() for layer in self._layers()]
+        return [layer.event.numel() for layer in self.layers]
 
-    def descend(self, count: int, choose: ChooseLatents) -> Tensor:
-        """Return the features at the bottom for ``count`` data, ``(count, features, H, W)``."""
-        h = self.top.expand(count, *self.top.shape)
-        for index, layer in enumerate(self._layers()):
+    def descend(
+        self, count: int, choose: Callable[[int, DownLayer, DownState], tuple[Tensor, T]]
+    ) -> tuple[Tensor, Tensor, list[T]]:
+        """Pass ``count`` data downwards, with latents ``(count, C, H, W)`` of each layer chosen by a function.
+
+        Return the features at the bottom, ``(count, features, H, W)``, all latents, ``(count, latent_dim)``, and what
+        the function returns beside the latents of each layer.
+        """
+        h, latents, others = self.top.expand(count, *self.top.shape), [], []
+        for index, layer in enumerate(self.layers):
             state = layer.open(h)
-            h = layer.close(state, choose(index, layer, state))
-        return h
+            z, other = choose(index, layer, state)
+            latents.append(z.flatten(1))
+            others.append(other)
+            h = layer.close(state, z)
+        return h, torch.cat(latents, -1), others
 
     def split(self, z: Tensor) -> list[Tensor]:
         """Split ``z (N, latent_dim)`` into the maps of each layer."""
         parts = z.split(self.latent_dims, -1)
-        return [part.unflatten(-1, layer.event) for part, layer in zip(parts, self._layers(), strict=True)]
+        return [part.unflatten(-1, layer.event) for part, layer in zip(parts, self.layers, strict=True)]
 
     def emit(self, h: Tensor) -> Tensor:
         """Return the parameters of the likelihood for the features at the bottom."""
@@ -314,7 +317,4 @@ class TopDown(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         maps = self.split(z)
-        return self.emit(self.descend(len(z), lambda index, layer, state: maps[index]))
-
-    def _layers(self) -> list[DownLayer]:
-        return list(cast("Iterable[DownLayer]", self.layers))
+        return self.emit(self.descend(len(z), lambda index, layer, state: (maps[index], None))[0])

@@ -49,8 +49,7 @@ class Prior(nn.Module):
 
     def log_prob(self, z: Tensor, posterior_at: PosteriorAt) -> Tensor:
         """Return the log density of ``z (..., latent_dim)``, for training loops of plain torch."""
-        log_prob: Tensor = self(posterior_at).log_prob(z)
-        return log_prob
+        return self(posterior_at).log_prob(z)
 
 
 class StandardNormal(Prior):
@@ -203,15 +202,13 @@ class _PosteriorMixture(TorchDistribution):
         return new
 
     def log_prob(self, value: Tensor) -> Tensor:
-        log_probs: Tensor = self.components.log_prob(value[..., None, :])
-        return log_probs.logsumexp(-1) - math.log(len(self.inputs))
+        return self.components.log_prob(value[..., None, :]).logsumexp(-1) - math.log(len(self.inputs))
 
     @torch.no_grad()
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         shape = torch.Size(sample_shape) + self.batch_shape
         chosen = torch.randint(len(self.inputs), (shape.numel(),), device=self.inputs.device)
-        draws: Tensor = self.posterior_at(self.inputs[chosen]).sample()
-        return draws.reshape(shape + self.event_shape)
+        return self.posterior_at(self.inputs[chosen]).sample().reshape(shape + self.event_shape)
 
 
 class NormalPosterior(nn.Module):

@@ -18,20 +18,11 @@ from pyro_flowguides.vae.models.hierarchical import HierarchicalVAE
 from pyro_flowguides.vae.models.latents import FlowPrior, NormalPosterior, Prior, StandardNormal, VampPrior
 from pyro_flowguides.vae.models.vae import IAFVAE, VAE, ContextEncoder, Posterior
 from pyro_flowguides.vae.models.vlae import VLAE
-from pyro_flowguides.vae.networks import (
-    DenseDecoder,
-    DenseEncoder,
-    GatedConvDecoder,
-    GatedConvEncoder,
-    GaussianEncoder,
-    ResNetDecoder,
-    ResNetEncoder,
-    SpatialDecoder,
-    SpatialEncoder,
-)
+from pyro_flowguides.vae.networks.dense import DenseDecoder, DenseEncoder, GaussianEncoder
+from pyro_flowguides.vae.networks.gated_conv import GatedConvDecoder, GatedConvEncoder
+from pyro_flowguides.vae.networks.resnet import ResNetDecoder, ResNetEncoder, SpatialDecoder, SpatialEncoder
 
 __all__ = ["MODELS", "NETWORKS", "Options", "hierarchical", "iafvae", "spatial_vlae", "vae", "vlae"]
-
 
 #: Options by name, passed on to a builder.
 Options: TypeAlias = Mapping[str, Any]
@@ -199,14 +190,10 @@ def hierarchical(
         >>> MODELS["hierarchical"]((1, 8, 8), latent_dim=2, hidden=8, scales=1, layers=2).latent_dim
         64
     """
-    choices = (
-        ("posterior", posterior, ["iaf", "normal"]),
-        ("prior", prior, ["normal"]),
-        ("network", network, ["resnet"]),
-    )
-    for kind, name, known in choices:
-        if name not in known:
-            raise ValueError(f"hierarchical: the {kind} must be {' or '.join(map(repr, known))}, got {name!r}")
+    names = {"posterior": posterior, "prior": prior, "network": network}
+    for kind, known in {"posterior": ["iaf", "normal"], "prior": ["normal"], "network": ["resnet"]}.items():
+        if names[kind] not in known:
+            raise ValueError(f"hierarchical: the {kind} must be {' or '.join(map(repr, known))}, got {names[kind]!r}")
     _check_no_options("normal prior", prior_options)
     if posterior == "normal":
         _check_no_options("normal posterior", posterior_options)

@@ -7,7 +7,6 @@ from typing import NamedTuple, Protocol, TypeAlias, cast
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro.nn.module import PyroModule
 from pyro.params.param_store import param_with_module_name
 from torch import Tensor, nn
 
@@ -132,8 +131,6 @@ class VAE(nn.Module):
         self._register = _StoreRegistration(self)
         self.register_buffer("_dtype_reference", torch.empty(0), persistent=False)  # follows .to(dtype)
 
-    # -- the parts -----------------------------------------------------------------------------------------------------
-
     def posterior_at(self, x: Tensor) -> dist.TorchDistribution:
         """Return q(z | x), a distribution with batch shape ``(B,)`` and event shape ``(latent_dim,)``."""
         return self.posterior(*self._encode(x))
@@ -176,8 +173,6 @@ class VAE(nn.Module):
                 f"{type(self).__name__}: expected data of shape (B, {', '.join(map(str, self.data_shape))}), got "
                 f"{tuple(x.shape)}: reshape the data, or build the model with data_shape={tuple(x.shape[1:])}"
             )
-
-    # -- the bound -----------------------------------------------------------------------------------------------------
 
     def terms(self, x: Tensor, num_samples: int = 1) -> Terms:
         """Return the parts of the bound at reparametrized draws of the posterior, without Pyro's traces.
@@ -237,20 +232,16 @@ class VAE(nn.Module):
         sums = [self.terms(x, count).elbo.logsumexp(0) for count in chunks]
         return torch.stack(sums).logsumexp(0) - math.log(num_samples)
 
-    # -- inspection ----------------------------------------------------------------------------------------------------
-
     @torch.no_grad()
     def sample_posterior(self, x: Tensor, num_samples: int = 1) -> Tensor:
         """Draw latent vectors from the posterior of each datum, ``(num_samples, B, latent_dim)``."""
         self._check_shape(x)
-        draws: Tensor = self.posterior_at(x).sample((num_samples,))
-        return draws
+        return self.posterior_at(x).sample((num_samples,))
 
     @torch.no_grad()
     def sample_prior(self, num_samples: int) -> Tensor:
         """Draw latent vectors from the prior, ``(num_samples, latent_dim)``."""
-        draws: Tensor = self.prior_distribution().sample((num_samples,))
-        return draws
+        return self.prior_distribution().sample((num_samples,))
 
     @torch.no_grad()
     def sample(self, num_samples: int) -> Tensor:
@@ -363,9 +354,8 @@ class IAFVAE(VAE):
         path_gradient: bool = False,
         **flow_options: object,
     ) -> None:
-        options = {"update": update, **flow_options}
         posterior = FlowPosterior(
-            encoder.latent_dim, encoder.context_dim, "iaf", path_gradient=path_gradient, **options
+            encoder.latent_dim, encoder.context_dim, "iaf", path_gradient=path_gradient, update=update, **flow_options
         )
         super().__init__(encoder, decoder, likelihood, posterior, prior, data_shape=data_shape)
 
@@ -379,12 +369,12 @@ class _StoreRegistration:
 
     def __init__(self, module: nn.Module) -> None:
         self._pyro_name = type(module).__name__
-        self._modules = {STORE_ATTRIBUTE: module}
+        self._modules: dict[str, nn.Module | None] = {STORE_ATTRIBUTE: module}
         self._owner = Owner()
 
     def __call__(self) -> None:
         with pyro.settings.context(module_local_params=False):  # only a PyroModule has a store of its own
-            claim_names(cast("PyroModule", self), STORE_ATTRIBUTE, self._owner)
-        for name, parameter in self._modules[STORE_ATTRIBUTE].named_parameters():
+            claim_names(self, STORE_ATTRIBUTE, self._owner)
+        for name, parameter in cast("nn.Module", self._modules[STORE_ATTRIBUTE]).named_parameters():
             if parameter.requires_grad:
                 pyro.param(param_with_module_name(f"{self._pyro_name}.{STORE_ATTRIBUTE}", name), parameter)

@@ -16,14 +16,14 @@ from pyro_flowguides.vae.networks.weight_norm import WeightNormConv2d, WeightNor
 __all__ = ["RESIDUAL_SCALE", "ResNetDecoder", "ResNetEncoder", "ResidualBlock", "SpatialDecoder", "SpatialEncoder"]
 __all__ += ["UpsampleConv2d"]
 
-
 #: Feature maps of the stages, in the order of the encoder.
 STAGE_WIDTHS = (16, 32, 32)
 #: Residual blocks per stage.
 BLOCKS_PER_STAGE = 2
-
 #: Factor on the residual of a block, so that a deep network starts close to its skip connections.
 RESIDUAL_SCALE = 0.1
+#: Number of times that an image is halved to reach the size of a latent image.
+HALVINGS = 2
 
 
 class UpsampleConv2d(nn.Module):
@@ -150,10 +150,6 @@ class ResNetDecoder(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         return params_last(flatten_batch(self.network, z, 1), self.channels)
-
-
-#: Number of times that the image is halved to reach the size of the latent image.
-HALVINGS = 2
 
 
 def _latent_shape(owner: str, latent_dim: int, data_shape: Sequence[int]) -> tuple[int, int, int]:

@@ -130,7 +130,14 @@ def _as_channels_first(name: str, array: np.ndarray, shape: Sequence[int]) -> np
     if shape and len(shape) not in (2, 3):
         raise ValueError(f"the shape of an image is (height, width) or (channels, height, width), got {tuple(shape)}")
     if array.ndim == 2:
-        return _unflatten(name, array, shape)
+        width = array.shape[1]
+        shape = tuple(shape) or (math.isqrt(width),) * 2
+        if math.prod(shape) != width:
+            raise ValueError(
+                f"{name}: rows of {width} pixels do not make images of {'x'.join(map(str, shape))}; give the shape, "
+                "for example --shape 28x20 (height x width) or --shape 3x32x32"
+            )
+        return array.reshape(-1, *(() if len(shape) == 3 else (1,)), *shape)
     if array.ndim == 3:
         return array[:, None]
     if array.ndim == 4 and array.shape[1] in (1, 3):
@@ -141,17 +148,6 @@ def _as_channels_first(name: str, array: np.ndarray, shape: Sequence[int]) -> np
         f"{name}: an array of shape {array.shape} holds no images; expected (N, H*W), (N, H, W), (N, C, H, W) or "
         "(N, H, W, C) with 1 or 3 channels"
     )
-
-
-def _unflatten(name: str, array: np.ndarray, shape: Sequence[int]) -> np.ndarray:
-    width = array.shape[1]
-    shape = tuple(shape) or (math.isqrt(width),) * 2
-    if math.prod(shape) != width:
-        raise ValueError(
-            f"{name}: rows of {width} pixels do not make images of {'x'.join(map(str, shape))}; give the shape, for "
-            "example --shape 28x20 (height x width) or --shape 3x32x32"
-        )
-    return array.reshape(-1, *(() if len(shape) == 3 else (1,)), *shape)
 
 
 def _idx_file(folder: Path, prefix: str) -> Path | None:

@@ -72,13 +72,12 @@ class Images:
 
     def binarized(self) -> Images:
         """Draw every pixel once as 0 or 1, its grey value being the probability of a 1; the draw is always the same."""
-        train, valid, test = (self._binarize(split) for split in SPLITS)
-        return Images(train, valid, test, levels=2, name=self.name)
-
-    def _binarize(self, split: str) -> Tensor:
-        pixels: Tensor = getattr(self, split)
-        generator = torch.Generator().manual_seed(derive_seed(BINARIZATION_STREAM, split))
-        return _draw_binary(pixels, self.levels, torch.rand(pixels.shape, generator=generator))
+        drawn = {}
+        for split in SPLITS:
+            pixels: Tensor = getattr(self, split)
+            generator = torch.Generator().manual_seed(derive_seed(BINARIZATION_STREAM, split))
+            drawn[split] = _draw_binary(pixels, self.levels, torch.rand(pixels.shape, generator=generator))
+        return Images(**drawn, levels=2, name=self.name)
 
 
 def _draw_binary(pixels: Tensor, levels: int, uniform: Tensor) -> Tensor:

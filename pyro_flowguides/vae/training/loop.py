@@ -128,11 +128,8 @@ class _Run:
         warmup_steps = settings.warmup * self.minibatches.steps_per_epoch
         self.loss_fn = LOSSES[settings.free_bits_kind](warmup_steps, settings.free_bits).to(fabric.device)
         self.ema = EMA(self.vae, settings.ema)
-        self.stateful: dict[str, nn.Module | torch.optim.Optimizer | EMA | Precision] = {
-            "model": self.vae,
-            "optimizer": self.optimizer,
-            "ema": self.ema,
-        }
+        self.stateful: dict[str, nn.Module | torch.optim.Optimizer | EMA | Precision]
+        self.stateful = {"model": self.vae, "optimizer": self.optimizer, "ema": self.ema}
         self.stateful |= {"loss_fn": self.loss_fn, "precision": fabric.strategy.precision}
 
     @property
@@ -148,8 +145,6 @@ class _Run:
         if 0 < self.settings.patience <= waited:
             return f"the validation ELBO did not improve for {waited} epochs"
         return ""
-
-    # -- the loop ------------------------------------------------------------------------------------------------------
 
     def fit(self) -> None:
         """Train to the end, one epoch at a time, with a checkpoint after each."""
@@ -237,8 +232,6 @@ class _Run:
         if self.fabric.strategy.precision.state_dict():  # float16: its scaler takes no step, but lowers the loss scale
             self.fabric_optimizer.step()
 
-    # -- checkpoints ---------------------------------------------------------------------------------------------------
-
     def _identity(self) -> dict[str, object]:
         more = {"shards": self.minibatches.shards, "fingerprint": self.images.fingerprint}
         return {**self.settings.identity(), **more}
@@ -270,8 +263,6 @@ class _Run:
         settings = dataclasses.asdict(self.settings)
         state = {"kind": "vae model", "settings": settings, "data_shape": self.images.shape, "epoch": self.epoch}
         self.folder.save("best.pt", {**state, "model": model})
-
-    # -- the end -------------------------------------------------------------------------------------------------------
 
     def finish(self) -> Summary:
         """Evaluate the best model on the test images; write summary and pictures."""

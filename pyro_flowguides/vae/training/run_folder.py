@@ -25,12 +25,11 @@ from pyro_flowguides.vae.training.settings import Settings
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
-    from lightning_fabric.loggers import CSVLogger, TensorBoardLogger
+    from lightning_fabric.loggers import TensorBoardLogger
     from matplotlib.figure import Figure
 
 __all__ = ["EpochLog", "Progress", "RunFolder", "State", "Summary", "build_model", "describe_machine", "load_model"]
 __all__ += ["read_model_state", "write_report"]
-
 
 #: The contents of ``last.pt`` or ``best.pt``.
 State: TypeAlias = dict[str, Any]
@@ -147,8 +146,13 @@ class EpochLog:
     """
 
     def __init__(self, folder: Path, history: Sequence[Mapping[str, float]], *, tensorboard: bool = True) -> None:
+        from lightning_fabric.loggers import CSVLogger
+
         self.tensorboard = _tensorboard_logger(folder, len(history)) if tensorboard else None
-        self.csv = _csv_logger(folder)
+        self.csv = CSVLogger(folder, name="", version="", flush_logs_every_n_steps=1)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Experiment logs directory")  # other files in it are left alone
+            _ = self.csv.experiment  # deletes the earlier file
         for row in history:
             self.csv.log_metrics(dict(row), step=int(row["step"]))
 
@@ -163,16 +167,6 @@ class EpochLog:
     def close(self) -> None:
         if self.tensorboard is not None:
             self.tensorboard.finalize("success")
-
-
-def _csv_logger(folder: Path) -> CSVLogger:
-    from lightning_fabric.loggers import CSVLogger
-
-    logger = CSVLogger(folder, name="", version="", flush_logs_every_n_steps=1)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Experiment logs directory")  # other files in it are left alone
-        _ = logger.experiment  # deletes the earlier file
-    return logger
 
 
 def _tensorboard_logger(folder: Path, epochs: int) -> TensorBoardLogger:
@@ -208,25 +202,22 @@ def describe_machine(fabric: Fabric) -> dict[str, object]:
 def write_report(folder: Path, summary: Summary, history: Sequence[Metrics], pictures: Pictures) -> None:
     """Write ``summary.json``, ``samples.png``, ``reconstructions.png`` and ``curve.png``."""
     samples, originals, reconstructions = pictures
-    _save_page(folder / "samples.png", _arrange(samples), "Draws from the prior")
+    _save_page(folder / "samples.png", samples, "Draws from the prior")
     pairs = torch.stack([originals, reconstructions], 1).flatten(0, 1)
-    _save_page(folder / "reconstructions.png", _arrange(pairs), "Test images, each beside its reconstruction")
+    _save_page(folder / "reconstructions.png", pairs, "Test images, each beside its reconstruction")
     _save_curve(folder / "curve.png", history)
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
 
 
-def _arrange(images: Tensor) -> Tensor:
-    """Arrange images in rows, one pixel apart, as a page ``(height, width, 3)``."""
+def _save_page(path: Path, images: Tensor, title: str) -> None:
+    """Save a picture of images in rows, one pixel apart."""
     images = images.detach().float().cpu().clamp(0, 1).expand(-1, 3, -1, -1)
     rows = math.ceil(len(images) / COLUMNS)
     _, channels, height, width = images.shape
     page = torch.ones(rows * COLUMNS, channels, height + 1, width + 1)
     page[: len(images), :, :height, :width] = images
     page = page.unflatten(0, (rows, COLUMNS)).permute(0, 3, 1, 4, 2)
-    return page.reshape(rows * (height + 1), COLUMNS * (width + 1), channels)
-
-
-def _save_page(path: Path, page: Tensor, title: str) -> None:
+    page = page.reshape(rows * (height + 1), COLUMNS * (width + 1), channels)
     figure = _new_figure(6, 6 * page.shape[0] / page.shape[1] + 0.4)
     axes = figure.subplots()
     axes.imshow(page.numpy(), interpolation="nearest")

@@ -59,7 +59,7 @@ class AutoregressiveNetwork(nn.Module):
     #: Numbers of spatial dimensions that the network supports.
     supported_spatial_dims: ClassVar[Collection[int]] = (2,)
 
-    def __init__(self, shape: Sequence[int], outputs: int, features: int, maps: int, groups: int) -> None:
+    def __init__(self, shape: Sequence[int], outputs: int, features: int = 0, maps: int = 0, groups: int = 1) -> None:
         super().__init__()
         name = type(self).__name__
         if len(shape) - 1 not in self.supported_spatial_dims or min(shape) < 1:
