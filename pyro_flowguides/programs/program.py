@@ -9,20 +9,23 @@ from typing import TypeVar, cast
 
 import torch
 from pyro import poutine
+from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pyro_flowguides.programs.batched_run import Layout, NotVectorizedError, RunMode, first_line, per_chunk
 from pyro_flowguides.programs.log_density import LogDensity
-from pyro_flowguides.programs.running import evaluation, trace_guide, trace_program
+from pyro_flowguides.programs.running import trace_guide, trace_program
 from pyro_flowguides.programs.sites import (
     SiteInfo,
     is_data,
     is_deterministic,
+    latent_sites,
     plate_depth,
     sample_sites,
     subsampled_plates,
 )
 from pyro_flowguides.programs.types import Args, Guide, Kwargs, Model, Site
+from pyro_flowguides.programs.validation import validated_traces
 
 __all__ = ["Program"]
 
@@ -72,21 +75,25 @@ class Program:
         """Run guide and model once and note their structure.
 
         The runs take place outside any plate of draws, so that an autoguide that has never been called sets itself up
-        on the bare model. They use up no random numbers.
+        on the bare model. They use up no random numbers. Pyro's validation is on, whatever the user's setting.
 
         Raises:
-            ValueError: if guide and model do not have the same latent sites.
+            ValueError: if guide and model do not have the same latent sites, or if Pyro's validation refuses the shape
+                of a site, data outside the support of their distribution, or constant parameters of one.
         """
         kwargs, alone = kwargs or {}, Layout(None, 0)
+
+        @torch.no_grad()
+        def draw() -> Trace:
+            return trace_guide(guide, args, kwargs, alone)
+
+        def run(guide_trace: Trace) -> Trace:
+            drawn = {name: site["value"] for name, site in latent_sites(guide_trace)}
+            return trace_program(model, args, kwargs, alone, drawn)
+
         with torch.random.fork_rng(devices=[]), poutine.trace(param_only=True) as capture:
-            with torch.no_grad():
-                guide_trace = trace_guide(guide, args, kwargs, alone)
-            guide_sites = {name: site for name, site in sample_sites(guide_trace) if not site["is_observed"]}
-            drawn = {name: site["value"] for name, site in guide_sites.items()}
-            with evaluation():
-                model_trace = trace_program(model, args, kwargs, alone, drawn)
-        model_sites = dict(sample_sites(model_trace))
-        _check_same_latents(model_sites, guide_sites)
+            guide_trace, model_trace = validated_traces(draw, run, _check_same_latents)
+        model_sites, guide_sites = dict(sample_sites(model_trace)), dict(latent_sites(guide_trace))
         latents = {name: site for name, site in model_sites.items() if not site["is_observed"]}
         captured = cast("dict[str, Site]", capture.trace.nodes)
         return cls(
@@ -178,8 +185,9 @@ def _unconstrained(value: Tensor) -> Tensor:
 _SUM_OUT = "to sum it out, mark it with infer={'enumerate': 'parallel'}"
 
 
-def _check_same_latents(model_sites: dict[str, Site], guide_sites: dict[str, Site]) -> None:
+def _check_same_latents(model_trace: Trace, guide_trace: Trace) -> None:
     """Refuse latent sites that only one of model and guide has, unless they are enumerated or auxiliary."""
+    model_sites, guide_sites = dict(sample_sites(model_trace)), dict(latent_sites(guide_trace))
     for name, site in model_sites.items():
         if site["is_observed"] or name in guide_sites:
             continue

@@ -106,12 +106,8 @@ def test_chunks() -> None:
     torch.testing.assert_close(parts.log_p, _one_by_one(programs.gaussian_model, parts, DATA), rtol=1e-5, atol=1e-5)
 
 
-def test_data_without_a_plate() -> None:
-    def model(data: Tensor) -> None:
-        z = pyro.sample("z", dist.Normal(0.0, 2.0))
-        pyro.sample("x", dist.Normal(z, torch.ones(len(data))), obs=data)
-
-    weighted = log_weights(model, programs.gaussian_guide(), DATA, num_samples=len(DATA))  # as many draws as data
+def test_as_many_draws_as_data() -> None:
+    weighted = log_weights(programs.gaussian_model, programs.gaussian_guide(), DATA, num_samples=len(DATA))
     assert weighted.vectorized
     expected = torch.full((len(DATA),), programs.gaussian_evidence(DATA), dtype=torch.float64)
     torch.testing.assert_close(weighted.log_w, expected, rtol=1e-5, atol=1e-5)
