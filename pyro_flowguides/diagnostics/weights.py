@@ -195,8 +195,6 @@ def point_sites(program: Program, constant: Collection[str]) -> tuple[str, ...]:
     )
 
 
-# -- the widened guide -------------------------------------------------------------------------------------------------
-
 
 def _widening_factor(dim: int) -> float:
     r"""Return the factor c by which to widen a guide in D dimensions.

@@ -151,8 +151,6 @@ class AutoAmortizedFlow(LazyGuide):
         self._new_global_guide: Callable[..., AutoFlow] = partial(AutoFlow, flow=global_flow, **global_options)
         self._new_posterior = partial(FlowPosterior, flow=flow, path_gradient=path_gradient, **flow_options)
 
-    # -- setting up ----------------------------------------------------------------------------------------------------
-
     @property
     def _module_or_none(self) -> LocalModule | None:
         local = self._modules["local"]
@@ -229,8 +227,6 @@ class AutoAmortizedFlow(LazyGuide):
                 f"one fixed structure per datum: create one guide per structure."
             )
 
-    # -- the plates ----------------------------------------------------------------------------------------------------
-
     def _find_data_plate(self, args: Args, kwargs: Kwargs) -> DataPlate:
         users_model = self.model if self._model is None else self._model[1]
         return find_data_plate(type(self).__name__, users_model, self._plate, args, kwargs)
@@ -251,8 +247,6 @@ class AutoAmortizedFlow(LazyGuide):
 
     def _check_prototype(self, part_trace: Trace) -> None:
         """Accept the sites of the global part, which Pyro compares with the master's: both run the same model."""
-
-    # -- the posterior -------------------------------------------------------------------------------------------------
 
     def forward(self, *args: object, **kwargs: object) -> Values:
         """Draw all latent sites; the arguments are those of the model."""
@@ -314,8 +308,6 @@ class AutoAmortizedFlow(LazyGuide):
         parts = [features.reshape(len(features), *(1,) * inner, features.shape[-1]), *deviation]
         batch = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))
         return torch.cat([part.expand(*batch, part.shape[-1]) for part in parts], -1)
-
-    # -- draws for all data --------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def sample_all(self, num_samples: int, *args: object, **kwargs: object) -> Values:

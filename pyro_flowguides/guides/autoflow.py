@@ -101,8 +101,6 @@ class AutoFlow(LazyGuide, AutoContinuous):
         check_options(owner.__name__, self._builder, flow_options, others=inspect.signature(owner).parameters)
         self._distribution = PathDistribution if path_gradient else dist.TransformedDistribution
 
-    # -- setting up ----------------------------------------------------------------------------------------------------
-
     def _setup_prototype(self, *args: object, **kwargs: object) -> None:
         super()._setup_prototype(*args, **kwargs)
         owner, prototype = type(self).__name__, self._prototype
@@ -134,8 +132,6 @@ class AutoFlow(LazyGuide, AutoContinuous):
         trace = structure.latent_trace(self.model, self._prototype_hide_fn, args, kwargs)
         owner, when = type(self).__name__, "for these arguments"
         structure.check_same_structure(owner, self._prototype, trace, when, self._observed)
-
-    # -- the posterior -------------------------------------------------------------------------------------------------
 
     def get_base_dist(self) -> dist.Distribution:
         """Return the standard normal in ``latent_dim`` dimensions."""
@@ -188,8 +184,6 @@ class AutoFlow(LazyGuide, AutoContinuous):
         ]
         return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
-    # -- the parts after the flow, set by a warm start -----------------------------------------------------------------
-
     def _parts(self) -> tuple[Flow, HeavyTail, LowerTriangularAffine | LowRankAffine]:
         flow, tails, affine = cast("Compose", self._ensure_parameters()).parts
         return cast("tuple[Flow, HeavyTail, LowerTriangularAffine | LowRankAffine]", (flow, tails, affine))
@@ -234,8 +228,6 @@ class AutoFlow(LazyGuide, AutoContinuous):
             return
         root = stretch(torch.diag(scale), directions, log_stretch)
         self.set_affine(loc, torch.linalg.cholesky(root @ root.mT))
-
-    # -- a module like any other ---------------------------------------------------------------------------------------
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Tensor], prefix: str, *args: Any) -> None:
         loc = state_dict.get(f"{prefix}transform.parts.2.loc")

@@ -115,8 +115,6 @@ class LazyGuide(AutoGuide):
         """Refuse arguments for which the latent sites of the model differ from those of the prototype."""
         raise NotImplementedError
 
-    # -- the model -----------------------------------------------------------------------------------------------------
-
     @property
     def model(self) -> Model:
         if self._model is None:
@@ -136,8 +134,6 @@ class LazyGuide(AutoGuide):
     def median(self, *args: object, **kwargs: object) -> Values:
         """Return the marginal median of every site, estimated like the quantiles."""
         return {name: value[0] for name, value in self.quantiles([0.5], *args, **kwargs).items()}
-
-    # -- a module like any other ---------------------------------------------------------------------------------------
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
         self._ensure_parameters()

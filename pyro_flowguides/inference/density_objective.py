@@ -115,8 +115,6 @@ class DensityObjective:
         z, log_q = self.draw(noise, options.path_gradient)
         return z, options.power * self.density(z) - log_q
 
-    # -- recording -----------------------------------------------------------------------------------------------------
-
     def recording(self, noise: Tensor, options: StepOptions) -> Replay | None:
         """Return the recorded step of these options, and make it if there is none.
 

@@ -99,8 +99,6 @@ class Run(Generic[GuideT]):
         """Wall time so far, including that of earlier processes."""
         return time.perf_counter() - self.begin_time
 
-    # -- the start -----------------------------------------------------------------------------------------------------
-
     def begin(self, warm_start: bool) -> None:
         """Find a start, and estimate how far it is from the posterior."""
         if warm_start:
@@ -124,8 +122,6 @@ class Run(Generic[GuideT]):
         # Without a scale, a step would be far too long for a narrow posterior.
         self.adam.set_scale(guide.location, best.gaussian.scale)
         self.start = f"{best.origin} (ELBO {best.elbo:.2f})"
-
-    # -- the loop ------------------------------------------------------------------------------------------------------
 
     def train(self, checkpoint: str | Path | None, checkpoint_every: int, progress: bool) -> None:
         """Take steps to the end of the schedule, then keep the average of the last iterates if it is better."""
@@ -210,8 +206,6 @@ class Run(Generic[GuideT]):
         step, where = self.schedule.step + 1, _describe_divergence(self.stepper.program, self.settings.num_particles)
         what = f"the bound or its gradient was not finite for {PATIENCE} steps in a row, up to step {step}"
         return f"fit: {what}{where}. Start elsewhere (init_loc_fn, init_scale) or lower lr."
-
-    # -- checkpoints ---------------------------------------------------------------------------------------------------
 
     def save(self, path: str | Path) -> None:
         """Write the state to a checkpoint."""

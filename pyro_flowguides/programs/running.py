@@ -36,8 +36,6 @@ __all__ = [
 DRAWS_PLATE = "_pyro_flowguides_draws"
 
 
-# -- surroundings ------------------------------------------------------------------------------------------------------
-
 
 @contextlib.contextmanager
 def isolated() -> Iterator[None]:
@@ -73,8 +71,6 @@ def unvalidated(*distributions: Distribution) -> Iterator[None]:
         for part in validating:
             part._validate_args = True
 
-
-# -- handlers ----------------------------------------------------------------------------------------------------------
 
 
 class _Substitute(Messenger):
@@ -128,8 +124,6 @@ def _draws_plate(layout: Layout) -> Iterator[None]:
         with pyro.plate(DRAWS_PLATE, layout.size, dim=-1 - layout.nesting):
             yield
 
-
-# -- runs --------------------------------------------------------------------------------------------------------------
 
 
 def run_scored(model: Model, args: Args, kwargs: Kwargs, layout: Layout, values: Values) -> Tensor | float:

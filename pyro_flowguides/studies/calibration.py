@@ -140,8 +140,6 @@ def _draws_of_fit(
         return weigh(result.program, num_samples).draws
 
 
-# -- the result --------------------------------------------------------------------------------------------------------
-
 
 @dataclass(frozen=True)
 class _Marginal:

@@ -257,8 +257,6 @@ def _run_chain(
     }
 
 
-# -- export ------------------------------------------------------------------------------------------------------------
-
 
 def _export(program: Program, guide: AutoContinuous, chains: Sequence[Values]) -> InferenceData:
     """Export the draws of all chains with the groups that ArviZ's functions need."""

@@ -86,8 +86,6 @@ class Flow(TransformModule):
         self.input_dim = input_dim
         self._memo: Memo | None = None
 
-    # -- what a family implements --------------------------------------------------------------------------------------
-
     def theta(self) -> Theta:
         """Return the tensors that the formulas read: the flow's own parameters, unless a family derives them."""
         return cast("Theta", dict(self._parameters))
@@ -123,8 +121,6 @@ class Flow(TransformModule):
         """
         shapes = {name: value.shape for name, value in self.theta().items()}
         return shapes, shapes.keys()
-
-    # -- value and log-determinant -------------------------------------------------------------------------------------
 
     @in_own_precision
     def forward_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -204,8 +200,6 @@ class Flow(TransformModule):
             raise ValueError(
                 f"{type(self).__name__}: expected a tensor of shape (..., {self.input_dim}), got {tuple(value.shape)}"
             )
-
-    # -- Pyro's interface ----------------------------------------------------------------------------------------------
 
     if TYPE_CHECKING:
 
