@@ -195,7 +195,6 @@ def point_sites(program: Program, constant: Collection[str]) -> tuple[str, ...]:
     )
 
 
-
 def _widening_factor(dim: int) -> float:
     r"""Return the factor c by which to widen a guide in D dimensions.
 

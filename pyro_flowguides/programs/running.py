@@ -36,7 +36,6 @@ __all__ = [
 DRAWS_PLATE = "_pyro_flowguides_draws"
 
 
-
 @contextlib.contextmanager
 def isolated() -> Iterator[None]:
     """Run a program without outer plates and traces, without gradients, and without using up random numbers."""
@@ -70,7 +69,6 @@ def unvalidated(*distributions: Distribution) -> Iterator[None]:
     finally:
         for part in validating:
             part._validate_args = True
-
 
 
 class _Substitute(Messenger):
@@ -123,7 +121,6 @@ def _draws_plate(layout: Layout) -> Iterator[None]:
     else:
         with pyro.plate(DRAWS_PLATE, layout.size, dim=-1 - layout.nesting):
             yield
-
 
 
 def run_scored(model: Model, args: Args, kwargs: Kwargs, layout: Layout, values: Values) -> Tensor | float:

@@ -140,7 +140,6 @@ def _draws_of_fit(
         return weigh(result.program, num_samples).draws
 
 
-
 @dataclass(frozen=True)
 class _Marginal:
     """The p of one scalar parameter, and its row of the table; :attr:`VSBC.table` explains the columns."""

@@ -142,7 +142,6 @@ def _best(fits: Sequence[IsolatedFit], seed: int) -> IsolatedFit:
     return diagnose_again(best, agreement(*draws), seed) if len(draws) > 1 else best
 
 
-
 def resolve_guides(guides: GuideSpec | Iterable[GuideSpec]) -> dict[str, GuideFactory]:
     """Return a factory of guides for each label.
 
@@ -191,7 +190,6 @@ def _by_name(name: str) -> GuideFactory:
     names = [*GAUSSIANS, *FLOWS]
     nearest = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.0)[0]
     raise ValueError(f"compare: unknown guide {name!r}: did you mean {nearest!r}? Known guides: {', '.join(names)}")
-
 
 
 @dataclass(frozen=True)

@@ -257,7 +257,6 @@ def _run_chain(
     }
 
 
-
 def _export(program: Program, guide: AutoContinuous, chains: Sequence[Values]) -> InferenceData:
     """Export the draws of all chains with the groups that ArviZ's functions need."""
     stats = {name: torch.cat([chain[name] for chain in chains]) for name in chains[0]}
