@@ -13,6 +13,7 @@ from pyro.infer import Trace_ELBO, TraceEnum_ELBO
 from torch import Tensor
 
 from pyro_flowguides.diagnostics.weights import weigh
+from pyro_flowguides.programs.batched_run import NEVER_OF_A_DRAW
 from pyro_flowguides.programs.program import Program
 
 __all__ = ["Evaluation", "Objective", "Route", "RouteKind", "StepOptions", "TraceObjective"]
@@ -125,6 +126,7 @@ class TraceObjective:
 
     def __init__(self, program: Program, reason: str, vectorize: bool = True) -> None:
         self.program, self.parameters = program, program.parameters
+        self._has_worked = False
         self.is_vectorized = vectorize and self._can_vectorize()
         self.route = Route("traced" if self.is_vectorized else "sequential", reason)
 
@@ -151,8 +153,12 @@ class TraceObjective:
     def __call__(self, options: StepOptions, generator: torch.Generator) -> Evaluation:
         """Estimate the bound with draws from the global generator.
 
+        Where the model raises an error, single particles are drawn instead, and those at which it does so again are
+        dropped.
+
         Raises:
             ValueError: for an importance-weighted or tempered bound.
+            Exception: the model's, if it has failed for every particle so far.
         """
         if options.importance > 1 or options.power != 1:
             raise ValueError("fit: importance weighting and tempering need a flow guide on a model that vectorizes")
@@ -161,8 +167,28 @@ class TraceObjective:
             num_particles = min(num_particles, MAX_SEQUENTIAL_PARTICLES)
         with pyro.validation_enabled(False), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Encountered NaN", UserWarning)  # such steps are counted by the fit
-            loss = self._loss(num_particles, self.is_vectorized)
+            try:
+                loss, num_dropped = self._loss(num_particles, self.is_vectorized), 0
+            except NEVER_OF_A_DRAW:
+                raise
+            except Exception as error:  # a model may fail in any way where it is not defined
+                loss, num_dropped = self._loss_where_defined(min(num_particles, MAX_SEQUENTIAL_PARTICLES), error)
         bound = -float(loss.detach())
         if not math.isfinite(bound):
             return Evaluation(loss.new_zeros(()), math.nan, num_particles)
-        return Evaluation(loss, bound, 0)
+        self._has_worked = True
+        return Evaluation(loss, bound, num_dropped)
+
+    def _loss_where_defined(self, num_particles: int, error: Exception) -> tuple[Tensor, int]:
+        """Return the mean loss of single particles and the number of those left out."""
+        losses = []
+        for _ in range(num_particles):
+            try:
+                loss = self._loss(1, vectorize=False)
+            except Exception:  # as above
+                continue
+            if bool(loss.isfinite()):
+                losses.append(loss)
+        if not losses and not self._has_worked:
+            raise error
+        return torch.stack(losses).mean() if losses else torch.tensor(math.nan), max(1, num_particles - len(losses))

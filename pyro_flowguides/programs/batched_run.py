@@ -12,9 +12,11 @@ from pyro_flowguides.programs.types import Values
 
 __all__ = [
     "DENSITY",
+    "NEVER_OF_A_DRAW",
     "BatchedRun",
     "DensityRun",
     "Layout",
+    "MissingSiteError",
     "NotVectorizedError",
     "RunMode",
     "check_against_single_runs",
@@ -73,6 +75,14 @@ def gather(parts: Iterable[Values], total: int) -> Values:
 
 class NotVectorizedError(ValueError):
     """A program gives other shapes or other numbers for many draws at once than for one draw after the other."""
+
+
+class MissingSiteError(ValueError):
+    """A latent site of the model has no value."""
+
+
+#: Errors that do not come from the values of a draw.
+NEVER_OF_A_DRAW = (NotVectorizedError, MissingSiteError, MemoryError, torch.cuda.OutOfMemoryError)
 
 
 @dataclass(frozen=True)
@@ -213,7 +223,7 @@ def _representative(log_density: Tensor) -> list[int]:
 
 @dataclass(frozen=True)
 class DensityRun:
-    """A run of a program that gives a log density (S,), NaN at draws at which a matrix cannot be factorized.
+    """A run of a program that gives a log density (S,), NaN at draws at which the program raises an error.
 
     Attributes:
         runs: the run; it gives the log density alone, under the name :data:`DENSITY`.
@@ -225,16 +235,35 @@ class DensityRun:
 
     def __call__(self, values: Values, mode: RunMode) -> Tensor:
         """Return the log densities at given values (S, ...) of latent sites."""
+        return self._isolate_errors(values, mode, None)
+
+    def _isolate_errors(self, values: Values, mode: RunMode, errors: list[Exception] | None) -> Tensor:
+        """Return the log densities, and note the errors of single draws; with a list for them, raise any other."""
         try:
             return self.at_once(values, mode)
-        except torch.linalg.LinAlgError:
+        except NEVER_OF_A_DRAW:
+            raise
+        except Exception as error:  # a model may fail in any way where it is not defined
             first = next(iter(values.values()))
             if len(first) == 1:
+                if errors is not None:
+                    self._check_fails_by_itself(values, error)
+                    errors.append(error)
                 undefined = first.new_full((1,), torch.nan)
                 return undefined if self.dtype is None else undefined.to("cpu", self.dtype)
             middle = len(first) // 2
             halves = (select(values, part) for part in (slice(middle), slice(middle, None)))
-            return torch.cat([self(half, mode) for half in halves])
+            log_density = torch.cat([self._isolate_errors(half, mode, errors) for half in halves])
+            if errors is not None and not _is_of_matrix(error) and not bool(log_density.isnan().any()):
+                raise  # because the draws run together
+            return log_density
+
+    def _check_fails_by_itself(self, draw: Values, error: Exception) -> None:
+        try:
+            self.at_once(draw, RunMode.SINGLE)
+        except Exception:  # as above
+            return
+        raise error
 
     def at_once(self, values: Values, mode: RunMode) -> Tensor:
         """Return the log densities; an error at one of the draws is raised."""
@@ -245,15 +274,24 @@ class DensityRun:
 
         Raises:
             NotVectorizedError: if they differ by more than the relative and absolute tolerance.
+            Exception: the program's, if it fails where its runs of single draws do not, or at all draws.
         """
 
         def single(index: int) -> Values:
             draw = select(values, slice(index, index + 1))
             return {DENSITY: _seeded(lambda: self(draw, RunMode.SINGLE))}
 
-        log_density = _seeded(lambda: self(values, mode))
+        errors: list[Exception] = []
+        log_density = _seeded(lambda: self._isolate_errors(values, mode, errors))
+        if len(errors) == len(log_density) and not all(map(_is_of_matrix, errors)):
+            raise errors[0]
         check_against_single_runs({DENSITY: log_density}, single, tolerance)
         return log_density
+
+
+def _is_of_matrix(error: Exception) -> bool:
+    """Tell whether a matrix could not be factorized, which many matrices together report as one does."""
+    return isinstance(error, torch.linalg.LinAlgError)
 
 
 def _seeded(run: Callable[[], T]) -> T:

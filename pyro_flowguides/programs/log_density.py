@@ -27,7 +27,7 @@ class LogDensity:
 
     The model runs once per call, and only densities are collected. It runs under a plate of particles until
     :meth:`check` finds that it does not broadcast; then it is mapped over the particles by ``torch.func.vmap``. At a
-    particle at which a matrix cannot be factorized the density is NaN.
+    particle at which the model raises an error the density is NaN.
 
     Args:
         program: a model and an autoguide of it over one unconstrained vector.

@@ -124,8 +124,8 @@ def score_model(program: Program, values: Values, chunk_size: int) -> Tensor:
         chunk_size: number of draws that run together.
 
     Returns:
-        the model's log density, (S,), with enumerated sites summed out: −inf outside the support, NaN where a matrix
-        cannot be factorized.
+        the model's log density, (S,), with enumerated sites summed out: −inf outside the support, NaN where the model
+        raises an error.
     """
     num_samples = len(next(iter(values.values())))
     reduce = marginal_log_prob if program.enumerated else joint_log_prob

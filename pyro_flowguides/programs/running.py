@@ -17,7 +17,7 @@ from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from torch import Tensor
 from torch.distributions import Distribution
 
-from pyro_flowguides.programs.batched_run import Layout
+from pyro_flowguides.programs.batched_run import Layout, MissingSiteError
 from pyro_flowguides.programs.sites import is_data
 from pyro_flowguides.programs.types import Args, Guide, Kwargs, Model, Site, Values
 
@@ -94,7 +94,7 @@ class _Score(_Substitute):
     def _pyro_sample(self, msg: Site) -> None:
         super()._pyro_sample(msg)
         if not (msg["is_observed"] or msg["name"] in self.values or site_is_subsample(msg)):  # type: ignore[arg-type]
-            raise ValueError(f"site {msg['name']!r} is latent in the model and not in the guide")
+            raise MissingSiteError(f"site {msg['name']!r} is latent in the model and not in the guide")
 
     def _pyro_post_sample(self, msg: Site) -> None:
         if site_is_subsample(msg):  # type: ignore[arg-type]
@@ -132,7 +132,7 @@ def run_scored(model: Model, args: Args, kwargs: Kwargs, layout: Layout, values:
         values: values of the latent sites, shaped as they stand in the trace.
 
     Raises:
-        ValueError: if a latent site has no value.
+        MissingSiteError: if a latent site has no value.
         NotVectorizedError: if a log density does not have the draws in their dimension.
     """
     score = _Score(values, layout)

@@ -228,3 +228,61 @@ def test_lists_of_guides_are_evaluated_through_traces():
 def test_bounds_that_traces_cannot_give_are_refused(options):
     with pytest.raises(ValueError, match="need a flow guide"):
         make_objective(Program.inspect(gaussian, handwritten))(options, torch.Generator())
+
+
+# -- models that raise an error at some draws --------------------------------------------------------------------------
+
+
+def refusing():
+    """N(0, 1) times a likelihood; an error if any particle lies above 0.7."""
+    x = pyro.sample("x", dist.Normal(0.0, 1.0))
+    if bool((x > 0.7).any()):
+        raise ValueError("bad point")
+    pyro.sample("y", dist.Normal(x, 1.0), obs=torch.tensor(0.5))
+
+
+def exact(x):
+    return dist.Normal(0.0, 1.0).log_prob(x) + dist.Normal(x, 1.0).log_prob(torch.tensor(0.5))
+
+
+def test_particles_at_which_the_model_fails_are_left_out_and_counted():
+    guide = fg.AutoFlow(refusing, "planar", depth=1, init_scale=0.6, init_loc_fn=lambda site: torch.tensor(0.0))
+    guide()
+    bound = DensityObjective(Program.inspect(refusing, guide))
+    z, log_q = bound.draw(bound.noise(64, torch.Generator().manual_seed(0)))
+    expected = (exact(z[:, 0]) - log_q)[z[:, 0] <= 0.7].detach()
+    assert 0 < len(expected) < 60
+    step = bound(StepOptions(64), torch.Generator().manual_seed(0))
+    assert step.num_dropped == 64 - len(expected)
+    assert step.elbo == pytest.approx(float(expected.mean()), rel=1e-5)
+    step.loss_or_gradient.backward()
+    assert flatten([parameter.grad for parameter in guide.parameters()]).isfinite().all()
+
+
+def test_traces_leave_out_particles_at_which_the_model_fails():
+    guide = AutoNormal(refusing, init_scale=0.6, init_loc_fn=lambda site: torch.tensor(0.0))
+    guide()
+    bound = make_objective(Program.inspect(refusing, guide))
+    torch.manual_seed(0)
+    steps = [bound(StepOptions(32), torch.Generator()) for _ in range(20)]
+    assert sum(step.num_dropped for step in steps) >= 20  # each step of 32 particles has one above 0.7
+    assert all(math.isfinite(step.elbo) for step in steps)
+
+
+def test_failing_draws_are_undefined_in_a_diagnosis():
+    guide = AutoNormal(refusing, init_scale=0.6, init_loc_fn=lambda site: torch.tensor(0.0))
+    torch.manual_seed(0)
+    weighted = fg.diagnostics.log_weights(refusing, guide, num_samples=200)
+    x = weighted.draws["x"]
+    assert torch.equal(weighted.log_p.isnan(), x > 0.7)
+    torch.testing.assert_close(weighted.log_p[x <= 0.7], exact(x[x <= 0.7]).double(), rtol=1e-5, atol=1e-5)
+    assert weighted.vectorized
+
+
+def test_a_model_that_always_fails_is_no_matter_of_draws():
+    def model():
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(x, torch.ones(3) @ torch.ones(2)), obs=torch.tensor(0.5))
+
+    with pytest.raises(RuntimeError, match="inconsistent tensor size"):
+        Program.inspect(model, AutoNormal(refusing))
