@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from pyro_flowguides.nn.arguments import check_count, check_number, describe
 from pyro_flowguides.nn.mlp import MLP
 
 __all__ = ["HyperNetwork"]
@@ -59,8 +60,13 @@ class HyperNetwork(nn.Module):
         scale: float = 1.0,
     ) -> None:
         super().__init__()
-        if context_dim < 1:
-            raise ValueError(f"HyperNetwork: context_dim must be at least 1, got {context_dim}")
+        check_count("HyperNetwork", "context_dim", context_dim)
+        check_number("HyperNetwork", "scale", scale)
+        if not isinstance(shapes, Mapping):
+            raise TypeError(f"HyperNetwork: shapes must map names to shapes, got {describe(shapes)}")
+        unknown = sorted({*(zero or ())} - shapes.keys())
+        if unknown or not shapes:
+            raise ValueError(f"HyperNetwork: zero names {unknown}, the outputs are {sorted(shapes)}")
         self.context_dim, self.scale = context_dim, scale
         self.shapes = {name: tuple(shape) for name, shape in shapes.items()}
         self.sizes = [math.prod(shape) for shape in self.shapes.values()]
@@ -76,6 +82,10 @@ class HyperNetwork(nn.Module):
                 rows.uniform_(-1, 1).div_(math.sqrt(weight.shape[1]))
 
     def forward(self, context: Tensor) -> dict[str, Tensor]:
+        if context.shape[-1:] != (self.context_dim,):
+            raise ValueError(
+                f"HyperNetwork: expected a context of shape (..., {self.context_dim}), got {tuple(context.shape)}"
+            )
         flat = self.network(context) * self.scale
         return {
             name: part.reshape((*flat.shape[:-1], *shape))

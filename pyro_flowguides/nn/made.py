@@ -7,6 +7,7 @@ from functools import reduce
 import torch
 from torch import Tensor, nn
 
+from pyro_flowguides.nn.arguments import check_count, check_widths
 from pyro_flowguides.nn.mlp import MLP, elementwise_derivative
 from pyro_flowguides.nn.ordering import as_permutation
 from pyro_flowguides.nn.substitution import (
@@ -59,6 +60,7 @@ class MADE(MLP):
 
     Raises:
         ValueError: if ``order`` is not a permutation or a width is not positive.
+        TypeError: if a number or ``hidden_dims`` has another type.
 
     References:
         M. Germain, K. Gregor, I. Murray, H. Larochelle (2015). MADE: masked autoencoder for distribution estimation.
@@ -83,8 +85,11 @@ class MADE(MLP):
         lowest_degree: int = 1,
         activation: Callable[[Tensor], Tensor] = nn.functional.elu,
     ) -> None:
+        check_count("MADE", "input_dim", input_dim)
+        check_count("MADE", "outputs", outputs)
+        hidden_dims = check_widths("MADE", "hidden_dims", hidden_dims)
         order = as_permutation("MADE", input_dim, order)
-        lowest = min(lowest_degree, input_dim - 1)
+        lowest = min(check_count("MADE", "lowest_degree", lowest_degree, 0), input_dim - 1)
         hidden = [lowest + torch.arange(max(width, 0)) * (input_dim - lowest) // width for width in hidden_dims]
         masks = layer_masks([order.argsort() + 1, *hidden], outputs)
         super().__init__(input_dim, hidden_dims, outputs * input_dim, activation, masks)

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from pyro_flowguides.nn.arguments import check_callable, check_count, check_tensor, check_widths
+
 __all__ = ["MLP", "elementwise_derivative", "linear"]
 
 
@@ -32,6 +34,7 @@ class MLP(nn.Module):
 
     Raises:
         ValueError: if a width is not positive.
+        TypeError: if a width or ``hidden_dims`` has another type.
 
     Example:
         >>> import torch
@@ -50,10 +53,14 @@ class MLP(nn.Module):
         masks: Sequence[Tensor] = (),
     ) -> None:
         super().__init__()
-        if in_features < 0 or out_features < 1 or any(width < 1 for width in hidden_dims):
+        owner = type(self).__name__
+        check_count(owner, "in_features", in_features, 0)
+        check_count(owner, "out_features", out_features)
+        check_callable(owner, "activation", activation, "a function of a tensor, such as torch.nn.functional.elu")
+        hidden_dims = check_widths(owner, "hidden_dims", hidden_dims)
+        if any(width < 1 for width in hidden_dims):
             raise ValueError(
-                f"{type(self).__name__}: layer widths must be positive, "
-                f"got {in_features} -> {list(hidden_dims)} -> {out_features}"
+                f"{owner}: layer widths must be positive, got {in_features} -> {list(hidden_dims)} -> {out_features}"
             )
         widths = [in_features, *hidden_dims, out_features]
         self.in_features, self.out_features = in_features, out_features
@@ -131,6 +138,10 @@ class MLP(nn.Module):
         return rows
 
     def forward(self, x: Tensor) -> Tensor:
+        check_tensor(type(self).__name__, "the input", x)
+        width = self.weights[0].shape[1]
+        if x.shape[-1:] != (width,):
+            raise ValueError(f"{type(self).__name__}: expected an input of shape (..., {width}), got {tuple(x.shape)}")
         return self.run(x, self.fold())
 
     def extra_repr(self) -> str:

@@ -1,7 +1,11 @@
 """Products with vectors and matrices that may carry batch dimensions, packed triangles, and numbers as vectors."""
 
+import math
+
 import torch
 from torch import Tensor
+
+from pyro_flowguides.nn.arguments import check_number
 
 __all__ = [
     "dot",
@@ -15,10 +19,24 @@ __all__ = [
 ]
 
 
-def per_coordinate(value: float | Tensor, dim: int) -> Tensor:
-    """Expand a number or a vector to a new floating-point vector ``(dim,)`` on the value's device."""
-    value = torch.as_tensor(value).detach()
-    return torch.zeros(dim, device=value.device) + value
+def per_coordinate(owner: str, name: str, value: float | Tensor, dim: int, *, positive: bool = False) -> Tensor:
+    """Expand a number or a vector to a new floating-point vector ``(dim,)`` on the value's device.
+
+    Raises:
+        ValueError: if the value is not finite, not positive where it must be, or not a number or a vector ``(dim,)``.
+            The message names the owner and the name of the argument.
+    """
+    if not isinstance(value, Tensor):
+        value = check_number(owner, name, value, 0 if positive else -math.inf)
+    tensor = torch.as_tensor(value).detach()
+    if tensor.dim() > 1 or tensor.shape[-1:] not in ((), (1,), (dim,)):
+        raise ValueError(f"{owner}: {name} must be a number or a vector of {dim}, got shape {tuple(tensor.shape)}")
+    is_valid = tensor.isfinite() & (tensor > 0) if positive else tensor.isfinite()
+    if not tensor.is_meta and not bool(is_valid.all()):
+        limits = "positive and finite" if positive else "finite"
+        wrong = float(tensor.reshape(-1)[~is_valid.reshape(-1)][0])
+        raise ValueError(f"{owner}: {name} must be {limits} in every coordinate, got {wrong:.4g}")
+    return torch.zeros(dim, device=tensor.device) + tensor
 
 
 def dot(x: Tensor, v: Tensor) -> Tensor:

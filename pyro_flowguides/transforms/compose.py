@@ -1,15 +1,18 @@
 """Compositions: flows applied in order, as one flow."""
 
 from collections.abc import Iterable, Sequence
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
+from pyro_flowguides.nn.arguments import describe
 from pyro_flowguides.transforms.conditional import ConditionalFlow
 from pyro_flowguides.transforms.flow import BoundFormula, Direction, Flow
 
 __all__ = ["Compose", "ConditionalCompose"]
+
+PartT = TypeVar("PartT", bound=Flow | ConditionalFlow)
 
 
 class Compose(Flow):
@@ -22,6 +25,7 @@ class Compose(Flow):
 
     Raises:
         ValueError: if there are no parts, or their ``input_dim`` differ.
+        TypeError: if a part is conditional, or no flow of this package.
 
     Example:
         >>> import torch
@@ -33,7 +37,13 @@ class Compose(Flow):
     """
 
     def __init__(self, parts: Iterable[Flow], *, cache_size: int = 1) -> None:
-        parts = list(parts)
+        parts = _listed("Compose", parts)
+        for part in parts:
+            if isinstance(part, ConditionalFlow):
+                raise TypeError(
+                    f"Compose: {type(part).__name__} needs a context: compose the parts by ConditionalCompose, or give "
+                    "it one by condition(context)"
+                )
         super().__init__(_shared_input_dim("Compose", parts), cache_size=cache_size)
         self.parts = nn.ModuleList(parts)
         self.cheap_direction = _shared_direction(parts)
@@ -68,11 +78,12 @@ class ConditionalCompose(ConditionalFlow):
 
     def __init__(self, parts: Iterable[Flow | ConditionalFlow]) -> None:
         super().__init__()
-        parts = list(parts)
+        parts = _listed("ConditionalCompose", parts)
         self.input_dim = _shared_input_dim("ConditionalCompose", parts)
         widths = {part.context_dim for part in parts if isinstance(part, ConditionalFlow)}
         if len(widths) != 1:
-            raise ValueError(f"ConditionalCompose: the parts must share one context_dim, got {sorted(widths)}")
+            hint = "" if widths else ": no part is conditional, use Compose"
+            raise ValueError(f"ConditionalCompose: the parts must share one context_dim, got {sorted(widths)}{hint}")
         self.context_dim = widths.pop()
         self.parts = nn.ModuleList(parts)
         self.cheap_direction = _shared_direction(parts)
@@ -84,6 +95,17 @@ class ConditionalCompose(ConditionalFlow):
             for part in parts
             for formula in (part.formulas(context) if isinstance(part, ConditionalFlow) else part.formulas())
         ]
+
+
+def _listed(owner: str, parts: Iterable[PartT]) -> list[PartT]:
+    """Return the parts as a list; refuse anything but flows."""
+    if isinstance(parts, str) or not isinstance(parts, Iterable):
+        raise TypeError(f"{owner}: parts must be a sequence of flows, got {describe(parts)}")
+    parts = list(parts)
+    for part in parts:
+        if not isinstance(part, Flow | ConditionalFlow):
+            raise TypeError(f"{owner}: every part must be a flow of this package, got {describe(part)}")
+    return parts
 
 
 def _shared_input_dim(owner: str, parts: Sequence[Flow | ConditionalFlow]) -> int:

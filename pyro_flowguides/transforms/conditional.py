@@ -18,6 +18,7 @@ from pyro.distributions.conditional import ConditionalTransformModule
 from torch import Tensor
 
 from pyro_flowguides.nn import HyperNetwork
+from pyro_flowguides.nn.arguments import check_count, check_widths
 from pyro_flowguides.nn.precision import in_own_precision
 from pyro_flowguides.transforms.docstrings import format_sections, parse_docstring
 from pyro_flowguides.transforms.flow import BoundFormula, Direction, Flow, Theta
@@ -53,6 +54,14 @@ class ConditionalFlow(ConditionalTransformModule):
                 f"got {tuple(context.shape)}"
             )
         return ConditionedFlow(self, context)
+
+    def forward(self, *_: object) -> Tensor:
+        """Refuse a call without a context.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError(f"{type(self).__name__} is not a flow before it has a context: call condition(context) first")
 
     def extra_repr(self) -> str:
         return f"{self.input_dim}, context_dim={self.context_dim}"
@@ -159,6 +168,8 @@ class _FamilyFlow(ConditionalFlow):
         self.hyper = HyperNetwork(context_dim, hidden_dims, shapes, zero, scale)
 
     def _build(self, input_dim: int, options: Mapping[str, object]) -> Flow:
+        if not hasattr(type(self), "family"):
+            raise TypeError(f"{type(self).__name__} is a base class: use a family, such as ConditionalPlanar")
         build = cast("Callable[..., Flow]", self.family)
         return build(input_dim, **{**self.family_defaults, **options})
 
@@ -190,6 +201,8 @@ class AmortizedFlow(_FamilyFlow):
     _context_costs = "one pass of the hypernetwork for each context"
 
     def __init__(self, input_dim: int, context_dim: int, hidden_dims: Sequence[int] = (), **options: object) -> None:
+        context_dim = check_count(type(self).__name__, "context_dim", context_dim)
+        hidden_dims = check_widths(type(self).__name__, "hidden_dims", hidden_dims)
         flow = self._build(input_dim, options)
         features = hidden_dims[-1] if hidden_dims else context_dim
         # Widths below 1 are refused by the hypernetwork, with its message.
@@ -209,4 +222,5 @@ class ContextFlow(_FamilyFlow):
     _context_costs = "one matrix product for each context"
 
     def __init__(self, input_dim: int, context_dim: int, **options: object) -> None:
+        context_dim = check_count(type(self).__name__, "context_dim", context_dim)
         super().__init__(self._build(input_dim, options), context_dim)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pyro_flowguides.nn import MLP
+from pyro_flowguides.nn.arguments import check_count, check_tensor
 from pyro_flowguides.nn.precision import in_own_precision
 from pyro_flowguides.transforms.cache import Memo, recall, remember
 
@@ -81,9 +82,7 @@ class Flow(TransformModule):
 
     def __init__(self, input_dim: int, *, cache_size: int = 1) -> None:
         super().__init__(cache_size=cache_size)
-        if input_dim < 1:
-            raise ValueError(f"{type(self).__name__}: input_dim must be at least 1, got {input_dim}")
-        self.input_dim = input_dim
+        self.input_dim = check_count(type(self).__name__, "input_dim", input_dim)
         self._memo: Memo | None = None
 
     def theta(self) -> Theta:
@@ -92,11 +91,11 @@ class Flow(TransformModule):
 
     def _forward_formula(self, x: Tensor, theta: Theta) -> tuple[Tensor, Tensor]:
         """Compute y and ladj."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no formula: use a family, or implement _forward_formula")
 
     def _inverse_formula(self, y: Tensor, theta: Theta, root: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Compute x and ladj; if x is known (``root``), solve nothing and only give it its derivatives."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no formula: use a family, or implement _inverse_formula")
 
     def _score_formula(self, x: Tensor, score: Tensor, theta: Theta) -> tuple[Tensor, Tensor, Tensor]:
         """Compute y, ladj without derivatives, and the score at y, by default from the inverse at a known root."""
@@ -156,6 +155,7 @@ class Flow(TransformModule):
             x ``(..., D)`` and ladj ``(...)``, as :meth:`inverse_and_ladj`.
         """
         self._check(y)
+        self._check(x)
         formulas = self.formulas()
         if detach_parameters:
             formulas = [formula.detached() for formula in formulas]
@@ -188,6 +188,7 @@ class Flow(TransformModule):
             L. Vaitl, K. Nicoli, S. Nakajima, P. Kessel (2022). Gradients should stay on path. arXiv:2207.08219.
         """
         self._check(x)
+        self._check(score)
         score = score.detach()
         ladjs: list[Tensor] = []
         for flow, theta in self.formulas():
@@ -293,6 +294,13 @@ def with_path_gradient(log_prob: Tensor, y: Tensor, score: Tensor) -> Tensor:
     Returns:
         the same values ``(...)``, whose derivative with respect to y is the score.
     """
+    for name, value in (("log_prob", log_prob), ("y", y), ("score", score)):
+        check_tensor("with_path_gradient", name, value)
+    if score.shape != y.shape or log_prob.shape != y.shape[:-1]:
+        raise ValueError(
+            "with_path_gradient: expected log_prob (...), y (..., D) and score (..., D), got "
+            f"{tuple(log_prob.shape)}, {tuple(y.shape)} and {tuple(score.shape)}"
+        )
     return log_prob.detach() + (score * (y - y.detach())).sum(-1)
 
 

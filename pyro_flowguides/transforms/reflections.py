@@ -1,8 +1,11 @@
 """Products of Householder reflections, applied to vectors."""
 
+from numbers import Integral
+
 import torch
 from torch import Tensor
 
+from pyro_flowguides.nn.arguments import describe
 from pyro_flowguides.transforms.algebra import dot
 
 __all__ = ["paired_vectors", "reflect"]
@@ -26,15 +29,16 @@ def reflect(x: Tensor, vectors: Tensor, *, transpose: bool = False) -> Tensor:
     return x
 
 
-def paired_vectors(input_dim: int, reflections: int) -> Tensor:
+def paired_vectors(owner: str, input_dim: int, reflections: int) -> Tensor:
     """Draw vectors ``(K, D)`` in near-equal pairs, so that the product of their reflections is near the identity.
 
     Raises:
-        ValueError: if ``reflections`` is odd or below 2.
+        ValueError: if ``reflections`` is odd or below 2; the message names the owner.
     """
-    if reflections < 2 or reflections % 2:
+    if not isinstance(reflections, Integral) or reflections < 2 or reflections % 2:
         raise ValueError(
-            f"reflections must be even and at least 2, so that they can start as a rotation: {reflections}"
+            f"{owner}: reflections must be even and at least 2, so that they can start as a rotation, got "
+            f"{describe(reflections)}"
         )
     v = torch.randn(reflections // 2, input_dim)
     v = v / v.norm(dim=-1, keepdim=True)

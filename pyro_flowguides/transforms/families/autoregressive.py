@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_flowguides.nn import MADE
+from pyro_flowguides.nn.arguments import check_one_of
 from pyro_flowguides.transforms.conditional import ContextFlow
 from pyro_flowguides.transforms.flow import ConditionerFlow, Theta
 from pyro_flowguides.transforms.solvers import implicit_root, with_implicit_gradient
@@ -60,8 +61,7 @@ class _Autoregressive(ConditionerFlow):
         cache_size: int = 1,
     ) -> None:
         super().__init__(input_dim, cache_size=cache_size)
-        if update not in UPDATES:
-            raise ValueError(f"{type(self).__name__}: update must be one of {sorted(UPDATES)}, got {update!r}")
+        check_one_of(type(self).__name__, "update", update, sorted(UPDATES))
         self.update = update
         self.conditioner: MADE = MADE(
             input_dim, hidden_dims, 2, order=order, lowest_degree=lowest_degree, activation=activation

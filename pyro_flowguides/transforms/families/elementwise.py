@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from pyro_flowguides.nn.arguments import check_tensor
 from pyro_flowguides.transforms.algebra import per_coordinate
 from pyro_flowguides.transforms.conditional import AmortizedFlow
 from pyro_flowguides.transforms.flow import Flow, Theta
@@ -25,6 +26,9 @@ class ElementwiseAffine(Flow):
     Shapes:
         input, output ``(..., D)``; ladj ``(...)``.
 
+    Raises:
+        ValueError: if the scale is not positive, or a shape is wrong.
+
     Example:
         >>> import torch
         >>> from pyro_flowguides.transforms import ElementwiseAffine
@@ -37,8 +41,9 @@ class ElementwiseAffine(Flow):
         self, input_dim: int, loc: float | Tensor = 0.0, scale: float | Tensor = 1.0, *, cache_size: int = 1
     ) -> None:
         super().__init__(input_dim, cache_size=cache_size)
-        self.loc = nn.Parameter(per_coordinate(loc, input_dim))
-        self.log_scale = nn.Parameter(per_coordinate(scale, input_dim).log())
+        owner = type(self).__name__
+        self.loc = nn.Parameter(per_coordinate(owner, "loc", loc, input_dim))
+        self.log_scale = nn.Parameter(per_coordinate(owner, "scale", scale, input_dim, positive=True).log())
 
     def _forward_formula(self, x: Tensor, theta: Theta) -> tuple[Tensor, Tensor]:
         return theta["loc"] + theta["log_scale"].exp() * x, theta["log_scale"].sum(-1)
@@ -85,11 +90,13 @@ class ActNorm(ElementwiseAffine):
         Raises:
             ValueError: if a coordinate does not vary in the batch.
         """
+        check_tensor("ActNorm", "x", x)
         self._check(x)
         points = x.reshape(-1, self.input_dim)
         std = points.std(0) if len(points) > 1 else torch.zeros_like(self.loc)
         if not bool((std > 0).all()):
-            raise ValueError(f"ActNorm: coordinates {(std <= 0).nonzero().flatten().tolist()} do not vary in the batch")
+            constant = (~(std > 0)).nonzero().flatten().tolist()
+            raise ValueError(f"ActNorm: coordinates {constant} do not vary in the batch, or are not finite")
         self.log_scale.copy_(-std.log())
         self.loc.copy_(-points.mean(0) / std)
 

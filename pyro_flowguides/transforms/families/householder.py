@@ -41,7 +41,7 @@ class Householder(Flow):
 
     def __init__(self, input_dim: int, reflections: int = 2, *, cache_size: int = 1) -> None:
         super().__init__(input_dim, cache_size=cache_size)
-        self.vectors = nn.Parameter(paired_vectors(input_dim, reflections))
+        self.vectors = nn.Parameter(paired_vectors(type(self).__name__, input_dim, reflections))
 
     def _forward_formula(self, x: Tensor, theta: Theta) -> tuple[Tensor, Tensor]:
         return reflect(x, theta["vectors"]), x.new_zeros(())

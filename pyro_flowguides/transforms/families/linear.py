@@ -42,6 +42,9 @@ class LowerTriangularAffine(Flow):
     Shapes:
         input, output ``(..., D)``; ladj ``(...)``.
 
+    Raises:
+        ValueError: if the scale is not positive, or a shape is wrong.
+
     Example:
         >>> import torch
         >>> from pyro_flowguides.transforms import LowerTriangularAffine
@@ -54,8 +57,9 @@ class LowerTriangularAffine(Flow):
         self, input_dim: int, loc: float | Tensor = 0.0, scale: float | Tensor = 1.0, *, cache_size: int = 1
     ) -> None:
         super().__init__(input_dim, cache_size=cache_size)
-        self.loc = nn.Parameter(per_coordinate(loc, input_dim))
-        self.log_scale = nn.Parameter(per_coordinate(scale, input_dim).log())
+        owner = type(self).__name__
+        self.loc = nn.Parameter(per_coordinate(owner, "loc", loc, input_dim))
+        self.log_scale = nn.Parameter(per_coordinate(owner, "scale", scale, input_dim, positive=True).log())
         self.lower = nn.Parameter(self.loc.new_zeros(triangle_size(input_dim)))
 
     def _forward_formula(self, x: Tensor, theta: Theta) -> tuple[Tensor, Tensor]:
@@ -111,7 +115,7 @@ class LULinear(Flow):
         self, input_dim: int, permutation: Sequence[int] | Tensor | None = None, *, cache_size: int = 1
     ) -> None:
         super().__init__(input_dim, cache_size=cache_size)
-        order = as_permutation("LULinear", input_dim, permutation)
+        order = as_permutation("LULinear", input_dim, permutation, "permutation")
         self.register_buffer("permutation", order)
         self.register_buffer("rank", order.argsort())
         self.lower = nn.Parameter(torch.zeros(triangle_size(input_dim)))
@@ -163,7 +167,7 @@ class QRLinear(Flow):
 
     def __init__(self, input_dim: int, reflections: int = 2, *, cache_size: int = 1) -> None:
         super().__init__(input_dim, cache_size=cache_size)
-        self.vectors = nn.Parameter(paired_vectors(input_dim, reflections))
+        self.vectors = nn.Parameter(paired_vectors(type(self).__name__, input_dim, reflections))
         self.upper = nn.Parameter(torch.zeros(triangle_size(input_dim)))
         self.log_scale = nn.Parameter(torch.zeros(input_dim))
 

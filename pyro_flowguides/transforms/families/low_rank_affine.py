@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from pyro_flowguides.nn.arguments import check_count
 from pyro_flowguides.transforms.algebra import orthonormal, per_coordinate, stretch
 from pyro_flowguides.transforms.conditional import AmortizedFlow
 from pyro_flowguides.transforms.flow import Flow, Theta
@@ -37,7 +38,7 @@ class LowRankAffine(Flow):
         input, output ``(..., D)``; ladj ``(...)``.
 
     Raises:
-        ValueError: if ``rank`` is not in 1..D.
+        ValueError: if ``rank`` is not in 1..D, or the scale is not positive.
 
     References:
         V. Ong, D. Nott, M. Smith (2018). Gaussian variational approximation with a factor covariance structure.
@@ -64,11 +65,10 @@ class LowRankAffine(Flow):
     ) -> None:
         super().__init__(input_dim, cache_size=cache_size)
         rank = min(DEFAULT_RANK, input_dim) if rank is None else rank
-        if not 1 <= rank <= input_dim:
-            raise ValueError(f"LowRankAffine: rank must lie in 1..{input_dim}, got {rank}")
-        self.rank = rank
-        self.loc = nn.Parameter(per_coordinate(loc, input_dim))
-        self.log_scale = nn.Parameter(per_coordinate(scale, input_dim).log())
+        owner = type(self).__name__
+        self.rank = rank = check_count(owner, "rank", rank, 1, input_dim)
+        self.loc = nn.Parameter(per_coordinate(owner, "loc", loc, input_dim))
+        self.log_scale = nn.Parameter(per_coordinate(owner, "scale", scale, input_dim, positive=True).log())
         self.columns = nn.Parameter(torch.randn(input_dim, rank).to(self.loc))
         self.log_stretch = nn.Parameter(self.loc.new_zeros(rank))
 

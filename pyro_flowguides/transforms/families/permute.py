@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from pyro_flowguides.nn.arguments import check_count, describe
 from pyro_flowguides.nn.ordering import as_permutation
 from pyro_flowguides.transforms.flow import Flow, Theta
 
@@ -38,8 +39,11 @@ class Permute(Flow):
     rank: Tensor
 
     def __init__(self, permutation: Sequence[int] | Tensor, *, cache_size: int = 1) -> None:
+        owner = type(self).__name__
+        if not hasattr(permutation, "__len__"):
+            raise TypeError(f"{owner}: permutation must be a sequence of indices, got {describe(permutation)}")
         super().__init__(len(permutation), cache_size=cache_size)
-        order = as_permutation(type(self).__name__, self.input_dim, permutation)
+        order = as_permutation(owner, self.input_dim, permutation, "permutation")
         self.register_buffer("permutation", order)
         self.register_buffer("rank", order.argsort())
 
@@ -66,9 +70,16 @@ class Reverse(Permute):
     """
 
     def __init__(self, input_dim: int, *, cache_size: int = 1) -> None:
-        super().__init__(range(input_dim)[::-1], cache_size=cache_size)
+        super().__init__(range(check_count("Reverse", "input_dim", input_dim))[::-1], cache_size=cache_size)
 
 
 def permute(input_dim: int, permutation: Sequence[int] | Tensor | None = None) -> Permute:
-    """Make a :class:`Permute`, of a random permutation by default."""
-    return Permute(torch.randperm(input_dim) if permutation is None else permutation)
+    """Make a :class:`Permute`, of a random permutation by default.
+
+    Raises:
+        ValueError: if ``permutation`` is not a permutation of ``range(input_dim)``.
+    """
+    dim = check_count("permute", "input_dim", input_dim)
+    if permutation is None:
+        return Permute(torch.randperm(dim))
+    return Permute(as_permutation("permute", dim, permutation, "permutation"))

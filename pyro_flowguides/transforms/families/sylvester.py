@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from pyro_flowguides.nn.arguments import check_count
 from pyro_flowguides.nn.ordering import as_permutation
 from pyro_flowguides.transforms.algebra import matvec, orthonormal, solve_triangle
 from pyro_flowguides.transforms.bounds import shrink_factor
@@ -43,9 +44,7 @@ class _Sylvester(Flow):
     def __init__(self, input_dim: int, bottleneck: int | None = None, *, cache_size: int = 1) -> None:
         super().__init__(input_dim, cache_size=cache_size)
         m = input_dim if bottleneck is None else bottleneck
-        if not 1 <= m <= input_dim:
-            raise ValueError(f"{type(self).__name__}: bottleneck must lie in 1..{input_dim}, got {m}")
-        self.bottleneck = m
+        self.bottleneck = m = check_count(type(self).__name__, "bottleneck", m, 1, input_dim)
         # One matrix holds both triangles: strictly upper that of R, strictly lower the transpose of that of R~.
         self.triangles = nn.Parameter((1e-3 * torch.randn(m, m).triu(1) + 0.1 * torch.randn(m, m).tril(-1)) / m**0.5)
         self.diagonal = nn.Parameter(1e-3 * torch.randn(m))
@@ -218,7 +217,7 @@ class HouseholderSylvester(_Sylvester):
         self, input_dim: int, bottleneck: int | None = None, *, reflections: int = 4, cache_size: int = 1
     ) -> None:
         super().__init__(input_dim, bottleneck, cache_size=cache_size)
-        self.vectors = nn.Parameter(paired_vectors(input_dim, reflections))
+        self.vectors = nn.Parameter(paired_vectors(type(self).__name__, input_dim, reflections))
 
     def _project(self, x: Tensor, theta: Theta) -> Tensor:
         return reflect(x, theta["vectors"])[..., : self.bottleneck]

@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from pyro_flowguides.nn.arguments import check_number
 from pyro_flowguides.transforms.conditional import AmortizedFlow
 from pyro_flowguides.transforms.flow import Flow, Theta
 
@@ -54,15 +55,18 @@ class HeavyTail(Flow):
 
     def __init__(self, input_dim: int, *, start: float = 2e-4, cache_size: int = 1) -> None:
         super().__init__(input_dim, cache_size=cache_size)
-        if not 0 < start < MAX_TAIL_WEIGHT:
-            raise ValueError(f"HeavyTail: start must lie in (0, {MAX_TAIL_WEIGHT}), got {start}")
+        check_number("HeavyTail", "start", start, 0, MAX_TAIL_WEIGHT)
         self.logit = nn.Parameter(torch.empty(input_dim))
         self.set_weight(start)
 
     @torch.no_grad()
     def set_weight(self, weight: float) -> None:
-        """Set the tail weight of all coordinates, in (0, 1/2)."""
-        share = weight / MAX_TAIL_WEIGHT
+        """Set the tail weight of all coordinates, in (0, 1/2).
+
+        Raises:
+            ValueError: if the weight is out of range.
+        """
+        share = check_number("HeavyTail", "weight", weight, 0, MAX_TAIL_WEIGHT) / MAX_TAIL_WEIGHT
         self.logit.fill_(math.log(share / (1 - share)))
 
     def _weight(self, theta: Theta) -> Tensor:
