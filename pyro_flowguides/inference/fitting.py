@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic, Literal, cast
@@ -12,6 +13,7 @@ import torch
 from pyro_flowguides.diagnostics import Diagnosis
 from pyro_flowguides.diagnostics.export import export_program
 from pyro_flowguides.diagnostics.verdict import diagnose_program
+from pyro_flowguides.inference.checkpoint import reserved
 from pyro_flowguides.inference.objective import Route
 from pyro_flowguides.inference.run import FitSettings, Run
 from pyro_flowguides.inference.step_loop import GuideT
@@ -154,8 +156,11 @@ def fit(
             rounding, so that a fit with a checkpoint, which must resume exactly, compiles by ``"auto"`` only on a GPU.
             If compiling fails, the fit continues without, and ``route`` in the result says why.
         seed: seed of everything random in the fit; the global generator is restored afterwards.
-        checkpoint: file to save to; if it exists, the fit resumes from it exactly.
-        checkpoint_every: steps between saves.
+        checkpoint: file to save to; if it exists, the fit resumes from it exactly. With more ``steps`` than before it
+            goes on from there. A damaged file, and one of other data, another model, guide or other settings, is
+            refused. Only one fit at a time uses a file.
+        checkpoint_every: steps between saves. An interrupted call (Ctrl-C) leaves guide and checkpoint usable: the
+            guide stands at the last step, and the same call goes on from the last save.
         progress: show a progress bar.
 
     Returns:
@@ -163,7 +168,10 @@ def fit(
 
     Raises:
         FitDivergedError: if no particle was finite for many steps in a row, naming the step and the site.
-        ValueError: for arguments out of range, or a checkpoint of another fit.
+        ValueError: for arguments out of range, or a checkpoint that is damaged or of another fit.
+        BlockingIOError: if another fit uses the checkpoint, in this process or another.
+        OSError: if the checkpoint cannot be written, saying why, what is intact and what to do. A folder that is
+            missing or read-only and a full disk are found before the first step.
 
     Example:
         >>> import pyro, pyro.distributions as dist, pyro_flowguides as fg
@@ -184,13 +192,14 @@ def fit(
         torch.manual_seed(seed)
         # Timing decides where "auto" compiles on a CPU; a resumed fit must not depend on it.
         exact = "gpu" if compile == "auto" and checkpoint is not None else compile
-        run = Run(model, guide, args, kwargs, settings, exact)
-        try:
-            if not run.resume(checkpoint):
-                run.begin(warm_start)
-            run.train(checkpoint, checkpoint_every, progress)
-        finally:
-            run.stepper.release()
+        with nullcontext() if checkpoint is None else reserved(checkpoint):
+            run = Run(model, guide, args, kwargs, settings, exact)
+            try:
+                if not run.resume(checkpoint):
+                    run.begin(warm_start)
+                run.train(checkpoint, checkpoint_every, progress)
+            finally:
+                run.stepper.release()
         result: FitResult[GuideT] = FitResult(
             program=run.stepper.program,
             elbo_history=run.history,

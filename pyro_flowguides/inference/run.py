@@ -16,6 +16,14 @@ from tqdm import tqdm
 from pyro_flowguides.guides.autoflow import FULL_RANK_LIMIT, AutoFlow
 from pyro_flowguides.inference import checkpoint as checkpoints
 from pyro_flowguides.inference.density_objective import DensityObjective, evaluate
+from pyro_flowguides.inference.fingerprint import (
+    Fingerprint,
+    find_changes,
+    find_differences,
+    own_parameters,
+    probe,
+    take_fingerprint,
+)
 from pyro_flowguides.inference.objective import StepOptions
 from pyro_flowguides.inference.schedule import Schedule
 from pyro_flowguides.inference.step_loop import CompileMode, GuideT, Stepper
@@ -93,6 +101,9 @@ class Run(Generic[GuideT]):
         self.num_dropped = self.num_failed_steps = self.num_averaged = 0
         self.average: list[Tensor] = []
         self.start = ""
+        self.fingerprint: Fingerprint = {}
+        #: The step of the checkpoint; ``None`` if there is none yet.
+        self.saved_step: int | None = None
 
     @property
     def seconds(self) -> float:
@@ -126,6 +137,8 @@ class Run(Generic[GuideT]):
     def train(self, checkpoint: str | Path | None, checkpoint_every: int, progress: bool) -> None:
         """Take steps to the end of the schedule, then keep the average of the last iterates if it is better."""
         schedule = self.schedule
+        if checkpoint is not None:
+            self.save(checkpoint)  # a full disk is noticed before the first step
         with tqdm(total=schedule.steps, initial=schedule.step, disable=not progress, leave=False) as bar:
             while not schedule.is_done:
                 begin = schedule.step
@@ -208,11 +221,20 @@ class Run(Generic[GuideT]):
         return f"fit: {what}{where}. Start elsewhere (init_loc_fn, init_scale) or lower lr."
 
     def save(self, path: str | Path) -> None:
-        """Write the state to a checkpoint."""
+        """Write the state to a checkpoint.
+
+        Raises:
+            OSError: if the file cannot be written, saying what to do; the earlier checkpoint is intact.
+        """
+        program = self.stepper.program
+        self.fingerprint = self.fingerprint or take_fingerprint(program)
         state: checkpoints.FitState = {
+            "kind": "fit",
             "settings": asdict(self.settings),
+            "fingerprint": self.fingerprint,
+            "probe": probe(program),
             # Detached, because Pyro attaches references to its parameters that cannot be written.
-            "parameters": {name: value.detach() for name, value in self.objective.parameters.items()},
+            "parameters": {name: value.detach() for name, value in own_parameters(program).items()},
             "moments": [moments for _, *moments in self.adam.state()],
             "scales": self.adam.scales,
             "schedule": asdict(self.schedule),
@@ -224,7 +246,17 @@ class Run(Generic[GuideT]):
             "start": self.start,
             "seconds": self.seconds,
         }
-        checkpoints.save(path, state)
+        try:
+            checkpoints.save(path, state)
+        except OSError as error:
+            intact = "there is no checkpoint yet"
+            if self.saved_step is not None:
+                intact = (
+                    f"the checkpoint of step {self.saved_step} is intact, and the guide stands at {self.schedule.step}"
+                )
+            repeat = ", and call fit again: it continues from the checkpoint"
+            raise checkpoints.explain(error, f"the checkpoint {path}", intact, repeat) from error
+        self.saved_step = self.schedule.step
 
     def resume(self, path: str | Path | None) -> bool:
         """Restore the state from a checkpoint.
@@ -233,15 +265,13 @@ class Run(Generic[GuideT]):
             whether there was a checkpoint.
 
         Raises:
-            ValueError: if it belongs to another model or guide, other settings, or another kind of device.
+            ValueError: if it belongs to other data, another model or guide, other settings, or another kind of device.
         """
-        state = None if path is None else checkpoints.load(path)
+        state = None if path is None else cast("checkpoints.FitState | None", checkpoints.load(path, "fit"))
         if state is None:
             return False
         self._check_same_fit(state, path)
-        with torch.no_grad():
-            for name, parameter in self.objective.parameters.items():
-                parameter.copy_(state["parameters"][name])
+        self._restore_parameters(state, path)
         for (_, *moments), saved_moments in zip(self.adam.state(), state["moments"], strict=True):
             for moment, saved_moment in zip(moments, saved_moments, strict=True):
                 moment.copy_(saved_moment)
@@ -252,18 +282,48 @@ class Run(Generic[GuideT]):
         self.history, self.average, self.start = state["history"], state["average"], state["start"]
         self.num_dropped, self.num_failed_steps, self.num_averaged = state["counts"]
         self.begin_time -= state["seconds"]
+        self.saved_step = self.schedule.step
+        if self.settings.steps > self.schedule.steps:
+            self.schedule.extend(self.settings.steps)
+            if not self.schedule.is_averaging:
+                self.average, self.num_averaged = [], 0
         return True
 
     def _check_same_fit(self, state: checkpoints.FitState, path: str | Path | None) -> None:
-        shapes = {name: value.shape for name, value in self.objective.parameters.items()}
-        if {name: value.shape for name, value in state["parameters"].items()} != shapes:
-            raise ValueError(f"fit: {path} is a checkpoint of another model or guide: their parameters differ")
+        """Refuse a checkpoint of another fit; one with fewer steps is continued."""
+        self.fingerprint = take_fingerprint(self.stepper.program)
+        self._refuse(path, find_differences(state["fingerprint"], self.fingerprint))
         saved = state["settings"]
-        changed = [f"{name}={saved[name]}" for name, value in asdict(self.settings).items() if saved[name] != value]
+        own = {name: value for name, value in asdict(self.settings).items() if saved[name] != value}
+        if own.get("steps", 0) > cast("int", saved["steps"]):
+            del own["steps"]
+        changed = [f"{name}={saved[name]}, not {value}" for name, value in own.items()]
         if changed:
-            raise ValueError(f"fit: {path} is a checkpoint of a fit with other settings ({', '.join(changed)})")
+            raise ValueError(
+                f"fit: {path} is a checkpoint of a fit with other settings ({'; '.join(changed)}): give the same, or "
+                "choose another path"
+            )
         if state["generator"].shape != self.stepper.generator.get_state().shape:
             raise ValueError(f"fit: {path} is a checkpoint from another kind of device; resume it there")
+
+    @torch.no_grad()
+    def _restore_parameters(self, state: checkpoints.FitState, path: str | Path | None) -> None:
+        """Restore the parameters, unless model and guide give other densities with them than they gave then."""
+        program, before = self.stepper.program, self.adam.snapshot()
+        for name, parameter in own_parameters(program).items():
+            parameter.copy_(state["parameters"][name])
+        changes = find_changes(state["probe"], program)
+        if changes:
+            self.adam.restore(before)
+        self._refuse(path, changes)
+
+    @staticmethod
+    def _refuse(path: str | Path | None, differences: list[str]) -> None:
+        if differences:
+            raise ValueError(
+                f"fit: {path} is a checkpoint of other data, another model or guide: {'; '.join(differences)}. Choose "
+                "another path, or delete it"
+            )
 
 
 def _describe_divergence(program: Program, num_samples: int) -> str:

@@ -134,6 +134,16 @@ class Schedule:
             self.lr_factor = self.NEAR_LR_FACTOR
             self._refine(self.MIN_REFINE_STEPS, f"the start was within {self.NEAR_GAP:g} nats of the evidence")
 
+    def extend(self, steps: int) -> None:
+        """Allow more steps; a refinement that was cut short by their number, or takes half of them, grows with it."""
+        if self.refining_since is not None:
+            if self.refining_since + self.refine_steps == self.steps:
+                self.refine_steps = steps - self.refining_since
+                self.reason = self.reason.replace(f"all {self.steps} steps", f"all {steps} steps")
+            elif self.num_stalls >= 2:
+                self.refine_steps = min(steps - self.refining_since, steps - round(self.EXPLORE_SHARE * steps))
+        self.steps = steps
+
     def advance(self, elbo: float, gap: float = math.nan) -> None:
         """Take account of one step: its ELBO and half the variance of its log weights (NaN where there is none)."""
         self.step += 1
