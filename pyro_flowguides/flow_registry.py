@@ -11,6 +11,7 @@ from typing import Concatenate, ParamSpec, Protocol, TypeAlias, cast, overload
 
 import torch
 
+from pyro_flowguides.nn.arguments import describe
 from pyro_flowguides.transforms import Compose, ConditionalFlow, Flow
 
 __all__ = ["FLOWS", "Builder", "Layer", "Recipe", "check_options", "get_flow", "layer_class", "register"]
@@ -40,6 +41,14 @@ class Recipe(Protocol[P]):
 
 #: Every kind of flow by name, in the order of registration.
 FLOWS: dict[str, Recipe[...]] = {}
+
+
+#: Names that options have elsewhere.
+SYNONYMS = {
+    **dict.fromkeys(("num_flows", "num_layers", "num_steps", "num_transforms", "n_flows", "n_layers"), "depth"),
+    **dict.fromkeys(("hidden", "hidden_dim", "hidden_features", "hidden_size", "hidden_units", "width"), "hidden_dims"),
+    "nonlinearity": "activation",
+}
 
 
 def register(title: str) -> Callable[[Callable[Concatenate[int, int, P], Layer]], Recipe[P]]:
@@ -73,6 +82,12 @@ def register(title: str) -> Callable[[Callable[Concatenate[int, int, P], Layer]]
         >>> del fg.flows.FLOWS["two_radial"]
     """
 
+    if not isinstance(title, str) or not title.isidentifier():
+        raise ValueError(
+            f"register: the title must be part of a class name, such as 'RealNVP', got {describe(title)}. Write "
+            '@register("Title") above the builder.'
+        )
+
     def add(builder: Callable[Concatenate[int, int, P], Layer]) -> Recipe[P]:
         recipe = cast("Recipe[P]", builder)
         _check_signature(recipe)
@@ -99,8 +114,6 @@ def _check_signature(recipe: Recipe[...]) -> None:
 
 
 def _check_unused(recipe: Recipe[...], title: str) -> None:
-    if not title.isidentifier():
-        raise ValueError(f"register: the title must be part of a class name, such as 'RealNVP', got {title!r}")
     for name, other in FLOWS.items():
         same = name == recipe.__name__
         if same and other.__module__ != recipe.__module__:
@@ -114,6 +127,7 @@ def get_flow(flow: str | Builder) -> Builder:
 
     Raises:
         ValueError: for an unknown name, with the nearest known one.
+        TypeError: for anything but a name or a builder.
 
     Example:
         >>> from pyro_flowguides.flows import get_flow, iaf
@@ -124,12 +138,17 @@ def get_flow(flow: str | Builder) -> Builder:
         return flow
     if flow in FLOWS:
         return FLOWS[flow]
-    near = difflib.get_close_matches(str(flow).lower(), FLOWS, n=1, cutoff=0.0)
+    if not isinstance(flow, str):
+        raise TypeError(f"a flow is a name or a builder, got {describe(flow)}. Known flows: {', '.join(FLOWS)}")
+    near = difflib.get_close_matches(flow.lower(), FLOWS, n=1, cutoff=0.0)
     raise ValueError(f"unknown flow {flow!r}: did you mean {near[0]!r}? Known flows: {', '.join(FLOWS)}")
 
 
 def layer_class(flow: str) -> type[Flow]:
     """Return the class of the first layer of a registered flow.
+
+    Raises:
+        ValueError: for an unknown name.
 
     Example:
         >>> from pyro_flowguides.flows import layer_class
@@ -137,7 +156,7 @@ def layer_class(flow: str) -> type[Flow]:
         'InverseAutoregressive'
     """
     with torch.device("cpu"), torch.random.fork_rng(devices=[]):
-        built = FLOWS[flow](2)
+        built = get_flow(flow)(2)
     return type(cast("Flow", built.parts[0] if isinstance(built, Compose) else built))
 
 
@@ -164,7 +183,8 @@ def check_options(owner: str, builder: Builder, options: Iterable[str], others: 
     known = [parameter.name for parameter in parameters[1:] if parameter.name != "context_dim"]
     for name in options:
         if name not in known:
-            near = difflib.get_close_matches(name, [*known, *others], n=1)
+            near = [SYNONYMS[name]] if SYNONYMS.get(name) in known else []
+            near = near or difflib.get_close_matches(name, [*known, *others], n=1)
             hint = f", did you mean {near[0]!r}?" if near else "."
             kind = getattr(builder, "__name__", "the builder")
             raise TypeError(f"{owner}: unknown option {name!r}{hint} Options of {kind}: {', '.join(known)}.")

@@ -16,6 +16,7 @@ from torch.nn.functional import silu
 
 from pyro_flowguides import transforms as T
 from pyro_flowguides.flow_registry import FLOWS, Builder, Layer, Recipe, check_options, get_flow, layer_class, register
+from pyro_flowguides.nn.arguments import check_count, check_one_of
 from pyro_flowguides.transforms import Compose, ConditionalCompose, Flow
 from pyro_flowguides.transforms.docstrings import format_sections, parse_docstring
 
@@ -41,8 +42,9 @@ def _layers(
     ``hidden_dims`` are the widths of the conditioners, or of the hypernetworks where the context amortizes all
     parameters. Layers that take an ``order`` alternate between the natural and the reversed one.
     """
-    if depth < 1:
-        raise ValueError(f"{recipe}: depth must be at least 1, got {depth}")
+    input_dim = check_count(recipe, "input_dim", input_dim)
+    context_dim = check_count(recipe, "context_dim", context_dim, 0)
+    check_count(recipe, "depth", depth)
     options = {name: value for name, value in options.items() if value is not None}
     if issubclass(family, T.ContextFlow):
         options = {"hidden_dims": HIDDEN_DIMS, "activation": silu} | options
@@ -161,11 +163,10 @@ def sylvester(
         >>> fg.flows.sylvester(3, variant="householder", bottleneck=2)(torch.randn(5, 3)).shape
         torch.Size([5, 3])
     """
-    if variant not in SYLVESTER_VARIANTS:
-        raise ValueError(f"sylvester: variant must be one of {tuple(SYLVESTER_VARIANTS)}, got {variant!r}")
+    check_one_of("sylvester", "variant", variant, tuple(SYLVESTER_VARIANTS))
     if reflections is not None and variant != "householder":
         raise ValueError(f"sylvester: the variant {variant!r} has no reflections, only 'householder' does")
-    width = min(input_dim, 32) if bottleneck is None else bottleneck
+    width = min(check_count("sylvester", "input_dim", input_dim), 32) if bottleneck is None else bottleneck
     options = {"bottleneck": width, "reflections": reflections, "hidden_dims": hidden_dims}
     family = SYLVESTER_VARIANTS[variant]
     return _compose(_layers("sylvester", family, input_dim, context_dim, depth, **options), context_dim)

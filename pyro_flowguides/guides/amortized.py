@@ -16,12 +16,13 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
 
 from pyro_flowguides.flows import Builder, check_options, get_flow
-from pyro_flowguides.guides.autoflow import AutoFlow, marginal_quantiles
+from pyro_flowguides.guides.autoflow import AutoFlow, check_quantiles, marginal_quantiles
 from pyro_flowguides.guides.data_plate import DataPlate, LocalSite, encode_data, find_data_plate
 from pyro_flowguides.guides.distributions import PathDistribution
 from pyro_flowguides.guides.flow_posterior import FlowPosterior, LocalPosterior, local_path_log_prob
 from pyro_flowguides.guides.lazy import LazyGuide
 from pyro_flowguides.guides.param_names import claim_names
+from pyro_flowguides.nn.arguments import check_callable, check_count, describe
 from pyro_flowguides.programs import structure
 from pyro_flowguides.programs.running import isolated
 from pyro_flowguides.programs.sites import latent_sites
@@ -141,6 +142,10 @@ class AutoAmortizedFlow(LazyGuide):
                 f"{owner}: the encoder must be a torch.nn.Module, so that its parameters are trained, got "
                 f"{type(encoder).__name__}. Prepare its arguments in inputs."
             )
+        if inputs is not None:
+            check_callable(owner, "inputs", inputs, "a function (indices, *args, **kwargs) of the model's arguments")
+        if not isinstance(global_options, Mapping | None):
+            raise TypeError(f"{owner}: global_options must map options to values, got {describe(global_options)}")
         super().__init__(model, init_loc_fn, init_scale)
         check_options(owner, get_flow(flow), flow_options, others=inspect.signature(type(self)).parameters)
         check_options(f"{owner}: global_options", get_flow(global_flow), global_options or {})
@@ -156,16 +161,8 @@ class AutoAmortizedFlow(LazyGuide):
         local = self._modules["local"]
         return local if isinstance(local, LocalModule) and local.posterior is not None else None
 
-    def _setup_prototype(self, *args: object, **kwargs: object) -> None:
+    def _create_from_prototype(self, args: Args, kwargs: Kwargs) -> None:
         data_plate = self._find_data_plate(args, kwargs)
-        super()._setup_prototype(*args, **kwargs)
-        try:
-            self._create(data_plate, args, kwargs)
-        except Exception:
-            self.prototype_trace = None  # so that the next call, with a mended encoder or other arguments, starts anew
-            raise
-
-    def _create(self, data_plate: DataPlate, args: Args, kwargs: Kwargs) -> None:
         owner, prototype = type(self).__name__, self._prototype
         self._sites = self._local_sites(prototype)
         if not self._sites:
@@ -216,8 +213,7 @@ class AutoAmortizedFlow(LazyGuide):
         global_dim = guide.latent_dim if guide is not None and self._condition_on_globals else 0
         local.posterior = LocalPosterior(loc, self._init_scale, features.shape[-1], global_dim, self._new_posterior)
 
-    def _compare_structure(self, args: Args, kwargs: Kwargs) -> None:
-        trace = structure.latent_trace(self.model, self._prototype_hide_fn, args, kwargs)
+    def _compare_structure(self, trace: Trace) -> None:
         before = {site.name: site.layout for site in self._sites}
         after = {site.name: site.layout for site in self._local_sites(trace) if site.name not in self._observed}
         if before != after:
@@ -320,6 +316,7 @@ class AutoAmortizedFlow(LazyGuide):
         Returns:
             site -> draws ``(num_samples, *shape of the site for all data)``.
         """
+        num_samples = check_count(type(self).__name__, "num_samples", num_samples)
         self.setup(*args, **kwargs)
         size = self._find_data_plate(args, kwargs).size
         leftmost = min(frame.dim for frame in self._prototype_frames.values())
@@ -348,6 +345,7 @@ class AutoAmortizedFlow(LazyGuide):
         Returns:
             site -> tensor with a leading dimension for the quantiles.
         """
+        check_quantiles(type(self).__name__, quantiles)
         draws = self.sample_all(NUM_QUANTILE_SAMPLES, *args, **kwargs)
         result = {}
         for name, values in draws.items():

@@ -1,13 +1,16 @@
 """The autoguide with a flow posterior over all latent variables."""
 
 import inspect
+import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, cast
 
 import pyro.distributions as dist
 import torch
 from pyro.infer.autoguide import AutoContinuous
+from pyro.infer.autoguide.guides import prototype_hide_fn
 from pyro.infer.autoguide.initialization import init_to_median
+from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from torch.distributions import biject_to
 
@@ -15,13 +18,14 @@ from pyro_flowguides.flows import Builder, check_options, get_flow
 from pyro_flowguides.guides.distributions import DensityDeltaMessenger, PathDistribution
 from pyro_flowguides.guides.lazy import LazyGuide, check_finite
 from pyro_flowguides.guides.param_names import claim_names
+from pyro_flowguides.nn.arguments import check_number, check_tensor, describe
 from pyro_flowguides.programs import structure
 from pyro_flowguides.programs.sites import latent_sites
-from pyro_flowguides.programs.types import Args, Kwargs, Model, Values
+from pyro_flowguides.programs.types import Args, Kwargs, Model, Site, Values
 from pyro_flowguides.transforms import Compose, Flow, HeavyTail, LowerTriangularAffine, LowRankAffine
 from pyro_flowguides.transforms.algebra import stretch
 
-__all__ = ["AutoFlow", "RegisteredFlowGuide", "marginal_quantiles"]
+__all__ = ["AutoFlow", "RegisteredFlowGuide", "check_quantiles", "marginal_quantiles"]
 
 #: Up to this number of latent dimensions the final affine map is full-rank; beyond, diagonal and low-rank.
 FULL_RANK_LIMIT = 300
@@ -84,6 +88,8 @@ class AutoFlow(LazyGuide, AutoContinuous):
 
     module_name = "transform"
     setup_only = ("_builder",)
+    #: Latent sites and their shapes that parameters were loaded for; ``None`` if none were loaded.
+    _loaded_sites: dict[str, tuple[int, ...]] | None = None
 
     def __init__(
         self,
@@ -101,8 +107,11 @@ class AutoFlow(LazyGuide, AutoContinuous):
         check_options(owner.__name__, self._builder, flow_options, others=inspect.signature(owner).parameters)
         self._distribution = PathDistribution if path_gradient else dist.TransformedDistribution
 
-    def _setup_prototype(self, *args: object, **kwargs: object) -> None:
-        super()._setup_prototype(*args, **kwargs)
+    def _prototype_hide_fn(self, msg: Site) -> bool:
+        """Hide what is not latent; of a model run to predict also the data, which a loaded state does not name."""
+        return prototype_hide_fn(msg) or (self._loaded_sites is not None and msg["name"] not in self._loaded_sites)
+
+    def _create_from_prototype(self, args: Args, kwargs: Kwargs) -> None:
         owner, prototype = type(self).__name__, self._prototype
         structure.check_plates(owner, prototype)
         structure.check_static(owner, self.model, self._prototype_hide_fn, prototype, args, kwargs)
@@ -111,7 +120,8 @@ class AutoFlow(LazyGuide, AutoContinuous):
             for name, site in latent_sites(prototype):
                 check_finite(owner, name, biject_to(site["fn"].support).inv(site["value"]), site["value"])
             self._create(self._convert_as_requested(self._init_loc()))
-        elif transform.input_dim != self.latent_dim:
+        self._check_loaded_sites()
+        if transform is not None and transform.input_dim != self.latent_dim:
             raise ValueError(
                 f"{owner}: the loaded parameters are for {transform.input_dim} latent dimensions, the model has "
                 f"{self.latent_dim}"
@@ -128,8 +138,7 @@ class AutoFlow(LazyGuide, AutoContinuous):
         affine = LowerTriangularAffine if dim <= FULL_RANK_LIMIT else LowRankAffine
         self.transform = Compose([flow, HeavyTail(dim), affine(dim, loc=loc, scale=self._init_scale)]).to(loc)
 
-    def _compare_structure(self, args: Args, kwargs: Kwargs) -> None:
-        trace = structure.latent_trace(self.model, self._prototype_hide_fn, args, kwargs)
+    def _compare_structure(self, trace: Trace) -> None:
         owner, when = type(self).__name__, "for these arguments"
         structure.check_same_structure(owner, self._prototype, trace, when, self._observed)
 
@@ -171,12 +180,14 @@ class AutoFlow(LazyGuide, AutoContinuous):
         Returns:
             site -> tensor with a leading dimension for the quantiles.
         """
+        check_quantiles(type(self).__name__, quantiles)
         self.setup(*args, **kwargs)
         transform = self.get_transform()
         loc = next(transform.parameters())
         generator = torch.Generator().manual_seed(0)
-        noise = torch.randn(NUM_QUANTILE_SAMPLES, self.latent_dim, generator=generator, device="cpu")
-        draws, _ = transform.forward_and_ladj(noise.to(loc))
+        noise = torch.randn(NUM_QUANTILE_SAMPLES // 2, self.latent_dim, generator=generator, device="cpu")
+        # Pairs of opposite sign: the median of a guide that is still Gaussian is exactly its location.
+        draws, _ = transform.forward_and_ladj(torch.cat([noise, -noise]).to(loc))
         levels = torch.as_tensor(quantiles, dtype=loc.dtype, device=loc.device)
         rows = [
             {site["name"]: biject_to(site["fn"].support)(value) for site, value in self._unpack_latent(latent)}
@@ -203,7 +214,17 @@ class AutoFlow(LazyGuide, AutoContinuous):
 
         Beyond the full-rank limit only the diagonal of the scale is used.
         """
-        affine, scale = self._parts()[2], scale_tril.diagonal()
+        affine, owner = self._parts()[2], type(self).__name__
+        for name, value in (("loc", loc), ("scale_tril", scale_tril)):
+            check_tensor(owner, name, value)
+        dim, shapes = affine.input_dim, (tuple(loc.shape), tuple(scale_tril.shape))
+        if shapes != ((dim,), (dim, dim)):
+            raise ValueError(
+                f"{owner}: expected loc ({dim},) and scale_tril ({dim}, {dim}), got {shapes[0]} and {shapes[1]}"
+            )
+        scale = scale_tril.diagonal()
+        if not bool((scale > 0).all()):
+            raise ValueError(f"{owner}: scale_tril must have a positive diagonal, got {scale.min():.3g}")
         if isinstance(affine, LowRankAffine):
             affine.assign(loc, scale, loc.new_zeros(len(loc), 0), loc.new_zeros(0))
             return
@@ -226,14 +247,66 @@ class AutoFlow(LazyGuide, AutoContinuous):
         if isinstance(affine, LowRankAffine):
             affine.assign(loc, scale, directions, log_stretch)
             return
+        if not bool((scale > 0).all()):
+            raise ValueError(f"{type(self).__name__}: scale must be positive, got {scale.min():.3g}")
         root = stretch(torch.diag(scale), directions, log_stretch)
         self.set_affine(loc, torch.linalg.cholesky(root @ root.mT))
 
-    def _load_from_state_dict(self, state_dict: Mapping[str, Tensor], prefix: str, *args: Any) -> None:
+    def get_extra_state(self) -> Tensor:
+        """Return names and shapes of the sites as a tensor of bytes: other values in a state dict break programs."""
+        shapes = self._loaded_sites or {}
+        if self.prototype_trace is not None:
+            shapes = {name: tuple(site["value"].shape) for name, site in latent_sites(self._prototype)}
+        return torch.tensor(list(json.dumps(shapes).encode()), dtype=torch.uint8)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take over the names and shapes of the sites that loaded parameters belong to.
+
+        Raises:
+            ValueError: if the guide was set up for other sites.
+        """
+        shapes = json.loads(bytes(state.tolist()))
+        self._loaded_sites = {name: tuple(shape) for name, shape in shapes.items()}
+        if self.prototype_trace is not None:
+            self._check_loaded_sites()
+
+    def _check_loaded_sites(self) -> None:
+        now = {name: tuple(site["value"].shape) for name, site in latent_sites(self._prototype)}
+        if self._loaded_sites is not None and list(now.items()) != list(self._loaded_sites.items()):
+            raise ValueError(
+                f"{type(self).__name__}: the loaded parameters are for the latent sites "
+                f"{_list_shapes(self._loaded_sites)}; the model has {_list_shapes(now)}. Load them into a guide of the model they were trained for."
+            )
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Tensor],
+        prefix: str,
+        local_metadata: Mapping[str, object],
+        strict: bool,
+        missing_keys: list[str],
+        *args: Any,
+    ) -> None:
         loc = state_dict.get(f"{prefix}transform.parts.2.loc")
         if self._module_or_none is None and loc is not None:
             self._create(self._convert_as_requested(torch.zeros_like(loc)))
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *args)
+        if f"{prefix}_extra_state" in missing_keys:  # states saved by earlier versions have none
+            missing_keys.remove(f"{prefix}_extra_state")
+
+
+def _list_shapes(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    return ", ".join(f"{name!r} {shape}" for name, shape in shapes.items()) or "none"
+
+
+def check_quantiles(owner: str, quantiles: Sequence[float] | Tensor) -> None:
+    """Refuse quantiles that are not a sequence of numbers in [0, 1]."""
+    if isinstance(quantiles, str) or not hasattr(quantiles, "__iter__") or getattr(quantiles, "ndim", 1) == 0:
+        raise TypeError(f"{owner}: quantiles must be a sequence, such as [0.05, 0.5, 0.95], got {describe(quantiles)}")
+    if len(quantiles) == 0:
+        raise ValueError(f"{owner}: quantiles must name at least one level, such as [0.5], got none")
+    for level in quantiles:
+        check_number(owner, "each quantile", level, 0, 1, inclusive=True)
 
 
 def marginal_quantiles(draws: Tensor, levels: Tensor) -> Tensor:

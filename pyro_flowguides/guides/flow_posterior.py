@@ -16,7 +16,9 @@ from pyro_flowguides.flows import Builder, check_options, get_flow
 from pyro_flowguides.guides.distributions import PathDistribution, draw_normal, normal_log_prob
 from pyro_flowguides.guides.param_names import Owner, claim_names, drop_references, registered_name
 from pyro_flowguides.nn import MLP
+from pyro_flowguides.nn.arguments import check_count, check_tensor, check_widths
 from pyro_flowguides.transforms import ConditionalFlow, with_path_gradient
+from pyro_flowguides.transforms.tracing import is_tracing
 
 __all__ = ["FlowPosterior", "LocalPosterior", "local_path_log_prob"]
 
@@ -89,8 +91,8 @@ class FlowPosterior(nn.Module):
         **flow_options: object,
     ) -> None:
         super().__init__()
-        if context_dim < 1:
-            raise ValueError(f"FlowPosterior: context_dim must be at least 1, got {context_dim}")
+        latent_dim = check_count("FlowPosterior", "latent_dim", latent_dim)
+        context_dim = check_count("FlowPosterior", "context_dim", context_dim)
         self.latent_dim, self.context_dim = latent_dim, context_dim
         builder = get_flow(flow)
         check_options(type(self).__name__, builder, flow_options, others=inspect.signature(type(self)).parameters)
@@ -124,8 +126,18 @@ class FlowPosterior(nn.Module):
         Returns:
             z ``(*sample_shape, ..., D)`` and its log density ``(*sample_shape, ...)``, with the path gradient if
             ``path_gradient`` is on.
+
+        Raises:
+            ValueError: for arguments of other shapes, or a scale that is not positive, unless the validation of
+                torch's distributions is off.
         """
         self._check(loc, scale, context)
+        if torch.distributions.Distribution._validate_args and not is_tracing(scale) and not bool((scale > 0).all()):
+            raise ValueError(
+                f"FlowPosterior: scale must be positive, got {float(scale.min()):.3g}. Take the softplus or the "
+                "exponential of the encoder's output."
+            )
+        sample_shape = check_widths("FlowPosterior", "sample_shape", sample_shape)
         z, noise = draw_normal(loc, scale, sample_shape)
         flow = self.flow.condition(context)
         if self._distribution is PathDistribution and torch.is_grad_enabled():
@@ -136,6 +148,8 @@ class FlowPosterior(nn.Module):
 
     def _check(self, loc: Tensor, scale: Tensor, context: Tensor) -> None:
         widths = {"loc": self.latent_dim, "scale": self.latent_dim, "context": self.context_dim}
+        for name, value in zip(widths, (loc, scale, context), strict=True):
+            check_tensor("FlowPosterior", name, value)
         shapes = {name: tuple(value.shape) for name, value in zip(widths, (loc, scale, context), strict=True)}
         for name, shape in shapes.items():
             if shape[-1:] != (widths[name],):

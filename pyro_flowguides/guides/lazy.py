@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributions import transform_to
 
 from pyro_flowguides.guides.param_names import Owner, drop_references
+from pyro_flowguides.nn.arguments import check_callable, check_number
 from pyro_flowguides.programs import structure
 from pyro_flowguides.programs.running import isolated
 from pyro_flowguides.programs.types import Args, Kwargs, Model, Site, Values
@@ -29,8 +30,8 @@ MAX_CHECKED_SIGNATURES = 64
 class LazyGuide(AutoGuide):
     """Base of the flow guides: when parameters are created, and how guides are copied, saved and converted.
 
-    A subclass creates the module named :attr:`module_name` in its ``_setup_prototype``. Parameters requested earlier
-    are created at once if the model runs without arguments; else an error asks for :meth:`setup`.
+    A subclass creates the module named :attr:`module_name` in its ``_create_from_prototype``. Parameters requested
+    earlier are created at once if the model runs without arguments; else an error asks for :meth:`setup`.
     """
 
     #: Name of the submodule that holds the parameters.
@@ -41,8 +42,10 @@ class LazyGuide(AutoGuide):
     _model: tuple[Model, Model] | None  # type: ignore[assignment]  # a tuple, so that no model becomes a submodule
 
     def __init__(self, model: Model, init_loc_fn: Callable[..., object], init_scale: float) -> None:
-        if not init_scale > 0:
-            raise ValueError(f"{type(self).__name__}: init_scale must be positive, got {init_scale}")
+        owner = type(self).__name__
+        check_callable(owner, "model", model, "a Pyro model, a function that calls pyro.sample")
+        check_callable(owner, "init_loc_fn", init_loc_fn, "a function of a site, such as Pyro's init_to_median")
+        check_number(owner, "init_scale", init_scale, above=0)
         super().__init__(model)
         self._init, self._init_scale = partial(_initial_value, init_loc_fn), init_scale
         self._model = InitMessenger(self._init)(model), model
@@ -61,10 +64,19 @@ class LazyGuide(AutoGuide):
                 self._create_plates(*args, **kwargs)
 
     def _setup_prototype(self, *args: object, **kwargs: object) -> None:
-        with isolated():
-            super()._setup_prototype(*args, **kwargs)
+        try:
+            with isolated():
+                super()._setup_prototype(*args, **kwargs)
+            self._create_from_prototype(args, kwargs)
+            self._observed = structure.observed_sites(self.model, args, kwargs)
+        except BaseException:
+            self.prototype_trace = None  # so that the next call, with other arguments or a mended model, starts anew
+            raise
         self._signatures.add(structure.call_signature(args, kwargs))
-        self._observed = structure.observed_sites(self.model, args, kwargs)
+
+    def _create_from_prototype(self, args: Args, kwargs: Kwargs) -> None:
+        """Check the structure of the model, and create the parameters unless there are some."""
+        raise NotImplementedError
 
     @property
     def _prototype(self) -> Trace:
@@ -108,11 +120,16 @@ class LazyGuide(AutoGuide):
             return
         if torch.jit.is_tracing():
             return
-        self._compare_structure(args, kwargs)
+        try:
+            trace = structure.latent_trace(self.model, self._prototype_hide_fn, args, kwargs)
+        except Exception:  # the model was not written for these arguments, the guide itself needs none
+            trace = None
+        if trace is not None:
+            self._compare_structure(trace)
         self._signatures.add(signature)
 
-    def _compare_structure(self, args: Args, kwargs: Kwargs) -> None:
-        """Refuse arguments for which the latent sites of the model differ from those of the prototype."""
+    def _compare_structure(self, trace: Trace) -> None:
+        """Refuse a trace of the model whose latent sites differ from those of the prototype."""
         raise NotImplementedError
 
     @property

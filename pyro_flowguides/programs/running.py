@@ -42,10 +42,21 @@ def isolated() -> Iterator[None]:
     outer = list(_PYRO_STACK)
     _PYRO_STACK.clear()
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), _empty_plates():
             yield
     finally:
         _PYRO_STACK[:] = outer
+
+
+@contextlib.contextmanager
+def _empty_plates() -> Iterator[None]:
+    """Say what Pyro's error on a plate without members means."""
+    try:
+        yield
+    except ZeroDivisionError as error:
+        if str(error) != "size cannot be zero":
+            raise
+        raise ValueError("a plate of the program has size zero: its data are empty") from error
 
 
 @contextlib.contextmanager
@@ -169,6 +180,7 @@ def trace_program(
         for handler in handlers:
             stack.enter_context(handler)
         stack.enter_context(_draws_plate(layout))
+        stack.enter_context(_empty_plates())
         program(*args, **kwargs)
     return tracer.trace if layout.size is None else prune_subsample_sites(tracer.trace)
 

@@ -468,7 +468,7 @@ def test_invalid_options():
         fg.FlowPosterior(D, C, "iaff")
     with pytest.raises(ValueError, match="context_dim must be at least 1"):
         fg.FlowPosterior(D, 0)
-    with pytest.raises(ValueError, match="input_dim"):
+    with pytest.raises(ValueError, match="latent_dim must be at least 1"):
         fg.FlowPosterior(0, C)
     with pytest.raises(ValueError, match="conditional flow with input_dim 3 and context_dim 4, got Compose with 3"):
         fg.FlowPosterior(D, C, lambda input_dim, context_dim: fg.flows.iaf(input_dim))
