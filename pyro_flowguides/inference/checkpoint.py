@@ -115,9 +115,7 @@ def load(path: str | Path, kind: str | None = None) -> dict[str, object] | None:
     _check_kind(path, state.get("kind"), kind)
     for keys, value in tree_flatten_with_path(state)[0]:
         if isinstance(value, Tensor) and value.is_floating_point() and not value.isfinite().all():
-            raise ValueError(
-                f"{path} is not a checkpoint to continue from: {keystr(keys)} is not finite. {_OTHER_PATH}"
-            )
+            raise ValueError(f"{path} is not a checkpoint to resume: {keystr(keys)} is not finite. {_OTHER_PATH}")
     return cast("dict[str, object]", state)
 
 

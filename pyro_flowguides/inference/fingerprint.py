@@ -19,7 +19,7 @@ from pyro_flowguides.programs.types import Guide, Site
 
 __all__ = ["Fingerprint", "Probe", "find_changes", "find_differences", "own_parameters", "probe", "take_fingerprint"]
 
-#: For each kind of thing (``"guide"``, ``"parameter"``, ``"site"``, ``"data"``), what it is, by name.
+#: For each kind of thing (``"data"``, ``"site"``, ``"guide"``, ``"parameter"``), what it is, by name.
 Fingerprint: TypeAlias = dict[str, dict[str, str]]
 #: Numbers that a model and a guide give, by name, and how large the terms of each are.
 Probe: TypeAlias = dict[str, tuple[float, float]]
@@ -33,11 +33,12 @@ NUM_DRAWS = 10
 def take_fingerprint(program: Program) -> Fingerprint:
     """Describe data, model and guide, independent of the values of the parameters."""
     _, model_trace = _trace(program)
+    again = dict(_hashes(program, _trace(program)[1]))  # data may be drawn anew in every run
     return {
+        "data": {name: value for name, value in _hashes(program, model_trace) if again[name] == value},
+        "site": {name: _describe_site(site) for name, site in sample_sites(model_trace)},
         "guide": dict(_configuration(program.guide)),
         "parameter": {name: _describe_tensor(value) for name, value in own_parameters(program).items()},
-        "site": {name: _describe_site(site) for name, site in sample_sites(model_trace)},
-        "data": dict(_hashes(program, model_trace)),
     }
 
 
@@ -54,8 +55,10 @@ def find_differences(saved: Fingerprint, own: Fingerprint) -> list[str]:
     differences = []
     for kind, values in own.items():
         for name in saved[kind] | values:
-            before, now = (side.get(name, "missing") for side in (saved[kind], values))
-            if before != now:
+            before, now = saved[kind].get(name), values.get(name)
+            if before is None or now is None:
+                differences.append(f"{kind} {name!r} is {'new' if before is None else 'gone'}")
+            elif before != now:
                 what = "has other values" if kind == "data" else f"was {before} and is {now}"
                 differences.append(f"{kind} {name!r} {what}")
     return _shortened(differences)
@@ -66,19 +69,17 @@ def probe(program: Program) -> Probe:
 
     They change with whatever the fingerprint cannot see: the scale of a prior, a function that the model calls.
     """
-    numbers = {}
     try:
-        traces = _trace(program)
+        guide_trace, model_trace = _trace(program)
         with evaluation():
-            for owner, trace in zip(("guide", "model"), traces, strict=True):
-                trace.compute_log_prob()
-                for name, site in sample_sites(trace):
-                    numbers[f"{owner}'s log density of {name!r}"] = _summarize(site["log_prob"])
-            for name, site in latent_sites(traces[0]):
-                numbers[f"guide's draw of {name!r}"] = _summarize(site["value"])
+            guide_trace.compute_log_prob()
+            model_trace.compute_log_prob()
     except Exception:  # a model may fail in any way where it is not defined
         return {}
-    return numbers
+    densities = {f"model's log density of {name!r}": site["log_prob"] for name, site in sample_sites(model_trace)}
+    draws = {f"guide's draw of {name!r}": guide_trace.nodes[name]["value"] for name in program.latents}
+    log_q = torch.stack([site["log_prob"].sum() for _, site in latent_sites(guide_trace)])
+    return {name: _summarize(value) for name, value in {"guide's log density": log_q, **draws, **densities}.items()}
 
 
 def find_changes(saved: Probe, program: Program) -> list[str]:
@@ -128,7 +129,7 @@ def _trace(program: Program) -> tuple[Trace, Trace]:
 
 
 def _summarize(values: Tensor) -> tuple[float, float]:
-    values = values.double()
+    values = torch.as_tensor(values).double()
     return float(values.sum()), float(values.abs().sum())
 
 
@@ -144,7 +145,7 @@ def _configuration(guide: Guide) -> Iterator[tuple[str, str]]:
                 if isinstance(value, bool | int | float | str | tuple):
                     yield f"{path}.{name}", str(value)
                 elif callable(value):
-                    yield f"{path}.{name}", getattr(value, "__qualname__", type(value).__qualname__)
+                    yield f"{path}.{name}", getattr(value, "__name__", type(value).__name__)
         for name, buffer in module.named_buffers(recurse=False):
             yield f"{path}.{name}", _hash(buffer)
 

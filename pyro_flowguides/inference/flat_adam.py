@@ -70,6 +70,8 @@ class FlatAdam:
             parameter.data, parameter.grad = value, slot
         self.scales = [torch.ones_like(vector) for vector in vectors]
         self._scaled: list[tuple[int, slice]] = []
+        #: The scaled parts and their old values during an update.
+        self._interrupted: list[tuple[Tensor, Tensor]] = []
         self.first_moments, self.second_moments = ([torch.zeros_like(vector) for vector in vectors] for _ in range(2))
         self.step_counts = [vector.new_zeros((), dtype=torch.float32) for vector in vectors]
 
@@ -134,7 +136,7 @@ class FlatAdam:
         and added to the old value.
         """
         scaled = [(self.vectors[index][part], self.scales[index][part]) for index, part in self._scaled]
-        old_values = [value.clone() for value, _ in scaled]
+        self._interrupted = [(value, value.clone()) for value, _ in scaled]
         for value, _ in scaled:
             value.zero_()
         adam(  # the function, because the class imports torch's compiler at its first use, which takes a second
@@ -150,8 +152,9 @@ class FlatAdam:
             eps=EPSILON,
             maximize=False,
         )
-        for (step, scale), old in zip(scaled, old_values, strict=True):
+        for (step, scale), (_, old) in zip(scaled, self._interrupted, strict=True):
             step.mul_(scale).add_(old)
+        self._interrupted = []
         self.mark_modified()
 
     def mark_modified(self) -> None:
@@ -175,7 +178,13 @@ class FlatAdam:
         for parameter, value in self._parts(vectors):
             parameter.copy_(value)
 
+    @torch.no_grad()
     def release(self) -> None:
-        """Give every parameter its own memory, without a gradient. The optimizer cannot be used afterwards."""
+        """Give every parameter its own memory, without a gradient. The optimizer cannot be used afterwards.
+
+        Scaled parts of an update that was interrupted (Ctrl-C) get their old values back.
+        """
+        for value, old in self._interrupted:
+            value.copy_(old)
         for parameter in itertools.chain(*self.groups):
             parameter.data, parameter.grad = parameter.data.clone(), None

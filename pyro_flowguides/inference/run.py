@@ -251,9 +251,7 @@ class Run(Generic[GuideT]):
         except OSError as error:
             intact = "there is no checkpoint yet"
             if self.saved_step is not None:
-                intact = (
-                    f"the checkpoint of step {self.saved_step} is intact, and the guide stands at {self.schedule.step}"
-                )
+                intact = f"that of step {self.saved_step} is intact, and the guide stands at step {self.schedule.step}"
             repeat = ", and call fit again: it continues from the checkpoint"
             raise checkpoints.explain(error, f"the checkpoint {path}", intact, repeat) from error
         self.saved_step = self.schedule.step
