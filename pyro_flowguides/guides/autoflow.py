@@ -120,7 +120,8 @@ class AutoFlow(LazyGuide, AutoContinuous):
             for name, site in latent_sites(prototype):
                 check_finite(owner, name, biject_to(site["fn"].support).inv(site["value"]), site["value"])
             self._create(self._convert_as_requested(self._init_loc()))
-        self._check_loaded_sites()
+        if self._loaded_sites is not None:
+            self._check_loaded_sites(self._loaded_sites)
         if transform is not None and transform.input_dim != self.latent_dim:
             raise ValueError(
                 f"{owner}: the loaded parameters are for {transform.input_dim} latent dimensions, the model has "
@@ -254,9 +255,7 @@ class AutoFlow(LazyGuide, AutoContinuous):
 
     def get_extra_state(self) -> Tensor:
         """Return names and shapes of the sites as a tensor of bytes: other values in a state dict break programs."""
-        shapes = self._loaded_sites or {}
-        if self.prototype_trace is not None:
-            shapes = {name: tuple(site["value"].shape) for name, site in latent_sites(self._prototype)}
+        shapes = (self._loaded_sites or {}) if self.prototype_trace is None else self._site_shapes()
         return torch.tensor(list(json.dumps(shapes).encode()), dtype=torch.uint8)
 
     def set_extra_state(self, state: Tensor) -> None:
@@ -265,18 +264,21 @@ class AutoFlow(LazyGuide, AutoContinuous):
         Raises:
             ValueError: if the guide was set up for other sites.
         """
-        shapes = json.loads(bytes(state.tolist()))
-        self._loaded_sites = {name: tuple(shape) for name, shape in shapes.items()}
-        if self.prototype_trace is not None:
-            self._check_loaded_sites()
+        sites = {name: tuple(shape) for name, shape in json.loads(bytes(state.tolist())).items()}
+        if sites and self.prototype_trace is not None:
+            self._check_loaded_sites(sites)
+        self._loaded_sites = sites or None
 
-    def _check_loaded_sites(self) -> None:
-        now = {name: tuple(site["value"].shape) for name, site in latent_sites(self._prototype)}
-        if self._loaded_sites is not None and list(now.items()) != list(self._loaded_sites.items()):
+    def _check_loaded_sites(self, loaded: Mapping[str, tuple[int, ...]]) -> None:
+        now = self._site_shapes()
+        if list(now.items()) != list(loaded.items()):
             raise ValueError(
-                f"{type(self).__name__}: the loaded parameters are for the latent sites "
-                f"{_list_shapes(self._loaded_sites)}; the model has {_list_shapes(now)}. Load them into a guide of the model they were trained for."
+                f"{type(self).__name__}: the loaded parameters are for the latent sites {_list_shapes(loaded)}; the "
+                f"model has {_list_shapes(now)}. Load them into a guide of the model they were trained for."
             )
+
+    def _site_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(site["value"].shape) for name, site in latent_sites(self._prototype)}
 
     def _load_from_state_dict(
         self,
@@ -285,12 +287,17 @@ class AutoFlow(LazyGuide, AutoContinuous):
         local_metadata: Mapping[str, object],
         strict: bool,
         missing_keys: list[str],
-        *args: Any,
+        unexpected_keys: list[str],
+        error_msgs: list[str],
     ) -> None:
         loc = state_dict.get(f"{prefix}transform.parts.2.loc")
         if self._module_or_none is None and loc is not None:
             self._create(self._convert_as_requested(torch.zeros_like(loc)))
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *args)
+        others = local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        try:
+            super()._load_from_state_dict(state_dict, prefix, *others)
+        except ValueError as error:  # of other sites
+            error_msgs.append(str(error))
         if f"{prefix}_extra_state" in missing_keys:  # states saved by earlier versions have none
             missing_keys.remove(f"{prefix}_extra_state")
 

@@ -67,8 +67,8 @@ class LazyGuide(AutoGuide):
         try:
             with isolated():
                 super()._setup_prototype(*args, **kwargs)
-            self._create_from_prototype(args, kwargs)
             self._observed = structure.observed_sites(self.model, args, kwargs)
+            self._create_from_prototype(args, kwargs)
         except BaseException:
             self.prototype_trace = None  # so that the next call, with other arguments or a mended model, starts anew
             raise

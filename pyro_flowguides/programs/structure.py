@@ -136,7 +136,7 @@ def call_signature(args: Args, kwargs: Kwargs) -> tuple[object, ...]:
 
 
 def _leaf(value: Any) -> object:
-    if hasattr(value, "shape"):
+    if isinstance(getattr(value, "shape", None), tuple):
         return type(value), tuple(value.shape)
     if isinstance(value, (bool, int, str, type(None))):
         return value

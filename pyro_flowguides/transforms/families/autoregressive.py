@@ -69,7 +69,8 @@ class _Autoregressive(ConditionerFlow):
 
     def _affine_map(self, z: Tensor, theta: Theta) -> tuple[Tensor, Tensor]:
         """Compute log-scale and shift of each coordinate."""
-        raw, shift = self.conditioner.run(z, theta).chunk(2, -1)
+        # TorchScript has a wrong derivative of a chunk of which one half is unused, but no derivative of a split.
+        raw, shift = self.conditioner.run(z, theta).split(self.input_dim, -1)
         return UPDATES[self.update](raw, shift)
 
     def _parallel(self, z: Tensor, theta: Theta) -> tuple[Tensor, Tensor]:
