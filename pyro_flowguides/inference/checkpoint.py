@@ -150,7 +150,7 @@ def explain(error: OSError | RuntimeError, what: object, intact: str = "", repea
     kind = type(error) if isinstance(error, OSError) else OSError
     number, reason = getattr(error, "errno", None), getattr(error, "strerror", None) or error
     parts = [f"could not write {what} ({reason})" + (f": {intact}" if intact else "")]
-    return kind(f"{'. '.join([*parts, REMEDIES.get(number or 0, 'Choose another path')])}{repeat}")
+    return kind(f"{'. '.join([*parts, REMEDIES.get(number or 0, 'Make room there or choose another path')])}{repeat}")
 
 
 def _partial(path: str | Path) -> Path:

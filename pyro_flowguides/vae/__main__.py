@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import signal
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
@@ -37,13 +38,19 @@ METAVARS = {int: "N", float: "X", str: "NAME"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Train, print the results, and return the exit status: 0, or 1 after an error with a message."""
+    """Train, print the results, and return the exit status: 0, 1 after an error with a message, 130 if interrupted."""
     settings = parse_settings(arguments)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
         summary = train(settings)
+    except KeyboardInterrupt:
+        print(f"interrupted: {settings.output} holds all complete epochs; the same command continues", file=sys.stderr)
+        return 130
     except (OSError, ValueError, ImportError, TrainingDivergedError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    finally:
+        signal.signal(signal.SIGTERM, before)
     if os.environ.get("LOCAL_RANK", "0") == "0" and os.environ.get("NODE_RANK", "0") == "0":
         print(_describe(settings, summary))
     return 0

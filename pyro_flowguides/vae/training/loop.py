@@ -66,17 +66,19 @@ def train(settings: Settings) -> Summary:
     Raises:
         ImportError: if Lightning Fabric is missing.
         TrainingDivergedError: if no gradient is finite for 50 steps in a row.
-        OSError: if a file cannot be written (for example on a full disk); the last checkpoint is intact.
-        ValueError: if data or settings are invalid, or the folder holds another run.
+        OSError: if a file cannot be written (for example on a full disk), or another run uses the folder; the last
+            checkpoint is intact.
+        ValueError: if data or settings are invalid, or the folder holds another run or a damaged checkpoint.
     """
     fabric = _make_fabric(settings)
     fabric.launch()
     images = load_images(settings.data, settings.shape)
     with pyro.validation_enabled(False):  # a step with values that are not finite is skipped
         run = _Run(settings, fabric, images)
-        run.resume()
-        run.fit()
-        return run.finish()
+        with run.folder.reserved():
+            run.resume()
+            run.fit()
+            return run.finish()
 
 
 def _make_fabric(settings: Settings) -> Fabric:
@@ -238,11 +240,9 @@ class _Run:
 
     def resume(self) -> None:
         """Continue from the checkpoint in the output folder, if there is one."""
-        with self.folder.writing("the output folder"):
-            self.folder.path.mkdir(parents=True, exist_ok=True)
-        state = None if self.settings.overwrite else self.folder.load_run(self._identity())
-        self.fabric.barrier()
+        state = self.folder.load_run(self._identity(), self.settings.overwrite)
         if state is None:
+            self._save_run()  # a full disk is noticed before the first step
             return
         for name, part in self.stateful.items():
             part.load_state_dict(state[name])

@@ -8,7 +8,7 @@ import os
 import platform
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -37,6 +37,8 @@ State: TypeAlias = dict[str, Any]
 Summary: TypeAlias = dict[str, Any]
 #: Settings that are arguments of every builder of a model.
 MODEL_SETTINGS = ("likelihood", "latent_dim", "posterior", "posterior_options", "prior", "prior_options", "network")
+#: The files of the final report.
+RESULTS = ("summary.json", "samples.png", "reconstructions.png", "curve.png")
 #: Images per row of a picture.
 COLUMNS = 8
 
@@ -66,9 +68,46 @@ class RunFolder:
         #: The epoch of the checkpoint, 0 if there is none.
         self.saved_epoch = 0
 
-    def load_run(self, identity: Mapping[str, object]) -> State | None:
-        """Return the checkpoint of the run with this identity, or ``None`` if there is no checkpoint."""
-        state = _load(self.path / "last.pt", "vae run", "a checkpoint of VAE training")
+    @contextmanager
+    def reserved(self) -> Iterator[None]:
+        """Create the folder, and keep other runs from it.
+
+        Raises:
+            BlockingIOError: if another run writes to the folder.
+            OSError: if the folder cannot be written to.
+        """
+        with ExitStack() as stack:
+            if self.fabric.is_global_zero:
+                with self.writing("the output folder"):
+                    self.path.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(checkpoints.reserved(self.path / "last.pt", self.path / "best.pt"))
+            self.fabric.barrier()
+            yield
+
+    def load_run(self, identity: Mapping[str, object], overwrite: bool) -> State | None:
+        """Return the checkpoint of the run with this identity, or ``None`` if there is no checkpoint.
+
+        Args:
+            identity: what determines the parameters of a run.
+            overwrite: delete the files of a run that is finished or cannot be continued.
+        """
+        try:
+            state = self._load_run(identity)
+        except ValueError:
+            if not overwrite:
+                raise
+            state = None
+        self.fabric.barrier()
+        if overwrite and (state is None or (self.path / RESULTS[0]).exists()):
+            state = None
+            self.fabric.barrier()
+            if self.fabric.is_global_zero:
+                for name in ("last.pt", "best.pt", *RESULTS):
+                    (self.path / name).unlink(missing_ok=True)
+        return state
+
+    def _load_run(self, identity: Mapping[str, object]) -> State | None:
+        state = cast("State | None", checkpoints.load(self.path / "last.pt", "vae run"))
         if state is None:
             return None
         saved = state["identity"]
@@ -95,18 +134,8 @@ class RunFolder:
         except (OSError, RuntimeError) as error:  # torch turns some of the first into the second
             epoch = self.saved_epoch
             intact = f"the checkpoint of epoch {epoch} is intact" if epoch else "there is no checkpoint yet"
-            raise OSError(
-                f"could not write {what} in {self.path} ({error}): {intact}. Make room there and repeat the command: "
-                "it continues the run"
-            ) from error
-
-
-def _load(path: str | Path, kind: str, description: str) -> State | None:
-    """Return the contents of a file of this kind, or ``None`` if there is no file."""
-    state = cast("State | None", checkpoints.load(path))
-    if state is not None and state.get("kind") != kind:
-        raise ValueError(f"{path} is not {description}")
-    return state
+            repeat = " and repeat the command: it continues the run"
+            raise checkpoints.explain(error, f"{what} in {self.path}", intact, repeat) from error
 
 
 def build_model(settings: Settings, data_shape: tuple[int, ...]) -> VAE:
@@ -117,7 +146,7 @@ def build_model(settings: Settings, data_shape: tuple[int, ...]) -> VAE:
 
 def read_model_state(path: str | Path) -> State:
     """Read a ``best.pt``; errors as for :func:`load_model`."""
-    state = _load(path, "vae model", "the best.pt of a training run")
+    state = cast("State | None", checkpoints.load(path, "vae model"))
     if state is None:
         raise FileNotFoundError(f"{path}: no such file")
     return state

@@ -116,7 +116,7 @@ class Settings:
     shards: int = _setting(0, "parts of a batch, each with random numbers of its own; 0: one per process")
 
     output: str = _setting("vae_output", "folder for all results", group="output")
-    overwrite: bool = _setting(False, "start again if the folder holds a run")
+    overwrite: bool = _setting(False, "replace a run that is finished, damaged, or has other settings or data")
     tensorboard: bool = _setting(True, "write TensorBoard logs")
     progress: bool = _setting(True, "show a progress bar")
     iw_images: int = _setting(200, "test images for the importance-weighted log-likelihood; 0: none")

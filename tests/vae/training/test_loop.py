@@ -2,7 +2,9 @@
 
 import csv
 import dataclasses
+import errno
 import functools
+import itertools
 import json
 import os
 import resource
@@ -25,6 +27,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from pyro_flowguides.inference import checkpoint as checkpoints
 from pyro_flowguides.vae import MODELS, Settings, TrainingDivergedError, load_images, load_model, train
 from pyro_flowguides.vae.__main__ import main
+from pyro_flowguides.vae.training.ema import EMA
 from tests.vae.training.commands import command
 
 SMALL = {
@@ -274,6 +277,108 @@ def test_a_folder_that_cannot_be_created_is_named(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert main(command(small(tmp_path, output=str(tmp_path / "file" / "run")))[3:]) == 1
     assert "could not write the output folder" in capsys.readouterr().err
+
+
+class _Kill(BaseException):
+    """The process ends at once."""
+
+
+def kill_at_save(monkeypatch, settings, number):
+    """End a run at one of its saves."""
+    save, numbers = checkpoints.save, itertools.count(1)
+
+    def save_or_die(*arguments):
+        if next(numbers) == number:
+            raise _Kill
+        save(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "save", save_or_die)
+        with pytest.raises(_Kill):
+            train(settings)
+
+
+def test_overwriting_replaces_all_files_and_continues_after_a_kill(tmp_path, monkeypatch):
+    def files():
+        return sorted(path.name for path in folder_of(settings).glob("*.p[tn]*"))
+
+    settings = small(tmp_path, epochs=3, lr=1e-30, iw_images=0)
+    train(dataclasses.replace(settings, epochs=1))
+    overwriting = dataclasses.replace(settings, lr=2e-3, overwrite=True)
+    kill_at_save(monkeypatch, overwriting, 2)  # the first is before the first step, the second a best.pt
+    assert files() == ["last.pt"]
+    kill_at_save(monkeypatch, overwriting, 3)  # within the second epoch; the first was saved in this call
+    assert checkpoints.load(folder_of(settings) / "last.pt")["progress"]["step"] == 7
+    resumed = train(overwriting)
+    whole = train(dataclasses.replace(overwriting, output=str(tmp_path / "whole")))
+    assert resumed["test"] == whole["test"]
+    before = checkpoints.load(folder_of(settings) / "best.pt")
+    train(dataclasses.replace(overwriting, epochs=1))  # a finished run starts again
+    assert checkpoints.load(folder_of(settings) / "last.pt")["progress"]["step"] == 7
+    assert checkpoints.load(folder_of(settings) / "best.pt")["epoch"] == 1 != before["epoch"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_program_with_one_line(tmp_path, monkeypatch, capsys, number):
+    settings, steps, update = small(tmp_path, epochs=2, iw_images=0), itertools.count(1), EMA.update
+
+    def interrupt(self, module):
+        update(self, module)
+        if next(steps) == 10:
+            os.kill(os.getpid(), number)
+
+    handler = signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        patch.setattr(EMA, "update", interrupt)
+        assert main(command(settings)[3:]) == 130
+    assert capsys.readouterr().err.splitlines() == [
+        f"interrupted: {settings.output} holds all complete epochs; the same command continues"
+    ]
+    assert signal.getsignal(number) is handler
+    assert checkpoints.load(folder_of(settings) / "last.pt")["progress"]["step"] == 7
+    assert not (folder_of(settings) / "last.pt.lock").exists()
+
+
+def test_overwriting_replaces_a_damaged_checkpoint(tmp_path):
+    settings = small(tmp_path, epochs=1, iw_images=0, overwrite=True)
+    folder_of(settings).mkdir()
+    (folder_of(settings) / "last.pt").write_text("damaged")
+    assert train(settings)["epochs"] == 1
+
+
+def test_a_full_disk_is_noticed_before_the_first_step(tmp_path, monkeypatch, capsys):
+    def fail(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    settings = small(tmp_path, epochs=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fail)
+        patch.setattr(EMA, "update", lambda *_: pytest.fail("a step was taken"))
+        assert main(command(settings)[3:]) == 1
+    message = "(No space left on device): there is no checkpoint yet. Make room there and repeat the command"
+    assert message in capsys.readouterr().err
+    assert list(folder_of(settings).iterdir()) == []
+
+
+def test_two_runs_cannot_write_to_one_folder(tmp_path, capsys):
+    settings = small(tmp_path, epochs=1)
+    folder_of(settings).mkdir()
+    with checkpoints.reserved(folder_of(settings) / "last.pt"):
+        assert main(command(settings)[3:]) == 1
+    assert "last.pt is in use by another run" in capsys.readouterr().err
+    assert list(folder_of(settings).iterdir()) == []
+
+
+def test_checkpoints_of_other_kinds_are_refused(tmp_path):
+    settings = small(tmp_path, epochs=1)
+    for name, kind in [("last.pt", "fit"), ("best.pt", "fit"), ("best.pt", "vae run"), ("last.pt", "vae model")]:
+        path = tmp_path / "run" / name
+        path.parent.mkdir(exist_ok=True)
+        checkpoints.save(path, {"kind": kind})
+        expected = "a checkpoint of VAE training" if name == "last.pt" else "the best.pt of VAE training"
+        with pytest.raises(ValueError, match=f"{name} is {checkpoints.KINDS[kind]}, not {expected}"):
+            train(settings) if name == "last.pt" else load_model(path)
+        path.unlink()
 
 
 # -- several processes -------------------------------------------------------------------------------------------------
