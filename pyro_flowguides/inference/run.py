@@ -2,20 +2,18 @@
 
 import math
 import time
-import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Generic, cast
 
-import pyro
 import torch
-from pyro import poutine
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from pyro_flowguides.guides.autoflow import FULL_RANK_LIMIT, AutoFlow
 from pyro_flowguides.inference import checkpoint as checkpoints
 from pyro_flowguides.inference.density_objective import DensityObjective, evaluate
+from pyro_flowguides.inference.divergence import explain_divergence
 from pyro_flowguides.inference.fingerprint import (
     Fingerprint,
     find_changes,
@@ -28,8 +26,7 @@ from pyro_flowguides.inference.objective import StepOptions
 from pyro_flowguides.inference.schedule import Schedule
 from pyro_flowguides.inference.step_loop import CompileMode, GuideT, Stepper
 from pyro_flowguides.inference.warm_start import low_rank_warm_start, warm_start
-from pyro_flowguides.programs.program import Program
-from pyro_flowguides.programs.types import Args, Kwargs, Model, Site
+from pyro_flowguides.programs.types import Args, Kwargs, Model
 
 __all__ = ["FitDivergedError", "FitSettings", "Run"]
 
@@ -216,9 +213,9 @@ class Run(Generic[GuideT]):
         return elbo if math.isfinite(elbo) else -math.inf
 
     def _divergence(self) -> str:
-        step, where = self.schedule.step + 1, _describe_divergence(self.stepper.program, self.settings.num_particles)
-        what = f"the bound or its gradient was not finite for {PATIENCE} steps in a row, up to step {step}"
-        return f"fit: {what}{where}. Start elsewhere (init_loc_fn, init_scale) or lower lr."
+        what = f"not finite for {PATIENCE} steps in a row, up to step {self.schedule.step + 1}"
+        cause = explain_divergence(self.stepper.program, self.settings.num_particles)
+        return f"fit: the bound or its gradient was {what} ({self.num_dropped} particles dropped in all){cause}"
 
     def save(self, path: str | Path) -> None:
         """Write the state to a checkpoint.
@@ -322,21 +319,3 @@ class Run(Generic[GuideT]):
                 f"fit: {path} is a checkpoint of other data, another model or guide: {'; '.join(differences)}. Choose "
                 "another path, or delete it"
             )
-
-
-def _describe_divergence(program: Program, num_samples: int) -> str:
-    """Name the first site whose log density is not finite at a draw of the guide, for the end of a message."""
-    args, kwargs = program.args, program.kwargs
-    with torch.no_grad(), pyro.validation_enabled(False), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for _ in range(num_samples):
-            drawn = poutine.trace(program.guide).get_trace(*args, **kwargs)
-            try:
-                trace = poutine.trace(poutine.replay(program.model, trace=drawn)).get_trace(*args, **kwargs)
-                trace.compute_log_prob()
-            except (ValueError, RuntimeError) as error:
-                return f"; the model fails at a draw of the guide: {error}"
-            for name, site in cast("dict[str, Site]", trace.nodes).items():
-                if site["type"] == "sample" and not math.isfinite(float(site["log_prob_sum"])):
-                    return f"; the log density is not finite at site {name!r}"
-    return ""
