@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from pyro_flowguides.nn.arguments import describe
+
 if TYPE_CHECKING:
     import xarray as xr
     from matplotlib.figure import Figure
@@ -85,7 +87,13 @@ def build_tree(groups: Mapping[str, xr.Dataset], attrs: Mapping[str, str]) -> Ar
 
 
 def group_names(data: ArvizData) -> set[str]:
-    """Return the names of the groups."""
+    """Return the names of the groups.
+
+    Raises:
+        TypeError: for anything but data of ArviZ.
+    """
+    if not (hasattr(data, "children") or callable(getattr(data, "groups", None))):
+        raise TypeError(f"the data must be what to_inference_data returns, got {describe(data)}")
     return set(data.children) if hasattr(data, "children") else set(data.groups())
 
 

@@ -20,10 +20,11 @@ from pyro_flowguides.diagnostics import arviz_compat
 from pyro_flowguides.diagnostics.arviz_compat import ArvizData
 from pyro_flowguides.diagnostics.psis import resample as resample_draws
 from pyro_flowguides.diagnostics.weights import WeightedDraws, weigh
+from pyro_flowguides.nn.arguments import check_count, check_mapping
 from pyro_flowguides.programs.batched_run import Layout, NotVectorizedError, RunMode, first_line
 from pyro_flowguides.programs.program import Program
 from pyro_flowguides.programs.program_runs import Collect, run_model
-from pyro_flowguides.programs.running import SampleObserved, evaluation
+from pyro_flowguides.programs.running import SampleObserved, evaluation, exclusive
 from pyro_flowguides.programs.sites import SiteInfo
 from pyro_flowguides.programs.trace_density import scored_sites
 from pyro_flowguides.programs.types import Guide, Model, Site, Values
@@ -90,6 +91,7 @@ def to_inference_data(
     return export_program(program, num_samples=num_samples, resample=resample, coords=coords)
 
 
+@exclusive
 def export_program(
     program: Program,
     *,
@@ -98,6 +100,8 @@ def export_program(
     coords: Mapping[str, Sequence[object]] | None = None,
 ) -> ArvizData:
     """Draw from the guide of an inspected program, and export the draws to ArviZ; see :func:`to_inference_data`."""
+    num_samples = check_count("to_inference_data", "num_samples", num_samples)
+    check_mapping("to_inference_data", "coords", coords or {})
     weighted = weigh(program, num_samples * _OVERSAMPLING if resample else num_samples)
     if resample:
         weighted = resample_draws(weighted, num_samples)

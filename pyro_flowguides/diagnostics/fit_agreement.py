@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from pyro_flowguides.diagnostics.moments import Moments, log_sd_difference, mean_difference, moments
+from pyro_flowguides.nn.arguments import check_mapping, check_tensor
 
 __all__ = ["Agreement", "agreement"]
 
@@ -80,6 +81,8 @@ def agreement(draws_a: Draws, draws_b: Draws, *more: Draws) -> Agreement:
         True
     """
     fits = [draws_a, draws_b, *more]
+    for fit in fits:
+        check_mapping("agreement", "the draws of a fit", fit)
     if not draws_a:
         raise ValueError("there are no sites to compare")
     summaries = [_summary(draws) for draws in fits]
@@ -99,6 +102,7 @@ def agreement(draws_a: Draws, draws_b: Draws, *more: Draws) -> Agreement:
 
 def _summary(draws: Draws) -> Moments:
     for site, value in draws.items():
+        check_tensor("agreement", f"site {site!r}", value)
         if value.dim() == 0 or value.shape[0] < 2:
             raise ValueError(f"site '{site}' has fewer than two draws")
     return moments(draws)

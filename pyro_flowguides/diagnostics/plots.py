@@ -20,6 +20,7 @@ from pyro_flowguides.diagnostics.psis import (
     pareto_smooth,
 )
 from pyro_flowguides.diagnostics.weights import WeightedDraws
+from pyro_flowguides.nn.arguments import check_count, describe
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -63,7 +64,10 @@ def plot_elbo(history: HasElboHistory | Sequence[float] | np.ndarray | Tensor) -
         >>> [round(float(limit)) for limit in figure.axes[0].get_ylim()]
         [-3, -3]
     """
-    values = torch.as_tensor(getattr(history, "elbo_history", history)).detach().cpu().double().numpy()
+    try:
+        values = torch.as_tensor(getattr(history, "elbo_history", history)).detach().cpu().double().numpy()
+    except (TypeError, ValueError, RuntimeError):  # torch cannot make a tensor of it
+        raise TypeError(f"plot_elbo: history must be the result of fit or numbers, got {describe(history)}") from None
     finite = np.isfinite(values)
     if values.ndim != 1 or not finite.any():
         raise ValueError(
@@ -102,6 +106,7 @@ def plot_khat(weights: WeightedDraws | Tensor | ArvizData) -> Figure:
         2
     """
     log_w = _log_weights_of(weights)
+    pareto_smooth(log_w)  # refuses what has no k-hat before anything is drawn
     figure = new_figure(width=9)
     left, right = figure.subplots(1, 2)
     _draw_weights(left, log_w)
@@ -124,6 +129,7 @@ def plot_pairs(data: ArvizData, var_names: Sequence[str] | None = None, **option
         ImportError: if ArviZ is not installed.
         KeyError: if a variable does not exist.
     """
+    arviz_compat.group_names(data)
     return arviz_compat.pair_figure(data, var_names, **options)
 
 
@@ -145,6 +151,7 @@ def plot_ppc(
         ImportError: if ArviZ is not installed.
         ValueError: if ``data`` has no posterior predictive draws.
     """
+    check_count("plot_ppc", "num_samples", num_samples)
     if "posterior_predictive" not in arviz_compat.group_names(data):
         raise ValueError("the data have no posterior predictive draws")
     available = int(data["posterior_predictive"].sizes["draw"])
@@ -162,6 +169,7 @@ def _log_weights_of(weights: WeightedDraws | Tensor | ArvizData) -> Tensor:
         return weights.log_w
     if isinstance(weights, Tensor):
         return weights.detach().cpu().double()
+    arviz_compat.group_names(weights)
     if weights.attrs.get("draws") == "importance-resampled":
         raise ValueError("the draws were resampled by their weights: export them with resample=False to plot k-hat")
     return torch.from_numpy(np.asarray(weights["sample_stats"]["log_weights"], dtype=float).ravel())

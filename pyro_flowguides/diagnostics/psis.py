@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pyro_flowguides.diagnostics import arviz_compat
 from pyro_flowguides.diagnostics.weights import WeightedDraws, weigh
+from pyro_flowguides.nn.arguments import check_count, check_tensor, describe
 from pyro_flowguides.programs.batched_run import select
 from pyro_flowguides.programs.program import Program
 from pyro_flowguides.programs.types import Guide, Model, Values
@@ -74,6 +75,7 @@ def pareto_smooth(log_w: Tensor) -> ParetoSmoothed:
         >>> wide.khat < 0.5, round(wide.log_weights.exp().sum().item(), 6)
         (True, 1.0)
     """
+    check_tensor("pareto_smooth", "log_w", log_w)
     if log_w.dim() != 1 or log_w.shape[0] < MIN_DRAWS:
         shape = tuple(log_w.shape)
         raise ValueError(f"Pareto smoothing needs a vector of at least {MIN_DRAWS} log weights, got shape {shape}")
@@ -112,8 +114,7 @@ def khat_threshold(num_samples: int) -> float:
         >>> round(khat_threshold(100), 3), khat_threshold(4000)
         (0.5, 0.7)
     """
-    if num_samples < 2:
-        raise ValueError(f"the threshold of k-hat needs at least two draws, got {num_samples}")
+    check_count("khat_threshold", "num_samples", num_samples, 2)
     return min(1 - 1 / math.log10(num_samples), 0.7)
 
 
@@ -136,6 +137,7 @@ def effective_sample_size(log_w: Tensor) -> float:
         >>> effective_sample_size(torch.tensor([0.0, 0.0, -torch.inf, 0.0]))
         3.0
     """
+    _check_vector("effective_sample_size", log_w)
     clean = without_invalid(log_w)
     if not clean.isfinite().any():
         return 0.0
@@ -161,12 +163,19 @@ def log_mean_weight(log_w: Tensor) -> tuple[float, float]:
         >>> log_mean_weight(torch.full((10,), -1.5))
         (-1.5, 0.0)
     """
+    _check_vector("log_mean_weight", log_w)
     valid = log_w[~(log_w.isnan() | log_w.isposinf())].double()
     ess = effective_sample_size(valid)
     if ess == 0:
         return math.nan, math.nan
     size = len(valid)
     return float(valid.logsumexp(0)) - math.log(size), math.sqrt(max(size / ess - 1, 0.0) / size)
+
+
+def _check_vector(owner: str, log_w: Tensor) -> None:
+    check_tensor(owner, "log_w", log_w)
+    if log_w.dim() != 1:
+        raise ValueError(f"{owner}: log_w must be a vector, one log weight per draw, got shape {tuple(log_w.shape)}")
 
 
 def without_invalid(log_w: Tensor) -> Tensor:
@@ -229,6 +238,8 @@ def importance_resample(
         >>> draws["z"].shape, round(draws["z"].mean().item(), 1)
         (torch.Size([2000]), 1.0)
     """
+    check_count("importance_resample", "num_samples", num_samples)
+    check_count("importance_resample", "num_proposals", num_proposals, MIN_DRAWS)
     weighted = weigh(Program.inspect(model, guide, args, kwargs), num_proposals)
     return resample(weighted, num_samples, replace=replace).draws
 
@@ -244,8 +255,9 @@ def resample(weighted: WeightedDraws, num_samples: int, *, replace: bool = True)
     Raises:
         ValueError: for the reasons that :func:`importance_resample` gives.
     """
-    if num_samples < 1:
-        raise ValueError(f"num_samples must be positive, got {num_samples}")
+    num_samples = check_count("resample", "num_samples", num_samples)
+    if not isinstance(weighted, WeightedDraws):
+        raise TypeError(f"resample: weighted must be WeightedDraws, got {describe(weighted)}")
     smoothed = pareto_smooth(weighted.log_w).log_weights
     index = _systematic(smoothed, num_samples) if replace else _distinct(smoothed, num_samples)
     return dataclasses.replace(

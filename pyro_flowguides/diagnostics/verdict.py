@@ -11,7 +11,9 @@ from pyro_flowguides.diagnostics.fit_agreement import Agreement
 from pyro_flowguides.diagnostics.moments import GuideSummary, SmoothedMoments, moment_shift
 from pyro_flowguides.diagnostics.psis import MIN_DRAWS, effective_sample_size, khat_threshold, log_mean_weight
 from pyro_flowguides.diagnostics.weights import WeightedDraws, Widening, point_sites
+from pyro_flowguides.nn.arguments import check_count, describe
 from pyro_flowguides.programs.program import Program
+from pyro_flowguides.programs.running import exclusive
 from pyro_flowguides.programs.types import Guide, Model
 
 __all__ = ["Diagnosis", "diagnose", "diagnose_draws", "diagnose_program"]
@@ -144,11 +146,13 @@ def diagnose(
     return diagnose_program(program, num_samples=num_samples, chunk_size=chunk_size, agreement=agreement)
 
 
+@exclusive
 def diagnose_program(
     program: Program, *, num_samples: int = 4000, chunk_size: int | None = None, agreement: Agreement | None = None
 ) -> Diagnosis:
     """Assess the guide of an inspected program; see :func:`diagnose`."""
-    _check_num_samples(num_samples)
+    num_samples = check_count("diagnose", "num_samples", num_samples, MIN_DRAWS)
+    _check_agreement(agreement)
     widening = Widening.of(program)
     own, mixture = summarize_own_and_widened(program, widening, num_samples, chunk_size)
     constant = point_sites(program, own.constant)
@@ -172,7 +176,11 @@ def diagnose_draws(
     Raises:
         ValueError: if there are fewer than 25 draws.
     """
-    _check_num_samples(weighted.num_samples)
+    for name, draws in (("weighted", weighted), ("defensive", defensive)):
+        if not isinstance(draws, WeightedDraws) and not (name == "defensive" and draws is None):
+            raise TypeError(f"diagnose_draws: {name} must be WeightedDraws, got {describe(draws)}")
+    _check_agreement(agreement)
+    check_count("diagnose_draws", "the number of draws", weighted.num_samples, MIN_DRAWS)
     own = GuideSummary(weighted.num_samples)
     own.add(weighted.draws, weighted.log_w)
     mixture = None
@@ -182,9 +190,9 @@ def diagnose_draws(
     return _diagnosis(_findings(own, mixture, widening_factor, agreement, weighted.point_sites), own.weighted.log_w)
 
 
-def _check_num_samples(num_samples: int) -> None:
-    if num_samples < MIN_DRAWS:
-        raise ValueError(f"a diagnosis needs at least {MIN_DRAWS} draws, got {num_samples}")
+def _check_agreement(comparison: object) -> None:
+    if not isinstance(comparison, Agreement | None):
+        raise TypeError(f"diagnose: agreement must be what agreement(...) returns, got {describe(comparison)}")
 
 
 def _diagnosis(findings: Findings, log_w: Tensor) -> Diagnosis:

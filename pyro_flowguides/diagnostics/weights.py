@@ -15,10 +15,11 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import Distribution
 
+from pyro_flowguides.nn.arguments import check_count
 from pyro_flowguides.programs.batched_run import Layout, RunMode
 from pyro_flowguides.programs.program import Program
 from pyro_flowguides.programs.program_runs import sample_guide, score_model
-from pyro_flowguides.programs.running import evaluation, trace_guide
+from pyro_flowguides.programs.running import evaluation, exclusive, trace_guide
 from pyro_flowguides.programs.trace_density import double_total
 from pyro_flowguides.programs.types import Guide, Model, Site, Values
 
@@ -138,6 +139,7 @@ def weigh(program: Program, num_samples: int, chunk_size: int | None = None) -> 
     return weigh_widened(program, Widening((), 1.0), num_samples, chunk_size)[0]
 
 
+@exclusive
 def weigh_widened(
     program: Program, widening: Widening, num_samples: int, chunk_size: int | None = None, *, from_widened: bool = False
 ) -> tuple[WeightedDraws, Tensor]:
@@ -172,9 +174,8 @@ def valid_chunk_size(program: Program, num_samples: int, chunk_size: int | None)
     """Return the number of draws that run together; refuse a program or numbers of draws without weights."""
     program.check_full_density()
     size = program.default_chunk_size if chunk_size is None else chunk_size
-    for name, number in (("num_samples", num_samples), ("chunk_size", size)):
-        if number < 1:
-            raise ValueError(f"{name} must be positive, got {number}")
+    check_count("log_weights", "num_samples", num_samples)
+    size = check_count("log_weights", "chunk_size", size)
     if not program.latents:
         raise ValueError("model and guide have no latent site in common: there is nothing to weigh")
     return size

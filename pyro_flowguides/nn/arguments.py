@@ -2,13 +2,23 @@
 
 import math
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
 from typing import cast
 
 from torch import Tensor
 
-__all__ = ["check_callable", "check_count", "check_number", "check_one_of", "check_tensor", "check_widths", "describe"]
+__all__ = [
+    "check_callable",
+    "check_count",
+    "check_mapping",
+    "check_number",
+    "check_one_of",
+    "check_seed",
+    "check_tensor",
+    "check_widths",
+    "describe",
+]
 
 #: Most characters of a value in a message.
 MAX_LENGTH = 60
@@ -96,6 +106,11 @@ def check_number(
     raise ValueError(f"{owner}: {name} must {limits}, got {describe(value)}")
 
 
+def check_seed(owner: str, seed: object) -> int:
+    """Return a seed of torch's generators; refuse any other value."""
+    return check_count(owner, "seed", seed, -(2**63), 2**64 - 1)
+
+
 def check_widths(owner: str, name: str, value: object) -> tuple[int, ...]:
     """Return a sequence of whole numbers; refuse any other value.
 
@@ -122,6 +137,12 @@ def check_callable(owner: str, name: str, value: object, kind: str) -> None:
     """Refuse an argument that cannot be called; ``kind`` describes the functions expected."""
     if not callable(value):
         raise TypeError(f"{owner}: {name} must be {kind}, got {describe(value)}")
+
+
+def check_mapping(owner: str, name: str, value: object) -> None:
+    """Refuse an argument that is not a mapping."""
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{owner}: {name} must map names to values, got {describe(value)}")
 
 
 def check_one_of(owner: str, name: str, value: object, known: Sequence[str]) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from pyro_flowguides.nn.arguments import check_count, check_number, describe
+from pyro_flowguides.nn.arguments import check_count, check_mapping, check_number, check_tensor, check_widths
 from pyro_flowguides.nn.mlp import MLP
 
 __all__ = ["HyperNetwork"]
@@ -62,13 +62,12 @@ class HyperNetwork(nn.Module):
         super().__init__()
         check_count("HyperNetwork", "context_dim", context_dim)
         check_number("HyperNetwork", "scale", scale)
-        if not isinstance(shapes, Mapping):
-            raise TypeError(f"HyperNetwork: shapes must map names to shapes, got {describe(shapes)}")
+        check_mapping("HyperNetwork", "shapes", shapes)
         unknown = sorted({*(zero or ())} - shapes.keys())
         if unknown or not shapes:
             raise ValueError(f"HyperNetwork: zero names {unknown}, the outputs are {sorted(shapes)}")
         self.context_dim, self.scale = context_dim, scale
-        self.shapes = {name: tuple(shape) for name, shape in shapes.items()}
+        self.shapes = {name: check_widths("HyperNetwork", f"shape {name!r}", shape) for name, shape in shapes.items()}
         self.sizes = [math.prod(shape) for shape in self.shapes.values()]
         self.network = MLP(context_dim, hidden_dims, sum(self.sizes))
         self._randomize_except(self.shapes if zero is None else zero)
@@ -82,6 +81,7 @@ class HyperNetwork(nn.Module):
                 rows.uniform_(-1, 1).div_(math.sqrt(weight.shape[1]))
 
     def forward(self, context: Tensor) -> dict[str, Tensor]:
+        check_tensor("HyperNetwork", "context", context)
         if context.shape[-1:] != (self.context_dim,):
             raise ValueError(
                 f"HyperNetwork: expected a context of shape (..., {self.context_dim}), got {tuple(context.shape)}"

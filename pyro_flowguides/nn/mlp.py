@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from pyro_flowguides.nn.arguments import check_callable, check_count, check_tensor, check_widths
+from pyro_flowguides.nn.arguments import check_callable, check_count, check_tensor, check_widths, describe
+from pyro_flowguides.nn.precision import explain_mismatch
 
 __all__ = ["MLP", "elementwise_derivative", "linear"]
 
@@ -68,6 +69,9 @@ class MLP(nn.Module):
         self.activation = activation
         self.weights = nn.ParameterList(torch.empty(m, n) for n, m in itertools.pairwise(widths))
         self.biases = nn.ParameterList(torch.empty(m) for m in widths[1:])
+        shapes = [tuple(weight.shape) for weight in self.weights]
+        if masks and (not isinstance(masks, Sequence) or [tuple(mask.shape) for mask in masks] != shapes):
+            raise ValueError(f"{owner}: masks must be tensors of shapes {shapes}, got {describe(masks)}")
         self.masked = bool(masks)
         for layer, mask in enumerate(masks):
             # In the dtype of the weights, so that no product has to convert it.
@@ -142,7 +146,11 @@ class MLP(nn.Module):
         width = self.weights[0].shape[1]
         if x.shape[-1:] != (width,):
             raise ValueError(f"{type(self).__name__}: expected an input of shape (..., {width}), got {tuple(x.shape)}")
-        return self.run(x, self.fold())
+        try:
+            return self.run(x, self.fold())
+        except RuntimeError as error:
+            explain_mismatch(self, {"input": x}, error)
+            raise
 
     def extra_repr(self) -> str:
         return f"{self.in_features} -> {list(self.hidden_dims)} -> {self.out_features}"

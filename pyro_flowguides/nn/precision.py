@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pyro_flowguides.nn.arguments import check_tensor
 
-__all__ = ["at_least_float32", "in_own_precision"]
+__all__ = ["at_least_float32", "explain_mismatch", "in_own_precision"]
 
 Method = TypeVar("Method", bound=Callable[..., object])
 
@@ -65,7 +65,7 @@ def in_own_precision(method: Method) -> Method:
             with torch.autocast(device, enabled=False):
                 return method(self, *map(at_least_float32, tensors), **options)
         except RuntimeError as error:
-            _explain(self, dict(zip(names, tensors, strict=False)), error)
+            explain_mismatch(self, dict(zip(names, tensors, strict=False)), error)
             raise
 
     return cast("Method", exact)
@@ -76,7 +76,7 @@ def _name(owner: object) -> str:
     return type(getattr(owner, "source", owner)).__name__
 
 
-def _explain(owner: object, tensors: Mapping[str, Tensor], error: RuntimeError) -> None:
+def explain_mismatch(owner: object, tensors: Mapping[str, Tensor], error: RuntimeError) -> None:
     """Raise an error that says which tensors do not fit together, if that is the cause of torch's error."""
     context = {"context": owner.get_buffer("context")} if hasattr(owner, "source") else {}  # type: ignore[attr-defined]
     tensors = {**tensors, **context}
@@ -86,7 +86,7 @@ def _explain(owner: object, tensors: Mapping[str, Tensor], error: RuntimeError) 
     if len(set(types.values())) > 1:
         listed = ", ".join(f"{name} {kind}" for name, kind in types.items())
         raise TypeError(
-            f"{_name(owner)}: types or devices differ: {listed}. Convert the tensors, or the flow, by .to(...)."
+            f"{_name(owner)}: types or devices differ: {listed}. Convert the tensors or the module by .to(...)."
         ) from error
     try:
         torch.broadcast_shapes(*(value.shape[:-1] for value in tensors.values()))

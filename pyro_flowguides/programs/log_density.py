@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributions import biject_to
 
+from pyro_flowguides.nn.arguments import check_tensor, describe
 from pyro_flowguides.programs.batched_run import DENSITY, BatchedRun, DensityRun, Layout
 from pyro_flowguides.programs.running import run_scored
 from pyro_flowguides.programs.types import Values
@@ -41,10 +42,16 @@ class LogDensity:
     """
 
     def __init__(self, program: Program) -> None:
+        if not hasattr(getattr(program, "guide", None), "_unpack_latent"):
+            raise TypeError(
+                "LogDensity: needs a program whose guide is an autoguide over one latent vector, such as AutoIAF or "
+                f"AutoMultivariateNormal, got {describe(program)}"
+            )
         self.program = program
         self._density = DensityRun(BatchedRun(self._run, program.nesting, {_LATENT: 0}, randomness="same"))
 
     def __call__(self, z: Tensor) -> Tensor:
+        self._check(z)
         return self._density({_LATENT: z}, self.program.mode)
 
     def at_once(self, z: Tensor) -> Tensor:
@@ -53,6 +60,7 @@ class LogDensity:
 
     def constrain(self, z: Tensor) -> Values:
         r"""Map unconstrained latent vectors (S, D) to values of the model's sites, each (S, \*site)."""
+        self._check(z)
         layout = Layout(len(z), self.program.nesting)
         sites, _ = self._constrain(layout.place(z, 0), layout)
         return {name: layout.split(value, self.program.latents[name].shape) for name, value in sites.items()}
@@ -62,6 +70,12 @@ class LogDensity:
         """Find the fastest way to run the model on these particles that gives what each gives by itself."""
         tolerance = torch.finfo(z.dtype).eps ** 0.5
         self.program.in_fastest_mode(lambda mode: self._density.checked({_LATENT: z}, mode, tolerance))
+
+    def _check(self, z: Tensor) -> None:
+        dim = self.program.guide.latent_dim  # type: ignore[attr-defined]
+        check_tensor("LogDensity", "z", z)
+        if z.dim() != 2 or z.shape[-1] != dim:
+            raise ValueError(f"LogDensity: z must have shape (S, {dim}), one row per particle, got {tuple(z.shape)}")
 
     def _run(self, layout: Layout, values: Values) -> Values:
         sites, ladj = self._constrain(values[_LATENT], layout)

@@ -12,9 +12,10 @@ from pyro import poutine
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
+from pyro_flowguides.nn.arguments import describe
 from pyro_flowguides.programs.batched_run import Layout, NotVectorizedError, RunMode, first_line, per_chunk
 from pyro_flowguides.programs.log_density import LogDensity
-from pyro_flowguides.programs.running import trace_guide, trace_program
+from pyro_flowguides.programs.running import exclusive, trace_guide, trace_program
 from pyro_flowguides.programs.sites import (
     SiteInfo,
     is_data,
@@ -71,6 +72,7 @@ class Program:
     refused: dict[RunMode, str] = field(default_factory=dict)
 
     @classmethod
+    @exclusive
     def inspect(cls, model: Model, guide: Guide, args: Args = (), kwargs: Kwargs | None = None) -> Program:
         """Run guide and model once and note their structure.
 
@@ -81,6 +83,9 @@ class Program:
             ValueError: if guide and model do not have the same latent sites, or if Pyro's validation refuses the shape
                 of a site, data outside the support of their distribution, or constant parameters of one.
         """
+        for name, program in (("model", model), ("guide", guide)):
+            if not callable(program):
+                raise TypeError(f"the {name} must be a function that calls pyro.sample, got {describe(program)}")
         kwargs, alone = kwargs or {}, Layout(None, 0)
 
         @torch.no_grad()
@@ -188,6 +193,9 @@ _SUM_OUT = "to sum it out, mark it with infer={'enumerate': 'parallel'}"
 def _check_same_latents(model_trace: Trace, guide_trace: Trace) -> None:
     """Refuse latent sites that only one of model and guide has, unless they are enumerated or auxiliary."""
     model_sites, guide_sites = dict(sample_sites(model_trace)), dict(latent_sites(guide_trace))
+    guide_data = [name for name, site in sample_sites(guide_trace) if is_data(site)]
+    if guide_data and not any(map(is_data, model_sites.values())):
+        raise ValueError(f"the guide holds data (site {guide_data[0]!r}) and the model none: are they swapped?")
     for name, site in model_sites.items():
         if site["is_observed"] or name in guide_sites:
             continue

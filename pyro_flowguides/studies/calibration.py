@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING
@@ -19,9 +19,10 @@ from tqdm import tqdm
 from pyro_flowguides.diagnostics.plots import new_figure
 from pyro_flowguides.diagnostics.weights import weigh
 from pyro_flowguides.inference.fitting import fit
+from pyro_flowguides.nn.arguments import check_callable, check_count, check_seed, describe
 from pyro_flowguides.programs.simulation import simulate
 from pyro_flowguides.programs.types import Args, Kwargs, Model, Values
-from pyro_flowguides.studies.isolated_fits import GuideFactory, isolation
+from pyro_flowguides.studies.isolated_fits import GuideFactory, check_factory, check_fit_options, isolation
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -108,11 +109,13 @@ def vsbc(
         >>> result.p["z"].shape
         torch.Size([4])
     """
-    if replicates < 2 or num_samples < 1:
-        raise ValueError(
-            f"vsbc: replicates must be at least 2 and num_samples positive, got {replicates} and {num_samples}"
-        )
-    options = FIT_OPTIONS | (fit_options or {})
+    check_callable("vsbc", "model", model, "a Pyro model, a function that calls pyro.sample")
+    check_factory("vsbc", guide)
+    replicates, seed = check_count("vsbc", "replicates", replicates, 2), check_seed("vsbc", seed)
+    num_samples = check_count("vsbc", "num_samples", num_samples)
+    options = FIT_OPTIONS | check_fit_options("vsbc", fit_options or {}, ("seed", "checkpoint"))
+    if isinstance(observed, str) or not isinstance(observed, Iterable | None):
+        raise TypeError(f"vsbc: observed must be a sequence of names of sites, got {describe(observed)}")
     sites = None if observed is None else tuple(observed)
     seeds = torch.randint(2**62, (replicates, 2), generator=torch.Generator().manual_seed(seed)).tolist()
     shares: list[Values] = []

@@ -11,7 +11,6 @@ from functools import cached_property, partial
 from typing import TYPE_CHECKING, TypeAlias
 
 from pyro.infer.autoguide import AutoDiagonalNormal, AutoLowRankMultivariateNormal, AutoMultivariateNormal, AutoNormal
-from torch import nn
 from tqdm import tqdm
 
 from pyro_flowguides.diagnostics import agreement
@@ -19,9 +18,17 @@ from pyro_flowguides.diagnostics.plots import new_figure
 from pyro_flowguides.flows import FLOWS
 from pyro_flowguides.guides import AutoFlow
 from pyro_flowguides.inference.fitting import FitResult
+from pyro_flowguides.nn.arguments import check_callable, check_count, check_seed
 from pyro_flowguides.programs.batched_run import first_line
 from pyro_flowguides.programs.types import Guide, Kwargs, Model
-from pyro_flowguides.studies.isolated_fits import GuideFactory, IsolatedFit, diagnose_again, fit_in_isolation
+from pyro_flowguides.studies.isolated_fits import (
+    GuideFactory,
+    IsolatedFit,
+    check_factory,
+    check_fit_options,
+    diagnose_again,
+    fit_in_isolation,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -88,7 +95,8 @@ def compare(
     Raises:
         ValueError: for no guides, an unknown name (the nearest is named), a label that occurs twice, ``repeats``
             below 1, or a ``seed``, ``checkpoint`` or ``progress`` in ``fit_options``.
-        TypeError: for a guide instead of a function that makes one; every fit needs its own guide.
+        TypeError: for a guide instead of a function that makes one, since every fit needs its own guide; for an option
+            that ``fit`` does not have.
 
     Cost:
         ``len(guides) * repeats`` fits, and one more diagnosis per guide.
@@ -108,12 +116,10 @@ def compare(
         >>> list(comparison.table["guide"])  # the posterior is correlated
         ['planar', 'diagonal']
     """
-    factories, options = resolve_guides(guides), fit_options or {}
-    if repeats < 1:
-        raise ValueError(f"compare: repeats must be at least 1, got {repeats}")
-    for name in RESERVED_OPTIONS:
-        if name in options:
-            raise ValueError(f"compare: {name!r} cannot be the same for all fits; leave it out of fit_options")
+    check_callable("compare", "model", model, "a Pyro model, a function that calls pyro.sample")
+    repeats, seed = check_count("compare", "repeats", repeats), check_seed("compare", seed)
+    factories = resolve_guides(guides)
+    options = check_fit_options("compare", fit_options or {}, RESERVED_OPTIONS)
     best_fits: dict[str, IsolatedFit] = {}
     errors: dict[str, str] = {}
     with tqdm(total=len(factories) * repeats, disable=not progress, leave=False) as bar:
@@ -172,14 +178,7 @@ def _resolve(spec: object) -> tuple[str, GuideFactory]:
 
 
 def _factory(spec: object) -> GuideFactory:
-    if isinstance(spec, str):
-        return _by_name(spec)
-    if isinstance(spec, nn.Module) or not callable(spec):
-        raise TypeError(
-            "compare: every fit needs a guide of its own, so pass a name, a guide class or a function model -> guide, "
-            f"not {'the guide' if callable(spec) else 'an object'} of type {type(spec).__name__}"
-        )
-    return spec
+    return _by_name(spec) if isinstance(spec, str) else check_factory("compare", spec)
 
 
 def _by_name(name: str) -> GuideFactory:

@@ -1,12 +1,14 @@
 """Fits that leave nothing behind: each has its own parameter store, parameters and random state."""
 
 import copy
+import difflib
+import inspect
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 import pyro
 import torch
@@ -19,9 +21,18 @@ from pyro_flowguides.diagnostics.psis import resample
 from pyro_flowguides.diagnostics.verdict import diagnose_program
 from pyro_flowguides.diagnostics.weights import weigh
 from pyro_flowguides.inference.fitting import FitResult, fit
+from pyro_flowguides.nn.arguments import check_mapping
 from pyro_flowguides.programs.types import Args, Guide, Kwargs, Model, Values
 
-__all__ = ["GuideFactory", "IsolatedFit", "diagnose_again", "fit_in_isolation", "isolation"]
+__all__ = [
+    "GuideFactory",
+    "IsolatedFit",
+    "check_factory",
+    "check_fit_options",
+    "diagnose_again",
+    "fit_in_isolation",
+    "isolation",
+]
 
 #: A guide class, or a function that makes a guide for a model.
 GuideFactory: TypeAlias = Callable[[Model], Guide]
@@ -30,7 +41,44 @@ Result: TypeAlias = FitResult[Guide]
 #: Number of draws that compare independent fits, before and after resampling.
 NUM_AGREEMENT_SAMPLES = 4000
 
+KEYWORD_ONLY = inspect.Parameter.KEYWORD_ONLY
+
 _guide_numbers = itertools.count()
+
+
+def check_fit_options(owner: str, options: object, reserved: Collection[str]) -> Kwargs:
+    """Return options of :func:`~pyro_flowguides.fit` as a dictionary.
+
+    Raises:
+        TypeError: for anything but a mapping of options that ``fit`` has; the nearest name is named.
+        ValueError: for a reserved option, which differs between fits.
+    """
+    check_mapping(owner, "fit_options", options)
+    options = dict(cast("Mapping[str, object]", options))
+    known = [name for name, parameter in inspect.signature(fit).parameters.items() if parameter.kind is KEYWORD_ONLY]
+    for name in options:
+        if name in reserved:
+            raise ValueError(f"{owner}: {name!r} cannot be the same for all fits; leave it out of fit_options")
+        if name not in known:
+            nearest = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)[0]
+            raise TypeError(
+                f"{owner}: fit has no option {name!r}, did you mean {nearest!r}? Options: {', '.join(known)}"
+            )
+    return options
+
+
+def check_factory(owner: str, factory: object) -> GuideFactory:
+    """Return a guide class or a function that makes guides.
+
+    Raises:
+        TypeError: for a guide, since every fit needs its own, or for an object that cannot be called.
+    """
+    if isinstance(factory, nn.Module) or not callable(factory):
+        raise TypeError(
+            f"{owner}: every fit needs a guide of its own, so pass a guide class or a function model -> guide, "
+            f"not {'the guide' if callable(factory) else 'an object'} of type {type(factory).__name__}"
+        )
+    return factory
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, cast
@@ -21,10 +23,11 @@ from torch.distributions import biject_to
 from pyro_flowguides.diagnostics import WeightedDraws
 from pyro_flowguides.diagnostics.export import export_draws
 from pyro_flowguides.inference.replay import NotRecordedError, Replay, record
+from pyro_flowguides.nn.arguments import check_callable, check_count, check_mapping, check_number, check_seed
 from pyro_flowguides.programs.batched_run import NotVectorizedError
 from pyro_flowguides.programs.program import Program
 from pyro_flowguides.programs.program_runs import score_model
-from pyro_flowguides.programs.running import evaluation
+from pyro_flowguides.programs.running import PYRO_LOCK, evaluation
 from pyro_flowguides.programs.types import Args, Kwargs, Model, Site, Values
 
 if TYPE_CHECKING:
@@ -36,6 +39,8 @@ __all__ = ["neutra_mcmc"]
 NOISE = "_flowguides_noise"
 #: Default options of NUTS. Steps are smaller than usual, because a funnel may extend beyond the reach of the flow.
 NUTS_OPTIONS: Kwargs = {"init_strategy": init_to_sample, "target_accept_prob": 0.95}
+#: Share of divergent draws above which there is a warning.
+DIVERGENT_FRACTION = 0.1
 #: Options of NUTS that apply to a model and not to a potential energy.
 MODEL_OPTIONS = {"jit_compile", "init_strategy", "transforms", "max_plate_nesting"}
 
@@ -79,6 +84,9 @@ def neutra_mcmc(
         ``DataTree``) with dimensions chain and draw; ``sample_stats`` holds ``diverging``, ``acceptance_rate``,
         ``step_size`` and ``lp``, the log joint density.
 
+    Warns:
+        UserWarning: if more than a tenth of the draws, or all, diverged.
+
     Raises:
         TypeError: for a guide without a transform, such as ``AutoNormal`` or a hand-written one.
         ValueError: if a plate is subsampled, or a number of draws or chains is not positive.
@@ -102,24 +110,56 @@ def neutra_mcmc(
         >>> data["posterior"]["z"].dims, int(data["sample_stats"]["diverging"].sum())
         (('chain', 'draw'), 0)
     """
-    for name, number in (("num_samples", num_samples), ("warmup_steps", warmup_steps), ("num_chains", num_chains)):
-        if number < 1:
-            raise ValueError(f"neutra_mcmc: {name} must be positive, got {number}")
-    with torch.random.fork_rng(devices=[]):
+    counts = {"num_samples": num_samples, "warmup_steps": warmup_steps, "num_chains": num_chains}
+    num_samples, warmup_steps, num_chains = (check_count("neutra_mcmc", *count) for count in counts.items())
+    seed = check_seed("neutra_mcmc", seed)
+    check_callable("neutra_mcmc", "model", model, "a Pyro model, a function that calls pyro.sample")
+    options = _check_options(nuts_options or {})
+    with PYRO_LOCK, torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         _check_guide(guide, args, kwargs)
         program = Program.inspect(model, guide, args, kwargs)
         program.check_full_density()
-        options = NUTS_OPTIONS | (nuts_options or {})
         chains: list[Values] = []
         with _frozen(guide):
-            needs_model = MODEL_OPTIONS & (nuts_options or {}).keys()
+            needs_model = MODEL_OPTIONS & {*(nuts_options or {})}
             potential = None if needs_model else _recorded_potential(program)
             for _ in range(num_chains):
                 kernel = NUTS(_Transport(guide).reparam(model) if potential is None else None, potential, **options)
                 start = None if potential is None else {NOISE: guide.get_base_dist().sample()}
                 chains.append(_run_chain(kernel, start, num_samples, warmup_steps, progress, args, kwargs))
+        _warn_of_divergences(torch.cat([chain["diverging"] for chain in chains]))
         return _export(program, guide, chains)
+
+
+def _warn_of_divergences(diverging: Tensor) -> None:
+    count, total = int(diverging.sum()), len(diverging)
+    if count == total:
+        warnings.warn(
+            f"neutra_mcmc: all {total} draws diverged: the chain did not move, and its draws do not follow the "
+            "posterior. Train the guide longer, or look for NaN and steep edges in the model.",
+            UserWarning,
+            stacklevel=3,
+        )
+    elif count > DIVERGENT_FRACTION * total:
+        warnings.warn(
+            f"neutra_mcmc: {count} of {total} draws diverged: some part of the posterior may be missing. Train the "
+            "guide longer, or raise target_accept_prob in nuts_options.",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def _check_options(options: Kwargs) -> Kwargs:
+    """Return the options of NUTS with the defaults."""
+    check_mapping("neutra_mcmc", "nuts_options", options)
+    known = [name for name in inspect.signature(NUTS).parameters if name not in ("model", "potential_fn")]
+    for name in options:
+        if name not in known:
+            raise TypeError(f"neutra_mcmc: NUTS has no option {name!r}. Options: {', '.join(known)}")
+    options = NUTS_OPTIONS | options
+    check_number("neutra_mcmc", "target_accept_prob", options["target_accept_prob"], 0, 1)
+    return options
 
 
 def _check_guide(guide: object, args: Args, kwargs: Kwargs) -> None:

@@ -84,7 +84,7 @@ def test_threshold() -> None:
     assert khat_threshold(100) == pytest.approx(0.5)
     assert khat_threshold(1000) == pytest.approx(2 / 3)
     assert khat_threshold(10**6) == 0.7
-    with pytest.raises(ValueError, match="two draws"):
+    with pytest.raises(ValueError, match="num_samples must be at least 2, got 1"):
         khat_threshold(1)
 
 
