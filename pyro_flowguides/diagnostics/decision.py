@@ -98,8 +98,8 @@ def _without_usable_weights(f: Findings) -> tuple[str, str] | None:
         )
     if f.num_invalid > _INVALID_FRACTION * f.num_samples:
         return (
-            f"The density is NaN or infinite at {f.num_invalid} of {f.num_samples} draws.",
-            "Look for overflow in the model at extreme draws. Double precision often helps.",
+            f"The density is NaN or infinite, or the model fails, at {f.num_invalid} of {f.num_samples} draws.",
+            "Look for errors and overflow in the model at extreme draws. Double precision often helps.",
         )
     return None
 

@@ -14,6 +14,7 @@ from pyro_flowguides.programs.batched_run import Layout, first_line
 from pyro_flowguides.programs.program import Program
 from pyro_flowguides.programs.running import evaluation, trace_guide, trace_program, unvalidated
 from pyro_flowguides.programs.sites import innermost, is_data, is_deterministic, latent_sites, sample_sites
+from pyro_flowguides.programs.trace_density import score_site
 from pyro_flowguides.programs.types import Site, Values
 
 __all__ = ["explain_divergence"]
@@ -89,7 +90,7 @@ def _examine_density(program: Program) -> _Cause | None:
                 continue
             try:
                 with unvalidated(site["fn"]):
-                    trace.compute_log_prob(lambda other, _, name=name: other == name)
+                    score_site(trace, name)
             except Exception as error:  # as above
                 return _failure(f" at site {name!r}", error)
             if not site["log_prob"].isfinite().all():

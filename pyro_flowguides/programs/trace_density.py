@@ -1,5 +1,6 @@
 """Log densities of traces, one number for each draw, in double precision on the CPU."""
 
+import warnings
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -17,7 +18,7 @@ from pyro_flowguides.programs.running import DRAWS_PLATE, unvalidated
 from pyro_flowguides.programs.sites import is_deterministic, sample_sites
 from pyro_flowguides.programs.types import Site
 
-__all__ = ["double_total", "joint_log_prob", "marginal_log_prob", "scored_sites"]
+__all__ = ["double_total", "joint_log_prob", "marginal_log_prob", "score_site", "scored_sites"]
 
 
 def joint_log_prob(trace: Trace, layout: Layout) -> Tensor:
@@ -63,6 +64,13 @@ def _marginal_terms(trace: Trace) -> list[Tensor]:
     for group in contract_tensor_tree(OrderedDict(factors), sum_dims).values():
         terms += [packed.scale_and_mask(term, scale=scale) for term in group]
     return terms
+
+
+def score_site(trace: Trace, name: str) -> None:
+    """Fill in the log density of one site of a trace, under the validation that is on."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # on values that are not finite
+        trace.compute_log_prob(lambda other, _: other == name)
 
 
 def scored_sites(trace: Trace) -> Iterator[tuple[str, Site]]:

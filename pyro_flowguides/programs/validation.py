@@ -13,6 +13,7 @@ from pyro.util import check_model_guide_match, check_site_shape
 
 from pyro_flowguides.programs.running import evaluation, unvalidated
 from pyro_flowguides.programs.sites import is_data, is_deterministic, sample_sites
+from pyro_flowguides.programs.trace_density import score_site
 from pyro_flowguides.programs.types import Site
 
 __all__ = ["validated_traces"]
@@ -77,7 +78,7 @@ def _check_shapes(model_trace: Trace, guide_trace: Trace) -> None:
     for name, site in sample_sites(model_trace):
         if not is_deterministic(site):
             with evaluation(), unvalidated(site["fn"]):
-                _score(model_trace, name)
+                score_site(model_trace, name)
             check_site_shape(site, math.inf)  # type: ignore[arg-type]
     for _, site in sample_sites(guide_trace):
         shape = getattr(site["fn"], "batch_shape", ())
@@ -91,16 +92,10 @@ def _check_data(trace: Trace) -> None:
             try:
                 for key in ("log_prob", "unscaled_log_prob", "log_prob_sum"):
                     del site[key]
-                _score(trace, name)
+                score_site(trace, name)
             except ValueError:
                 if not _is_hidden(site):
                     raise
-
-
-def _score(trace: Trace, name: str) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # on values that are not finite
-        trace.compute_log_prob(lambda other, site: other == name)
 
 
 def _is_hidden(site: Site) -> bool:
