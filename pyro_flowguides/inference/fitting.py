@@ -17,7 +17,9 @@ from pyro_flowguides.inference.checkpoint import reserved
 from pyro_flowguides.inference.objective import Route
 from pyro_flowguides.inference.run import FitSettings, Run
 from pyro_flowguides.inference.step_loop import GuideT
+from pyro_flowguides.nn.arguments import check_count
 from pyro_flowguides.programs.program import Program
+from pyro_flowguides.programs.running import PYRO_LOCK
 from pyro_flowguides.programs.types import Args, Kwargs, Model
 
 if TYPE_CHECKING:
@@ -183,12 +185,11 @@ def fit(
         >>> abs(result.diagnosis.elbo - dist.Normal(0.0, 2**0.5).log_prob(torch.tensor(1.0)).item()) < 0.05
         True
     """
-    if checkpoint_every < 1:
-        raise ValueError(f"fit: checkpoint_every must be positive, got {checkpoint_every}")
+    checkpoint_every = check_count("fit", "checkpoint_every", checkpoint_every)
     if compile not in (True, False, "auto"):
         raise ValueError(f'fit: compile must be True, False or "auto", got {compile!r}')
     settings = FitSettings(steps, num_particles, lr, tolerance, path_gradient, importance, temper, seed)
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+    with PYRO_LOCK, torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         # Timing decides where "auto" compiles on a CPU; a resumed fit must not depend on it.
         exact = "gpu" if compile == "auto" and checkpoint is not None else compile
@@ -210,6 +211,7 @@ def fit(
             num_dropped=run.num_dropped,
         )
         del run  # and with it recordings and compiled functions
+        vars(result.program).pop("log_density", None)  # refers to the program: both would wait for a garbage collection
         try:
             result.diagnosis = diagnose_program(result.program)
         except (Exception, KeyboardInterrupt) as error:  # without a verdict the fit is still of use

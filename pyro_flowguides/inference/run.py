@@ -24,9 +24,11 @@ from pyro_flowguides.inference.fingerprint import (
 )
 from pyro_flowguides.inference.objective import StepOptions
 from pyro_flowguides.inference.schedule import Schedule
-from pyro_flowguides.inference.step_loop import CompileMode, GuideT, Stepper
+from pyro_flowguides.inference.step_loop import CompileMode, GuideT, Stepper, check_groups
 from pyro_flowguides.inference.warm_start import low_rank_warm_start, warm_start
+from pyro_flowguides.nn.arguments import check_count, check_number, check_seed
 from pyro_flowguides.programs.types import Args, Kwargs, Model
+from pyro_flowguides.transforms.conditioner import FULL_GAIN
 
 __all__ = ["FitDivergedError", "FitSettings", "Run"]
 
@@ -62,14 +64,18 @@ class FitSettings:
     seed: int
 
     def __post_init__(self) -> None:
-        counts = self.steps, self.num_particles, self.importance
-        if min(counts) < 1 or self.num_particles % self.importance:
-            raise ValueError(
-                "fit: steps, num_particles and importance must be positive, and importance must divide num_particles, "
-                f"got {counts[0]}, {counts[1]}, {counts[2]}"
-            )
-        if self.temper is not None and not 0 < self.temper < 1:
-            raise ValueError(f"fit: temper must lie in (0, 1), got {self.temper}")
+        checked: dict[str, object] = {
+            **{
+                name: check_count("fit", name, getattr(self, name)) for name in ("steps", "num_particles", "importance")
+            },
+            "lr": check_number("fit", "lr", self.lr, above=0),
+            "tolerance": check_number("fit", "tolerance", self.tolerance, above=0, inclusive=True),
+            "temper": None if self.temper is None else check_number("fit", "temper", self.temper, 0, 1),
+            "seed": check_seed("fit", self.seed),
+        }
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
+        check_groups("fit", self.num_particles, self.importance)
 
 
 class Run(Generic[GuideT]):
@@ -126,6 +132,7 @@ class Run(Generic[GuideT]):
         if not math.isfinite(best.elbo) or bound >= best.elbo:
             return
         best.apply_to(guide)
+        guide.set_gain(FULL_GAIN)
         guide.set_tail_weight(min(TAIL_WEIGHT, TOTAL_TAIL_WEIGHT / self.objective.latent_dim))
         # Without a scale, a step would be far too long for a narrow posterior.
         self.adam.set_scale(guide.location, best.gaussian.scale)

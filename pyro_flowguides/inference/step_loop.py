@@ -12,13 +12,14 @@ from pyro_flowguides.inference.compiled_steps import MAX_STEPS_PER_CALL, Compile
 from pyro_flowguides.inference.density_objective import DensityObjective, evaluate, make_objective
 from pyro_flowguides.inference.flat_adam import FlatAdam
 from pyro_flowguides.inference.objective import Evaluation, Objective, Route, StepOptions
+from pyro_flowguides.nn.arguments import check_count, check_number, check_seed, describe
 from pyro_flowguides.programs.batched_run import first_line
 from pyro_flowguides.programs.program import Program
 from pyro_flowguides.programs.program_runs import sample_guide
-from pyro_flowguides.programs.running import evaluation
+from pyro_flowguides.programs.running import evaluation, exclusive
 from pyro_flowguides.programs.types import Guide, Model, Values
 
-__all__ = ["CompileMode", "CompiledStepLoop", "GuideT", "StepLoop", "StepOutcome", "Stepper"]
+__all__ = ["CompileMode", "CompiledStepLoop", "GuideT", "StepLoop", "StepOutcome", "Stepper", "check_groups"]
 
 GuideT = TypeVar("GuideT", bound=Guide)
 
@@ -33,6 +34,12 @@ COMPILE_SECONDS, COMPILE_SAVES = 0.04, 0.5
 NUM_TIMED_STEPS = 20
 #: Most characters of a compiler's message that a route repeats.
 MAX_FAILURE_LENGTH = 120
+
+
+def check_groups(owner: str, num_particles: int, importance: int) -> None:
+    """Refuse particles that do not form whole groups of the importance-weighted bound."""
+    if num_particles % importance:
+        raise ValueError(f"{owner}: importance must divide num_particles, got {importance} and {num_particles}")
 
 
 class StepLoop:
@@ -230,6 +237,12 @@ class Stepper(Generic[GuideT]):
         seed: int = 0,
         **kwargs: object,
     ) -> None:
+        num_particles = check_count("Stepper", "num_particles", num_particles)
+        importance = check_count("Stepper", "importance", importance)
+        check_groups("Stepper", num_particles, importance)
+        lr, seed = check_number("Stepper", "lr", lr, above=0), check_seed("Stepper", seed)
+        if compile not in (True, False, "auto", "gpu"):
+            raise ValueError(f'Stepper: compile must be True, False, "auto" or "gpu", got {describe(compile)}')
         guide(*args, **kwargs)  # creates the parameters, if there are none yet
         self.guide = guide
         self.program = Program.inspect(model, guide, args, kwargs)
@@ -259,12 +272,15 @@ class Stepper(Generic[GuideT]):
         """
         return self.run(1)[0]
 
+    @exclusive
     def run(self, num_steps: int) -> list[float]:
         """Take several steps, which is faster than one by one where they are compiled.
 
         Returns:
             the estimate of the bound before each step.
         """
+        num_steps = check_count("Stepper", "num_steps", num_steps, 0)
+        self.lr = check_number("Stepper", "lr", self.lr, above=0)
         elbos: list[float] = []
         while len(elbos) < num_steps:
             remaining = num_steps - len(elbos)
@@ -274,10 +290,12 @@ class Stepper(Generic[GuideT]):
 
     def elbo(self, num_samples: int = 1000) -> float:
         """Estimate the bound of the guide as it is, with random numbers that are the same at every call."""
+        num_samples = check_count("Stepper", "num_samples", num_samples)
         return evaluate(self.objective, num_samples, self.options.importance).elbo
 
     def sample(self, num_samples: int) -> Values:
         """Draw from the guide: site -> values ``(num_samples, *site)``."""
+        num_samples = check_count("Stepper", "num_samples", num_samples)
         with evaluation():
             return sample_guide(self.program, num_samples, self.program.default_chunk_size).values
 

@@ -69,7 +69,7 @@ def test_zero_weights_are_never_chosen() -> None:
 
 
 def test_errors() -> None:
-    with pytest.raises(ValueError, match="must be positive"):
+    with pytest.raises(ValueError, match="must be at least 1"):
         resample(_with_weights(torch.ones(50)), 0)
     with pytest.raises(ValueError, match="no draw"):
         resample(_with_weights(torch.zeros(50)), 10)

@@ -356,5 +356,5 @@ def test_structures_that_are_refused(model: object, message: str) -> None:
     ],
 )
 def test_sizes_that_are_refused(function: Callable[..., object], sizes: dict[str, int]) -> None:
-    with pytest.raises(ValueError, match="must be positive"):
+    with pytest.raises(ValueError, match="must be at least 1"):
         function(programs.gaussian_model, programs.gaussian_guide(), DATA, **sizes)

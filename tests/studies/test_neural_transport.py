@@ -120,7 +120,7 @@ def test_guides_without_a_transform_are_refused(make):
 def test_refusals():
     with pytest.raises(TypeError, match="function has no transform"):
         draw(in_a_plate, in_a_plate)
-    with pytest.raises(ValueError, match="num_chains must be positive"):
+    with pytest.raises(ValueError, match="num_chains must be at least 1"):
         draw(in_a_plate, AutoMultivariateNormal(in_a_plate), num_chains=0)
 
 
