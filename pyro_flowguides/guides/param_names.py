@@ -2,11 +2,14 @@
 
 Pyro's store knows parameters by name only. A second guide of a class would therefore share the names of the first and
 train its tensors, and a guide created after a file was loaded would ignore the loaded values. So every guide claims its
-names before use. A name is available to it if it is free, already its own, or holds a loaded value, which belongs to no
-guide and is copied into the guide that claims it.
+names before use. A name is available to it if it is free, already its own, or that of a guide that no longer exists; or
+if it holds a loaded value, which belongs to no guide and is copied into the guide that claims it. Guides that a process
+uses one after the other thus share their names, and the store does not grow.
 """
 
 import re
+import weakref
+from collections.abc import MutableMapping
 from itertools import count
 from typing import Protocol, cast
 
@@ -22,7 +25,8 @@ class Owner:
     """The identity of a guide that owns parameters; a copy or an unpickled guide is another owner."""
 
 
-_owners = WeakTensorKeyDictionary()
+#: The owner of every parameter that a guide has claimed a name for; loaded ones have none.
+_owners: MutableMapping[Tensor, weakref.ReferenceType[Owner]] = WeakTensorKeyDictionary()
 
 
 class NamedInStore(Protocol):
@@ -42,8 +46,11 @@ def claim_names(guide: NamedInStore, attribute: str, owner: Owner) -> None:
     if all(store.get(_full_name(guide._pyro_name, attribute, name)) is p for name, p in parameters.items()):
         return
     guide._pyro_name = _choose_name(guide._pyro_name, attribute, owner)
+    prefix = _full_name(guide._pyro_name, attribute, "")
+    for full_name in [key for key, parameter in store.items() if key.startswith(prefix) and _is_abandoned(parameter)]:
+        del pyro.get_param_store()[full_name]
     for name, parameter in parameters.items():
-        _owners[parameter] = owner
+        _owners[parameter] = weakref.ref(owner)
         _take_entry(_full_name(guide._pyro_name, attribute, name), parameter)
 
 
@@ -69,11 +76,17 @@ def _choose_name(name: str, attribute: str, owner: Owner) -> str:
     stem = re.sub(r"_\d+$", "", name)
     pattern = re.compile(rf"({re.escape(stem)}(?:_\d+)?)\.{attribute}\$\$\$")
     matches = ((pattern.match(key), parameter) for key, parameter in pyro.get_param_store()._params.items())
-    owners = {match[1]: _owners.get(parameter) for match, parameter in matches if match}
-    loaded = [other for other, its_owner in owners.items() if its_owner is None]
-    if owners.get(name, owner) is owner or name in loaded:
+    taken = {match[1]: parameter for match, parameter in matches if match}
+    loaded = [other for other, parameter in taken.items() if parameter not in _owners]
+    free = {other for other, parameter in taken.items() if _is_abandoned(parameter)}
+    if name not in taken or name in loaded or name in free or _owners[taken[name]]() is owner:
         return name
-    return loaded[0] if loaded else next(free for i in count(2) if (free := f"{stem}_{i}") not in owners)
+    return loaded[0] if loaded else next(f"{stem}_{i}" for i in count(2) if f"{stem}_{i}" not in taken.keys() - free)
+
+
+def _is_abandoned(parameter: Tensor) -> bool:
+    """Tell whether a parameter belongs to a guide that no longer exists."""
+    return parameter in _owners and _owners[parameter]() is None
 
 
 def _take_entry(full_name: str, parameter: Tensor) -> None:
@@ -88,6 +101,6 @@ def _take_entry(full_name: str, parameter: Tensor) -> None:
             f"{tuple(parameter.shape)}: it was saved by a guide of another model or with other options. Build the "
             f"guide as it was built then, or call pyro.clear_param_store()."
         )
-    if _owners.get(value) is None:
+    if value not in _owners:
         parameter.data.copy_(value.data)
     del store[full_name]

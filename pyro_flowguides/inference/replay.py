@@ -94,20 +94,30 @@ class Replay:
     def _interpreted(self, inputs: Sequence[Tensor]) -> Operations:
         """Return the recording as TorchScript, not optimized, which can take seconds; or the recording itself."""
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", DeprecationWarning)
-                script = torch.jit.trace(self.recording, tuple(inputs), check_trace=False)
+            script = _trace(self.recording, inputs)
 
             def run(*inputs: Tensor) -> Sequence[Tensor]:
                 with torch.jit.optimized_execution(False):
-                    outputs: Sequence[Tensor] = script(*inputs)
-                    return outputs
+                    return script(*inputs)
 
             assert_same(run(*inputs), self.recording(*inputs))
         except Exception as error:  # TorchScript is deprecated and may fail in any way
             self.failure = first_line(error)
             return self.recording
         return run
+
+
+def _trace(function: Operations, inputs: Sequence[Tensor]) -> Operations:
+    """Return a function as TorchScript that is freed when it is no longer used.
+
+    ``torch.jit.trace`` keeps every trace for the life of the process. It adds the graph to one global compilation unit,
+    where this makes a unit for each.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        graph, _ = torch._C._create_graph_by_tracing(function, tuple(inputs), lambda value: "", True, False)
+        script: Operations = torch._C._create_function_from_graph("replay", graph)
+        return script
 
 
 class _Tape(TorchDispatchMode):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -48,7 +49,7 @@ class LogDensity:
                 f"AutoMultivariateNormal, got {describe(program)}"
             )
         self.program = program
-        self._density = DensityRun(BatchedRun(self._run, program.nesting, {_LATENT: 0}, randomness="same"))
+        self._density = DensityRun(BatchedRun(partial(_run, program), program.nesting, {_LATENT: 0}, randomness="same"))
 
     def __call__(self, z: Tensor) -> Tensor:
         self._check(z)
@@ -62,7 +63,7 @@ class LogDensity:
         r"""Map unconstrained latent vectors (S, D) to values of the model's sites, each (S, \*site)."""
         self._check(z)
         layout = Layout(len(z), self.program.nesting)
-        sites, _ = self._constrain(layout.place(z, 0), layout)
+        sites, _ = _constrain(self.program, layout.place(z, 0), layout)
         return {name: layout.split(value, self.program.latents[name].shape) for name, value in sites.items()}
 
     @torch.no_grad()
@@ -77,17 +78,18 @@ class LogDensity:
         if z.dim() != 2 or z.shape[-1] != dim:
             raise ValueError(f"LogDensity: z must have shape (S, {dim}), one row per particle, got {tuple(z.shape)}")
 
-    def _run(self, layout: Layout, values: Values) -> Values:
-        sites, ladj = self._constrain(values[_LATENT], layout)
-        program = self.program
-        return {DENSITY: ladj + run_scored(program.model, program.args, program.kwargs, layout, sites)}
 
-    def _constrain(self, latent: Tensor, layout: Layout) -> tuple[Values, Tensor]:
-        """Map latent vectors to values of the sites, and return the log-Jacobian, shape (S,)."""
-        values, total = {}, latent.new_zeros(layout.num_samples)
-        for site, unconstrained in self.program.guide._unpack_latent(latent):  # type: ignore[attr-defined]
-            transform = biject_to(site["fn"].support)
-            value = values[site["name"]] = transform(unconstrained)
-            ladj = transform.log_abs_det_jacobian(unconstrained, value)
-            total = total + ladj.reshape(layout.num_samples, -1).sum(-1)
-        return values, total
+def _run(program: Program, layout: Layout, values: Values) -> Values:
+    sites, ladj = _constrain(program, values[_LATENT], layout)
+    return {DENSITY: ladj + run_scored(program.model, program.args, program.kwargs, layout, sites)}
+
+
+def _constrain(program: Program, latent: Tensor, layout: Layout) -> tuple[Values, Tensor]:
+    """Map latent vectors to values of the sites, and return the log-Jacobian, shape (S,)."""
+    values, total = {}, latent.new_zeros(layout.num_samples)
+    for site, unconstrained in program.guide._unpack_latent(latent):  # type: ignore[attr-defined]
+        transform = biject_to(site["fn"].support)
+        value = values[site["name"]] = transform(unconstrained)
+        ladj = transform.log_abs_det_jacobian(unconstrained, value)
+        total = total + ladj.reshape(layout.num_samples, -1).sum(-1)
+    return values, total

@@ -1,7 +1,10 @@
 """Run a model or a guide on given values of its latent sites, for one draw or under a plate of draws."""
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import ParamSpec, TypeVar
 
 import pyro
 import torch
@@ -23,8 +26,10 @@ from pyro_flowguides.programs.types import Args, Guide, Kwargs, Model, Site, Val
 
 __all__ = [
     "DRAWS_PLATE",
+    "PYRO_LOCK",
     "SampleObserved",
     "evaluation",
+    "exclusive",
     "isolated",
     "run_scored",
     "trace_guide",
@@ -32,8 +37,25 @@ __all__ = [
     "unvalidated",
 ]
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
+#: Held while programs run. Pyro keeps handlers, settings and parameters once for all threads, so that two threads would
+#: disturb each other; with the lock, one waits for the other.
+PYRO_LOCK = threading.RLock()
 #: Name of the plate of draws.
 DRAWS_PLATE = "_pyro_flowguides_draws"
+
+
+def exclusive(function: Callable[P, T]) -> Callable[P, T]:
+    """Let only one thread at a time run the decorated functions."""
+
+    @functools.wraps(function)
+    def locked(*args: P.args, **kwargs: P.kwargs) -> T:
+        with PYRO_LOCK:
+            return function(*args, **kwargs)
+
+    return locked
 
 
 @contextlib.contextmanager
