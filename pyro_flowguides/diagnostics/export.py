@@ -149,9 +149,13 @@ def _collect_groups(program: Program, weighted: WeightedDraws) -> tuple[dict[str
     if program.enumerated:
         notes["log_likelihood"] = f"left out: sites {', '.join(program.enumerated)} are summed out"
     else:
-        scored = _score_data(program, weighted)
-        groups["posterior"] |= {name: scored[name] for name in program.deterministics}
-        groups["log_likelihood"] = {name: scored[name] for name in program.observed}
+        try:
+            scored = _score_data(program, weighted)
+        except Exception as error:  # a model may fail in any way at a draw where it is not defined
+            notes["log_likelihood"] = f"left out, as are deterministic sites: {first_line(error)}"
+        else:
+            groups["posterior"] |= {name: scored[name] for name in program.deterministics}
+            groups["log_likelihood"] = {name: scored[name] for name in program.observed}
     for group, values in (("posterior_predictive", weighted.draws), ("prior_predictive", {})):
         try:
             groups[group] = _draw_data(program, weighted, values) if program.observed else {}

@@ -113,8 +113,9 @@ def log_weights(
         chunk_size: number of draws that run together; chosen by the size of the sites by default.
 
     Raises:
-        ValueError: if S or the chunk size is not positive; if a plate is subsampled, since a weight needs the density
-            of all the data; if model and guide differ in their latent sites.
+        ValueError: if S or the chunk size is not positive; if Pyro's validation refuses model or guide at every draw;
+            if a plate is subsampled, since a weight needs the density of all the data; if model and guide differ in
+            their latent sites.
 
     Cost: S runs of guide and model, in chunks of some tens of MB.
 

@@ -138,6 +138,8 @@ def fit(
     because the model branches on a latent value, particles run one after the other through Pyro's traces. ``route`` in
     the result says which of these was used, and why.
 
+    A particle at which the model raises an error or has no finite density is left out of its step, and counted.
+
     Args:
         model, guide: as for ``pyro.infer.SVI``.
         *args, **kwargs: the model's arguments.
@@ -169,8 +171,10 @@ def fit(
         a :class:`FitResult`; print it.
 
     Raises:
-        FitDivergedError: if no particle was finite for many steps in a row, naming the step and the site.
-        ValueError: for arguments out of range, or a checkpoint that is damaged or of another fit.
+        FitDivergedError: if no particle was finite for many steps in a row, naming step, site, cause and remedy.
+        TypeError: for an argument of another type.
+        ValueError: for arguments out of range, for a model or guide that Pyro's validation refuses at every draw, with
+            Pyro's message, or for a checkpoint that is damaged or of another fit.
         BlockingIOError: if another fit uses the checkpoint, in this process or another.
         OSError: if the checkpoint cannot be written, saying why, what is intact and what to do. A folder that is
             missing or read-only and a full disk are found before the first step.

@@ -266,3 +266,17 @@ def test_plots_of_unsuitable_data() -> None:
     without_data = to_inference_data(programs.mixture_model, programs.mixture_guide(4.0), num_samples=30)
     with pytest.raises(ValueError, match="no posterior predictive"):
         plot_ppc(without_data)
+
+
+def test_a_model_that_fails_at_a_draw_leaves_out_what_depends_on_it() -> None:
+    def model() -> None:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        if bool((z > 1.0).any()):
+            raise ValueError("bad point")
+        pyro.sample("y", dist.Normal(z, 1.0), obs=torch.tensor(0.5))
+
+    torch.manual_seed(0)
+    data = to_inference_data(model, autoguide.AutoNormal(model, init_scale=1.0), num_samples=50)
+    assert data["posterior"]["z"].shape == (1, 50)
+    assert data["sample_stats"]["log_p"].isnull().sum() == (data["posterior"]["z"] > 1.0).sum() > 0
+    assert data["posterior"].attrs["log_likelihood"] == "left out, as are deterministic sites: ValueError: bad point"
