@@ -18,7 +18,6 @@ from speed_workers import Job, LeftOut, not_below
 from torch import Tensor
 
 import pyro_flowguides as fg
-from pyro_flowguides.transforms.updates import UPDATES
 
 #: Largest number of compiled steps in one call.
 STEPS_PER_CALL = 50
@@ -102,7 +101,7 @@ def sequential_inverse(dim: int, batch: int, hidden: int) -> Job:
         for layer in reversed(flow.parts):
             theta, x = layer.theta(), torch.zeros_like(y)
             for i in layer.conditioner.order.tolist():
-                log_scale, shift = UPDATES[layer.update](*layer.conditioner.run(x, theta).chunk(2, -1))
+                log_scale, shift = layer.affine_map(x, theta)
                 x[:, i] = (y[:, i] - shift[:, i]) * (-log_scale[:, i]).exp()
             y = x
         return y

@@ -24,11 +24,14 @@ from pyro_flowguides.programs.sites import latent_sites
 from pyro_flowguides.programs.types import Args, Kwargs, Model, Site, Values
 from pyro_flowguides.transforms import Compose, Flow, HeavyTail, LowerTriangularAffine, LowRankAffine
 from pyro_flowguides.transforms.algebra import stretch
+from pyro_flowguides.transforms.conditioner import set_gain
 
 __all__ = ["AutoFlow", "RegisteredFlowGuide", "check_quantiles", "marginal_quantiles"]
 
 #: Up to this number of latent dimensions the final affine map is full-rank; beyond, diagonal and low-rank.
 FULL_RANK_LIMIT = 300
+#: Gain of the flow's networks before a warm start: small, so that plain SVI is stable from any start.
+CAUTIOUS_GAIN = 0.05
 #: Number of draws behind :meth:`AutoFlow.median` and :meth:`AutoFlow.quantiles`.
 NUM_QUANTILE_SAMPLES = 4096
 
@@ -46,6 +49,9 @@ class AutoFlow(LazyGuide, AutoContinuous):
     S that starts at ``init_scale``. The scale is full-rank (lower triangular) up to 300 dimensions; beyond, it is a
     diagonal with a stretch along 20 directions (:class:`~pyro_flowguides.transforms.LowRankAffine`). The guide thus
     starts where :class:`~pyro.infer.autoguide.AutoMultivariateNormal` does, and contains it up to 300 dimensions.
+
+    The networks of f start at a small gain, so that plain SVI is stable from any start; a warm start of
+    :func:`~pyro_flowguides.fit` opens it (:class:`~pyro_flowguides.transforms.conditioner.ConditionerFlow`).
 
     It works wherever Pyro's autoguides do. Parameters are created when the model is first run: by the first call, by
     :meth:`setup`, or on first access if the model needs no arguments. They have the dtype and device of the model's
@@ -137,6 +143,7 @@ class AutoFlow(LazyGuide, AutoContinuous):
                 f"got {type(flow).__name__}({getattr(flow, 'input_dim', '')})"
             )
         affine = LowerTriangularAffine if dim <= FULL_RANK_LIMIT else LowRankAffine
+        set_gain(flow, CAUTIOUS_GAIN)
         self.transform = Compose([flow, HeavyTail(dim), affine(dim, loc=loc, scale=self._init_scale)]).to(loc)
 
     def _compare_structure(self, trace: Trace) -> None:
@@ -204,6 +211,10 @@ class AutoFlow(LazyGuide, AutoContinuous):
     def location(self) -> Tensor:
         """The location of the affine part in unconstrained space ``(latent_dim,)``."""
         return self._parts()[2].loc
+
+    def set_gain(self, gain: float) -> None:
+        """Set the gain of the flow's networks, in (0, 1); near 1 for a guide that starts close to the posterior."""
+        set_gain(self._parts()[0], gain)
 
     def set_tail_weight(self, weight: float) -> None:
         """Set the tail weight of all coordinates, in (0, 1/2); for a guide whose affine part fits already."""

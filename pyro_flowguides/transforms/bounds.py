@@ -28,5 +28,8 @@ def above_minus_one(s: Tensor) -> Tensor:
 
 
 def soft_bound(value: Tensor, bound: float | Tensor) -> Tensor:
-    r"""Bound a value smoothly to :math:`\pm` ``bound``, with slope 1 at zero: :math:`b \tanh(v / b)`."""
+    r"""Bound a value smoothly to :math:`\pm` ``bound``, with slope 1 at zero: :math:`b \tanh(v / b)`.
+
+    The bound may depend on the sign of the value.
+    """
     return bound * (value / bound).tanh()

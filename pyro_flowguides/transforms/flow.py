@@ -13,7 +13,6 @@ from pyro.distributions import TransformModule
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from pyro_flowguides.nn import MLP
 from pyro_flowguides.nn.arguments import check_count, check_tensor
 from pyro_flowguides.nn.precision import in_own_precision
 from pyro_flowguides.transforms.cache import Memo, recall, remember
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
         def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor: ...
 
 
-__all__ = ["BoundFormula", "ConditionerFlow", "Direction", "Flow", "Theta", "with_path_gradient"]
+__all__ = ["BoundFormula", "Direction", "Flow", "Theta", "with_path_gradient"]
 
 #: The tensors that a formula reads besides its input, by name.
 Theta: TypeAlias = Mapping[str, Tensor]
@@ -264,23 +263,6 @@ class Flow(TransformModule):
 
     def extra_repr(self) -> str:
         return f"{self.input_dim}"
-
-
-class ConditionerFlow(Flow):
-    """A flow whose parameters are computed from part of its input by a network, ``self.conditioner``.
-
-    A context shifts the biases of that network.
-    """
-
-    conditioner: MLP
-
-    def theta(self) -> Theta:
-        return self.conditioner.fold()
-
-    def context_shifts(self) -> tuple[Mapping[str, torch.Size], Collection[str]]:
-        depth = self.conditioner.depth
-        shapes = {f"bias{layer}": self.conditioner.biases[layer].shape for layer in range(depth)}
-        return shapes, [f"bias{depth - 1}"]
 
 
 def with_path_gradient(log_prob: Tensor, y: Tensor, score: Tensor) -> Tensor:

@@ -1,17 +1,26 @@
-"""How autoregressive layers update a coordinate: log-scale and shift from two outputs of a network."""
+r"""How autoregressive and coupling layers update a coordinate: log-scale and shift from two outputs of a network.
+
+Both are damped, which keeps training stable from any start. A shift grows only like the logarithm of the network's
+output: :math:`m \mapsto \operatorname{asinh} m`. A log-scale is bounded. The gain of the layer
+(:class:`~pyro_flowguides.transforms.conditioner.ConditionerFlow`) narrows the bound for the sign that stretches draws:
+at a small gain layers can shrink their input but hardly stretch it. A gate keeps its own shift, which it scales by at
+most one. The idea is that of D. Andrade (2024), Stable training of normalizing flows for high-dimensional variational
+inference, arXiv:2402.16408.
+"""
 
 import math
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from pyro_flowguides.transforms.bounds import soft_bound
 
-__all__ = ["UPDATES", "Update", "invert_affine"]
+__all__ = ["UPDATES", "Limits", "Update", "invert_affine"]
 
-#: Largest absolute log-scale of one affine step.
+#: Largest absolute log-scale of one affine step at full gain.
 LOG_SCALE_BOUND = 2.0
 #: Bias of the gate's logit: the gate opens to at most 1 / sigmoid(2) = 1.135 times the input.
 GATE_BIAS = LOG_SCALE_BOUND
@@ -19,23 +28,34 @@ GATE_BIAS = LOG_SCALE_BOUND
 LOG_GATE_AT_BIAS = -math.log1p(math.exp(-GATE_BIAS))
 
 
-def _affine(raw: Tensor, shift: Tensor, bound: float | Tensor) -> tuple[Tensor, Tensor]:
-    return soft_bound(raw, bound), shift
+class Limits(NamedTuple):
+    """How far the first output may go below and above zero."""
+
+    below: float | Tensor
+    above: float | Tensor
+
+    def bound(self, raw: Tensor) -> Tensor:
+        """Bound an output smoothly, with slope 1 at zero."""
+        return soft_bound(raw, self.above if self.above is self.below else torch.where(raw > 0, self.above, self.below))
 
 
-def _gated(raw: Tensor, shift: Tensor, bound: float | Tensor) -> tuple[Tensor, Tensor]:
+def _affine(raw: Tensor, shift: Tensor, limits: Limits) -> tuple[Tensor, Tensor]:
+    return limits.bound(raw), shift.asinh()
+
+
+def _gated(raw: Tensor, shift: Tensor, limits: Limits) -> tuple[Tensor, Tensor]:
     """Divide the gate by its value at the bias, so that a step starts at the identity and not as a contraction.
 
     The logit stays within twice the bias of the bias, so the gate's logarithm stays above minus the bias: the gate
     never shuts. The factor of the shift is not divided and not zero at the start, so the shift learns from there.
     """
-    logit = soft_bound(raw, bound) + GATE_BIAS
+    logit = limits.bound(raw) + GATE_BIAS
     return logsigmoid(logit) - LOG_GATE_AT_BIAS, (-logit).sigmoid() * shift
 
 
-def _shift(raw: Tensor, shift: Tensor, _: float | Tensor) -> tuple[Tensor, Tensor]:
+def _shift(raw: Tensor, shift: Tensor, _: Limits) -> tuple[Tensor, Tensor]:
     """Only shift ("mean only"): the log-scale is zero for any output of the network."""
-    return 0 * raw, shift
+    return 0 * raw, shift.asinh()
 
 
 def invert_affine(log_scale: Tensor, shift: Tensor, w: Tensor) -> Tensor:
@@ -46,11 +66,22 @@ def invert_affine(log_scale: Tensor, shift: Tensor, w: Tensor) -> Tensor:
 class Update(NamedTuple):
     """Log-scale and shift from the two outputs of the network, the first of them bounded."""
 
-    formula: Callable[[Tensor, Tensor, float | Tensor], tuple[Tensor, Tensor]]
+    formula: Callable[[Tensor, Tensor, Limits], tuple[Tensor, Tensor]]
+    #: Largest absolute value of the first output at full gain.
     bound: float
 
-    def __call__(self, raw: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-        return self.formula(raw, shift, self.bound)
+    def __call__(self, raw: Tensor, shift: Tensor, limits: Limits | None = None) -> tuple[Tensor, Tensor]:
+        return self.formula(raw, shift, Limits(self.bound, self.bound) if limits is None else limits)
+
+    def limits(self, gain: Tensor, *, stretches_draws: bool) -> Limits:
+        """Return the limits of the first output.
+
+        Args:
+            gain: share of the bound that is open to the sign that stretches draws.
+            stretches_draws: True if a positive output stretches draws, False if it shrinks them.
+        """
+        bound = gain.new_full((), self.bound)  # made once: every operation with a number turns it into a tensor
+        return Limits(bound, gain * bound) if stretches_draws else Limits(gain * bound, bound)
 
 
 UPDATES = {

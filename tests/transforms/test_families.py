@@ -297,11 +297,53 @@ def test_couplings_keep_the_first_half_of_their_order():
         assert (j[[0, 1, 3]][:, [4, 2]] != 0).all()
 
 
+@pytest.mark.parametrize("gain", [0.05, 0.7])
+def test_the_affine_updates_match_their_formula(gain):
+    iaf, maf = (randomize(family(2, [8]), 3.0) for family in (T.InverseAutoregressive, T.MaskedAutoregressive))
+    realnvp = randomize(T.AffineCoupling(4, [8]), 3.0)
+    x = torch.randn(60, 2)
+    for flow, stretching in ((iaf, 1), (maf, -1), (realnvp, 1)):
+        flow.set_gain(gain)
+        raw, shift = (gain * output for output in flow.conditioner(x).chunk(2, -1))
+        bound = torch.where(stretching * raw > 0, 2 * gain, 2.0)
+        log_scale, shift = (
+            bound * torch.tanh(raw / bound),
+            torch.log(shift.abs() + (shift**2 + 1).sqrt()) * shift.sign(),
+        )
+        if flow is realnvp:
+            y, ladj = flow.forward_and_ladj(torch.cat([x, 7 + x], -1))
+            torch.testing.assert_close(y, torch.cat([x, log_scale.exp() * (7 + x) + shift], -1))
+        else:
+            y, ladj = flow.forward_and_ladj(x) if flow is iaf else flow.inverse_and_ladj(x)
+            torch.testing.assert_close(y, log_scale.exp() * x + shift)
+        torch.testing.assert_close(stretching * ladj, log_scale.sum(-1))
+        assert (stretching * log_scale).max() <= 2 * gain + 1e-12
+        assert (stretching * log_scale).min() < -2 * gain
+
+
+def test_the_gain_lies_between_zero_and_one_and_is_learned_slowly():
+    flow = T.AffineCoupling(4, [8])
+    assert flow.theta()["gain"].item() == pytest.approx(0.95)
+    for gain in (0.0, 1.0, -0.3, float("nan")):
+        with pytest.raises(ValueError, match=r"set_gain: gain must lie in \(0, 1\), got"):
+            flow.set_gain(gain)
+    flow.set_gain(0.05)
+    before = flow.theta()["gain"].item()
+    optimizer = torch.optim.Adam([flow.gain], lr=0.02)
+    for _ in range(1000):
+        optimizer.zero_grad()
+        (-flow.theta()["gain"]).backward()
+        optimizer.step()
+    assert 1.5 * before < flow.theta()["gain"].item() < 10 * before
+
+
 def test_the_gated_update_matches_its_formula_and_never_shuts():
     flow = randomize(T.InverseAutoregressive(2, [8], update="gated"), 0.7)
     x = torch.randn(6, 2)
-    raw, shift = flow.conditioner(x).chunk(2, -1)
-    gate, start = torch.sigmoid(4 * torch.tanh(raw / 4) + 2), torch.sigmoid(torch.tensor(2.0))
+    gain = flow.theta()["gain"]
+    raw, shift = (gain * output for output in flow.conditioner(x).chunk(2, -1))
+    bound = torch.where(raw > 0, 4 * gain, 4.0)
+    gate, start = torch.sigmoid(bound * torch.tanh(raw / bound) + 2), torch.sigmoid(torch.tensor(2.0))
     y, ladj = flow.forward_and_ladj(x)
     torch.testing.assert_close(y, gate / start * x + (1 - gate) * shift)
     torch.testing.assert_close(ladj, (gate / start).log().sum(-1))
@@ -319,9 +361,11 @@ def test_the_shift_has_a_gradient_at_the_start(update):
     assert (flow.conditioner.biases[-1].grad[3:].abs() > 0.1 * len(x)).all()
 
 
-def test_maf_is_the_inverse_of_iaf_with_the_same_weights():
+def test_maf_is_the_inverse_of_iaf_with_the_same_weights_at_a_gain_of_one():
+    """At smaller gains both hardly stretch their draws, and the inverse of a flow hardly shrinks them."""
     iaf, maf = T.InverseAutoregressive(4, [16]), T.MaskedAutoregressive(4, [16])
-    maf.load_state_dict(randomize(iaf, 0.5).state_dict())
+    randomize(iaf, 0.5).gain.data.fill_(1e3)
+    maf.load_state_dict(iaf.state_dict())
     x = torch.randn(6, 4)
     y, ladj = iaf.forward_and_ladj(x)
     back, inverse_ladj = maf.forward_and_ladj(y)

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from pyro_flowguides.nn import MADE
 from pyro_flowguides.nn.arguments import check_one_of
 from pyro_flowguides.transforms.conditional import ContextFlow
-from pyro_flowguides.transforms.flow import ConditionerFlow, Theta
+from pyro_flowguides.transforms.conditioner import ConditionerFlow
+from pyro_flowguides.transforms.flow import Theta
 from pyro_flowguides.transforms.solvers import implicit_root, with_implicit_gradient
 from pyro_flowguides.transforms.tracing import in_dispatch_mode, is_tracing
-from pyro_flowguides.transforms.updates import UPDATES, invert_affine
+from pyro_flowguides.transforms.updates import UPDATES, Limits, invert_affine
 
 __all__ = [
     "ConditionalInverseAutoregressive",
@@ -67,20 +68,24 @@ class _Autoregressive(ConditionerFlow):
             input_dim, hidden_dims, 2, order=order, lowest_degree=lowest_degree, activation=activation
         )
 
-    def _affine_map(self, z: Tensor, theta: Theta) -> tuple[Tensor, Tensor]:
+    def affine_map(self, z: Tensor, theta: Theta) -> tuple[Tensor, Tensor]:
         """Compute log-scale and shift of each coordinate."""
         # TorchScript has a wrong derivative of a chunk of which one half is unused, but no derivative of a split.
         raw, shift = self.conditioner.run(z, theta).split(self.input_dim, -1)
-        return UPDATES[self.update](raw, shift)
+        return UPDATES[self.update](raw, shift, self.limits(theta))
+
+    def limits(self, theta: Theta) -> Limits:
+        """Return the limits of the log-scale: IAF draws by multiplying by the scale, MAF by dividing by it."""
+        return UPDATES[self.update].limits(theta["gain"], stretches_draws=self.cheap_direction == "forward")
 
     def _parallel(self, z: Tensor, theta: Theta) -> tuple[Tensor, Tensor]:
-        log_scale, shift = self._affine_map(z, theta)
+        log_scale, shift = self.affine_map(z, theta)
         return z * log_scale.exp() + shift, log_scale.sum(-1)
 
     def _sequential(self, w: Tensor, theta: Theta, root: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if root is None and is_tracing(w):  # the derivatives are those of every step
             z = self._substitute(w, theta)
-            return z, self._affine_map(z, theta)[0].sum(-1)
+            return z, self.affine_map(z, theta)[0].sum(-1)
         if root is None and in_dispatch_mode():  # recorded steps must not depend on values
             with torch.no_grad():
                 root = self._substitute(w, theta)
@@ -90,11 +95,11 @@ class _Autoregressive(ConditionerFlow):
                 return root, ladj
         elif not is_tracing(w) and not any(tensor.requires_grad for tensor in theta.values()):
             return self._at_root(w, root, theta)
-        z = implicit_root(partial(self._affine_map, theta=theta), w, root, partial(self._solve_at, theta=theta))
-        return z, self._affine_map(z, theta)[0].sum(-1)
+        z = implicit_root(partial(self.affine_map, theta=theta), w, root, partial(self._solve_at, theta=theta))
+        return z, self.affine_map(z, theta)[0].sum(-1)
 
     def _substitute(self, w: Tensor, theta: Theta) -> Tensor:
-        return self.conditioner.substitute(self._inverse_update(w), [w], theta)
+        return self.conditioner.substitute(self._inverse_update(theta), [w], theta)
 
     @torch.no_grad()
     def _solve(self, w: Tensor, theta: Theta) -> tuple[Tensor, Tensor]:
@@ -107,11 +112,11 @@ class _Autoregressive(ConditionerFlow):
         """
         # On a GPU the number of operations counts, not their size.
         max_iterated = sys.maxsize if w.is_cuda else MAX_ITERATED
-        z = self.conditioner.substitute_in_blocks(self._inverse_update(w), [w], theta, max_iterated=max_iterated)
+        z = self.conditioner.substitute_in_blocks(self._inverse_update(theta), [w], theta, max_iterated=max_iterated)
         moves, log_scales, points = [], [], [z]
-        rounding = 2 * torch.finfo(z.dtype).eps * z.norm()
+        rounding = torch.finfo(z.dtype).eps * z.norm()
         for _ in range(MAX_REFINEMENTS):
-            log_scale, shift = self._affine_map(points[-1], theta)
+            log_scale, shift = self.affine_map(points[-1], theta)
             log_scales.append(log_scale)
             points.append(invert_affine(log_scale, shift, w))
             moves.append((points[-1] - points[-2]).norm(dim=-1))
@@ -123,24 +128,23 @@ class _Autoregressive(ConditionerFlow):
         nearer = nearer[..., None]
         return torch.where(nearer, points[-1], z), torch.where(nearer, log_scales[-1], log_scales[0]).sum(-1)
 
-    def _inverse_update(self, w: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    def _inverse_update(self, theta: Theta) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         """Return the function from the two outputs of some coordinates and their w to their z."""
-        formula, number = UPDATES[self.update]
-        bound = w.new_full((), number)  # made once: every operation with a number turns it into a tensor
+        update, limits = UPDATES[self.update], self.limits(theta)
 
         def solve(raw: Tensor, shift: Tensor, w: Tensor) -> Tensor:
-            return invert_affine(*formula(raw, shift, bound), w)
+            return invert_affine(*update(raw, shift, limits), w)
 
         return solve
 
     def _solve_at(self, z: Tensor, v: Tensor, theta: Theta) -> Tensor:
         output, hidden = self.conditioner.run_with_hidden(z, theta)
-        return self._solve_transposed(v, self._linearize(z, output), hidden, theta)
+        return self._solve_transposed(v, self._linearize(z, output, theta), hidden, theta)
 
     def _at_root(self, w: Tensor, z: Tensor, theta: Theta) -> tuple[Tensor, Tensor]:
         """Return the root and its log-determinant as functions of w only."""
         output, hidden = self.conditioner.run_with_hidden(z, theta)
-        linear = self._linearize(z, output)
+        linear = self._linearize(z, output, theta)
 
         def pull_back(_: Sequence[Tensor], by_z: Tensor, by_ladj: Tensor) -> Tensor:
             v = by_z + by_ladj[..., None] * self._ladj_by_z(linear, hidden, theta)
@@ -149,10 +153,11 @@ class _Autoregressive(ConditionerFlow):
         z, ladj = with_implicit_gradient(pull_back, w, z, linear.ladj)
         return z, ladj
 
-    def _linearize(self, z: Tensor, output: Tensor) -> _Linearization:
+    def _linearize(self, z: Tensor, output: Tensor, theta: Theta) -> _Linearization:
         with torch.enable_grad():
             output = output.detach().requires_grad_()
-            log_scale, shift = UPDATES[self.update](*output.chunk(2, -1))
+            raw, shift = output.chunk(2, -1)
+            log_scale, shift = UPDATES[self.update](raw, shift, self.limits(theta))
             ladj = log_scale.sum(-1)
             (image,) = torch.autograd.grad((z.detach() * log_scale.exp() + shift).sum(), output, retain_graph=True)
             (by_ladj,) = torch.autograd.grad(ladj.sum(), output)
@@ -179,10 +184,13 @@ class InverseAutoregressive(_Autoregressive):
     With :math:`(a_i, m_i)` computed by a MADE from the *inputs* :math:`x_{<i}`:
 
     .. math::
-        \text{affine:}\quad y_i = e^{a_i} x_i + m_i, \quad a_i = 2 \tanh(s_i / 2); \qquad
+        \text{affine:}\quad y_i = e^{a_i} x_i + \operatorname{asinh} m_i, \quad a_i = b_i \tanh(s_i / b_i); \qquad
         \text{gated:}\quad y_i = \frac{\sigma_i}{\operatorname{sigmoid}(2)} x_i + (1 - \sigma_i) m_i, \quad
         \sigma_i = \operatorname{sigmoid}(4 \tanh(s_i / 4) + 2); \qquad
         \log|\det J| = \sum_i a_i \ \text{or}\ \sum_i \log \frac{\sigma_i}{\operatorname{sigmoid}(2)}
+
+    The bound :math:`b_i` is 2 for negative :math:`s_i` and 2γ for positive, with the gain γ of the network. It and the
+    inverse hyperbolic sine keep training stable (:mod:`~pyro_flowguides.transforms.updates`).
 
     The gate is the paper's with bias 2. It is normalized so that the flow starts at the identity (the plain gate
     shrinks its input by sigmoid(2) = 0.88 per step), and bounded like the affine scale: both stay above :math:`e^{-2}`,
@@ -195,7 +203,7 @@ class InverseAutoregressive(_Autoregressive):
         input_dim: number of coordinates, D.
         hidden_dims: hidden widths of the MADE; they may be below D.
         order: a permutation of ``range(D)``, listing the coordinates from first to last (default: natural order).
-        update: "affine", "gated", or "shift" (:math:`y_i = x_i + m_i`, volume preserving).
+        update: "affine", "gated", or "shift" (:math:`y_i = x_i + \operatorname{asinh} m_i`, volume preserving).
         activation: elementwise nonlinearity of the MADE.
         lowest_degree: lowest degree of a hidden unit, see :class:`~pyro_flowguides.nn.MADE`.
 
@@ -228,8 +236,9 @@ class InverseAutoregressive(_Autoregressive):
 
     def _score_formula(self, x: Tensor, score: Tensor, theta: Theta) -> tuple[Tensor, Tensor, Tensor]:
         output, hidden = self.conditioner.run_with_hidden(x, theta)
-        log_scale, shift = UPDATES[self.update](*output.chunk(2, -1))
-        linear = self._linearize(x, output)
+        raw, shift = output.chunk(2, -1)
+        log_scale, shift = UPDATES[self.update](raw, shift, self.limits(theta))
+        linear = self._linearize(x, output, theta)
         score = self._solve_transposed(score - self._ladj_by_z(linear, hidden, theta), linear, hidden, theta)
         return x * log_scale.exp() + shift, linear.ladj, score
 
@@ -239,10 +248,12 @@ class MaskedAutoregressive(_Autoregressive):
 
     The parameters are computed from the *outputs* :math:`y_{<i}`; in the direction that takes one pass,
 
-    .. math:: x_i = e^{a_i} y_i + m_i, \qquad \log|\det \partial y / \partial x| = -\sum_i a_i
+    .. math:: x_i = e^{a_i} y_i + \operatorname{asinh} m_i, \qquad \log|\det \partial y / \partial x| = -\sum_i a_i
 
-    which is the paper's :math:`y_i = x_i e^{\alpha_i} + \mu_i` with :math:`\alpha_i = -a_i`,
-    :math:`\mu_i = -m_i e^{-a_i}`. With D = 1 the flow is one affine map.
+    which is the paper's :math:`y_i = x_i e^{\alpha_i} + \mu_i` with :math:`\alpha_i = -a_i` and
+    :math:`\mu_i = -e^{-a_i} \operatorname{asinh} m_i`. The log-scale :math:`a_i` is that of
+    :class:`InverseAutoregressive`, but its bound is 2γ for negative :math:`s_i`, which stretch draws. With D = 1 the
+    flow is one affine map.
 
     Cost: inverse, one network pass; forward, the arithmetic of half a pass in many small steps
     (:meth:`~pyro_flowguides.nn.MADE.substitute`) and two passes, more at large weights. Starts at the identity.

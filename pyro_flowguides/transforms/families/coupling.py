@@ -8,14 +8,12 @@ from torch import Tensor, nn
 
 from pyro_flowguides.nn import MLP
 from pyro_flowguides.nn.ordering import as_permutation
-from pyro_flowguides.transforms.bounds import soft_bound
 from pyro_flowguides.transforms.conditional import ContextFlow
-from pyro_flowguides.transforms.flow import ConditionerFlow, Theta
+from pyro_flowguides.transforms.conditioner import ConditionerFlow
+from pyro_flowguides.transforms.flow import Theta
+from pyro_flowguides.transforms.updates import UPDATES, invert_affine
 
 __all__ = ["AdditiveCoupling", "AffineCoupling", "ConditionalAdditiveCoupling", "ConditionalAffineCoupling"]
-
-#: Largest absolute log-scale of one affine coupling.
-LOG_SCALE_BOUND = 2.0
 
 
 class _Coupling(ConditionerFlow):
@@ -44,20 +42,31 @@ class _Coupling(ConditionerFlow):
         self.register_buffer("rank", indices.argsort())
         self.conditioner = MLP(split, hidden_dims, self.outputs * (input_dim - split), activation)
 
-    def _split(self, value: Tensor, theta: Theta) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        """Return the kept coordinates, the changed coordinates, and the parameters of their map."""
-        kept = value[..., self.kept]
-        return kept, value[..., self.changed], self.conditioner.run(kept, theta).chunk(self.outputs, -1)
+    def _affine_map(self, kept: Tensor, theta: Theta) -> tuple[Tensor, Tensor]:
+        """Compute log-scale and shift of the changed coordinates."""
+        raise NotImplementedError
 
     def _join(self, kept: Tensor, changed: Tensor) -> Tensor:
         kept = kept.expand(*changed.shape[:-1], -1)
         return torch.cat([kept, changed], -1)[..., self.rank]
 
+    def _forward_formula(self, x: Tensor, theta: Theta) -> tuple[Tensor, Tensor]:
+        kept = x[..., self.kept]
+        log_scale, shift = self._affine_map(kept, theta)
+        return self._join(kept, x[..., self.changed] * log_scale.exp() + shift), log_scale.sum(-1)
+
+    def _inverse_formula(self, y: Tensor, theta: Theta, root: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        kept = y[..., self.kept]
+        log_scale, shift = self._affine_map(kept, theta)
+        return self._join(kept, invert_affine(log_scale, shift, y[..., self.changed])), log_scale.sum(-1)
+
 
 class AdditiveCoupling(_Coupling):
     r"""Additive coupling (NICE): a network of one half of the coordinates shifts the other half.
 
-    .. math:: y_A = x_A, \quad y_B = x_B + m(x_A), \qquad \log|\det J| = 0
+    .. math:: y_A = x_A, \quad y_B = x_B + \operatorname{asinh} m(x_A), \qquad \log|\det J| = 0
+
+    The inverse hyperbolic sine damps large shifts (:mod:`~pyro_flowguides.transforms.updates`).
 
     Successive layers must alternate the order, as the recipe does. With D = 1 nothing is kept and the flow is a
     constant shift.
@@ -88,20 +97,19 @@ class AdditiveCoupling(_Coupling):
 
     outputs = 1
 
-    def _forward_formula(self, x: Tensor, theta: Theta) -> tuple[Tensor, Tensor]:
-        kept, changed, (shift,) = self._split(x, theta)
-        return self._join(kept, changed + shift), x.new_zeros(())
-
-    def _inverse_formula(self, y: Tensor, theta: Theta, root: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        kept, changed, (shift,) = self._split(y, theta)
-        return self._join(kept, changed - shift), y.new_zeros(())
+    def _affine_map(self, kept: Tensor, theta: Theta) -> tuple[Tensor, Tensor]:
+        shift = self.conditioner.run(kept, theta).asinh()
+        return shift.new_zeros(1), shift
 
 
 class AffineCoupling(_Coupling):
     r"""Affine coupling (RealNVP): a network of one half of the coordinates scales and shifts the other half.
 
-    .. math:: y_A = x_A, \quad y_B = e^{a(x_A)} \odot x_B + m(x_A), \quad a = 2 \tanh(s / 2), \qquad
-        \log|\det J| = \sum_i a_i
+    .. math:: y_A = x_A, \quad y_B = e^{a(x_A)} \odot x_B + \operatorname{asinh} m(x_A), \quad
+        a = b \tanh(s / b), \qquad \log|\det J| = \sum_i a_i
+
+    The bound b is 2 for negative s and 2γ for positive, with the gain γ of the network. It and the inverse hyperbolic
+    sine keep training stable (:mod:`~pyro_flowguides.transforms.updates`).
 
     Successive layers must alternate the order, as the recipe does. With D = 1 nothing is kept and the flow is one
     affine map.
@@ -133,15 +141,10 @@ class AffineCoupling(_Coupling):
 
     outputs = 2
 
-    def _forward_formula(self, x: Tensor, theta: Theta) -> tuple[Tensor, Tensor]:
-        kept, changed, (raw, shift) = self._split(x, theta)
-        log_scale = soft_bound(raw, LOG_SCALE_BOUND)
-        return self._join(kept, changed * log_scale.exp() + shift), log_scale.sum(-1)
-
-    def _inverse_formula(self, y: Tensor, theta: Theta, root: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        kept, changed, (raw, shift) = self._split(y, theta)
-        log_scale = soft_bound(raw, LOG_SCALE_BOUND)
-        return self._join(kept, (changed - shift) * (-log_scale).exp()), log_scale.sum(-1)
+    def _affine_map(self, kept: Tensor, theta: Theta) -> tuple[Tensor, Tensor]:
+        raw, shift = self.conditioner.run(kept, theta).chunk(2, -1)
+        update = UPDATES["affine"]
+        return update(raw, shift, update.limits(theta["gain"], stretches_draws=True))
 
 
 class ConditionalAdditiveCoupling(ContextFlow, family=AdditiveCoupling): ...

@@ -107,7 +107,8 @@ class ConvIAF(nn.Module):
         """Return the elementwise log-scale and shift for ``x (N, C, H, W)`` and a context ``(N, width, H, W)``."""
         h = self.first(self._in_order(x)) + projected
         h = self.last(F.elu(self.second(F.elu(h))))
-        log_scale, shift = UPDATES["gated"](*at_least_float32(h).chunk(2, -3))
+        raw, shift = at_least_float32(h).chunk(2, -3)
+        log_scale, shift = UPDATES["gated"](raw, shift)
         return self._in_order(log_scale), self._in_order(shift)
 
     def _project(self, context: Tensor) -> Tensor:
