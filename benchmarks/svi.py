@@ -124,9 +124,9 @@ def write_table(path: Path) -> str:
 
 `python benchmarks/svi.py --seeds {counts["seed"]}`, {first["date"]}, {first["machine"]}.
 
-{counts["model"]} models, {counts["seed"]} seeds, 1 and 16 particles, Adam at 0.01 and ClippedAdam at 0.02, {first["steps"]}
-steps, no warm start. Differences are of the bound at the end to that of AutoMultivariateNormal in the same setting with
-the same seed; positive where the flow is better.
+{counts["model"]} models, {counts["seed"]} seeds, 1 and 16 particles, Adam at 0.01 and ClippedAdam at 0.02,
+{first["steps"]} steps, no warm start. Differences are of the bound at the end to that of AutoMultivariateNormal in the
+same setting with the same seed; positive where the flow is better.
 
 {markdown_table(header, [cells[guide] for guide in guides])}
 """
