@@ -20,6 +20,8 @@ __all__ = ["Evaluation", "Objective", "Route", "RouteKind", "StepOptions", "Trac
 
 #: Most particles of a step of a :class:`TraceObjective` where they run one after the other.
 MAX_SEQUENTIAL_PARTICLES = 4
+#: Attempts to run particles together before they are run one after the other.
+NUM_ATTEMPTS = 3
 
 RouteKind: TypeAlias = Literal["compiled", "recorded", "batched", "traced", "sequential"]
 
@@ -133,7 +135,7 @@ class TraceObjective:
     def _can_vectorize(self) -> bool:
         try:
             with torch.no_grad(), torch.random.fork_rng(devices=[]):
-                self._loss(2, vectorize=True)
+                self._try_vectorized()
                 # That it runs does not prove it right. Weights of minibatches cannot be compared.
                 if self.program.subsampled:
                     return True
@@ -141,6 +143,17 @@ class TraceObjective:
                 return not (weighted.guide_note or weighted.model_note)
         except Exception:  # a program may fail in any way under a plate it was not written for
             return False
+
+    def _try_vectorized(self) -> None:
+        """Run a few particles at once, again where the model may just have failed at a draw."""
+        for attempts_left in reversed(range(NUM_ATTEMPTS)):
+            try:
+                self._loss(2, vectorize=True)
+            except Exception:  # as above
+                if not attempts_left:
+                    raise
+            else:
+                return
 
     def _loss(self, num_particles: int, vectorize: bool) -> Tensor:
         """Estimate the negative bound, differentiable if gradients are enabled."""

@@ -11,6 +11,7 @@ from pyro.infer.autoguide import AutoNormal
 
 import pyro_flowguides as fg
 from pyro_flowguides.inference import Stepper
+from pyro_flowguides.inference.run import FitSettings
 
 NOT_COUNTS = [math.nan, math.inf, 1.5, "3", None, True, [1], torch.tensor(2.5)]
 NOT_NUMBERS = ["x", None, True, [0.1]]
@@ -116,5 +117,9 @@ def test_a_stepper_checks_what_is_asked_of_it():
 
 
 def test_numbers_of_numpy_and_torch_are_taken():
-    result = fit(steps=np.int64(3), num_particles=torch.tensor(2), lr=np.float32(0.1), tolerance=0, seed=-1)
-    assert result.steps == 3
+    stepper = step(num_particles=torch.tensor(2), lr=np.float32(0.1), seed=-1)
+    assert len(stepper.run(np.int64(3))) == 3
+    settings = FitSettings(np.int64(3), torch.tensor(2), np.float32(0.5), 0, True, 1, None, -1)
+    assert settings == FitSettings(3, 2, 0.5, 0.0, True, 1, None, -1)
+    assert type(settings.steps) is type(settings.num_particles) is int
+    assert type(settings.lr) is type(settings.tolerance) is float
