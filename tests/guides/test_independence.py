@@ -140,3 +140,22 @@ def test_two_guides_saved_and_loaded_together(kind, tmp_path):
     fresh = [make_guide(kind, schools), make_guide(kind, schools)]
     pyro.get_param_store().load(tmp_path / "store")
     assert_close([draw(guide, SCHOOLS) for guide in fresh], expected, rtol=0, atol=0)
+
+
+def test_guides_used_one_after_the_other_share_their_names():
+    """The store does not grow, and a new guide takes no value of an earlier one."""
+    sizes = []
+    for depth in (2, 1, 1):
+        guide = make_guide("iaf", schools, depth=depth)
+        train(schools, guide, 1, SCHOOLS)
+        stored = dict(pyro.get_param_store().named_parameters())
+        assert {id(value) for value in stored.values()} == {id(value) for value in guide.parameters()}
+        sizes.append(len(stored))
+        expected = values(guide)
+        shake(guide)
+        del guide, stored
+    assert sizes[0] > sizes[1] == sizes[2]
+    again = make_guide("iaf", schools, depth=1)
+    again(SCHOOLS)
+    assert len(pyro.get_param_store().keys()) == sizes[2]
+    assert not same(values(again), expected)

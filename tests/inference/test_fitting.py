@@ -1,7 +1,10 @@
 """``fg.fit``: exact answers where they are known, and clear messages where there is none."""
 
+import gc
 import math
+import threading
 import time
+import weakref
 
 import pyro
 import pyro.distributions as dist
@@ -331,3 +334,55 @@ def test_a_fit_stands_whatever_its_verdict_raises(error):
         assert "far out" in result.why_no_verdict
     else:  # a draw at which the model fails has the weight NaN
         assert result.diagnosis.num_samples == 4000
+
+
+# -- one process, many fits --------------------------------------------------------------------------------------------
+
+
+def gaussian(value, size):
+    def model():
+        x = pyro.sample("x", dist.Normal(torch.zeros(size), 1.0).to_event(1))
+        pyro.sample("y", dist.Normal(x, 1.0).to_event(1), obs=torch.full((size,), value))
+
+    return model
+
+
+def test_fits_in_threads_are_those_of_one_after_the_other():
+    targets = [(gaussian(1.0, 2), fg.AutoNICE), (gaussian(-2.0, 3), fg.AutoPlanar), (gaussian(3.0, 1), AutoNormal)]
+    results = {}
+
+    def run(number):
+        target, guide = targets[number]
+        result = fit(target, guide(target), steps=20, num_particles=4)
+        results[number] = result.elbo_history, result.diagnosis.elbo
+
+    for number in range(3):
+        run(number)
+    expected = dict(results)
+    results.clear()
+    pyro.clear_param_store()
+    threads = [threading.Thread(target=run, args=[number]) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == expected
+    assert all(pyro.settings.get(f"validate_{name}") for name in ("poutine", "infer", "distributions_pyro"))
+
+
+def test_a_fit_leaves_nothing_behind():
+    """Neither guide nor parameters wait for a garbage collection, which is rare in a large process."""
+    target = gaussian(1.0, 2)
+
+    def guide_of_a_fit():
+        return weakref.ref(fit(target, fg.AutoNICE(target, depth=1), steps=10, num_particles=4).guide)
+
+    guide_of_a_fit()  # the first one imports ArviZ
+    num_parameters = len(pyro.get_param_store())
+    gc.collect()
+    gc.disable()
+    try:
+        assert guide_of_a_fit()() is None
+    finally:
+        gc.enable()
+    assert len(pyro.get_param_store()) == num_parameters
