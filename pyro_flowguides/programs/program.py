@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TypeVar, cast
 
+import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.poutine.trace_struct import Trace
@@ -14,10 +15,12 @@ from torch import Tensor
 
 from pyro_flowguides.nn.arguments import describe
 from pyro_flowguides.programs.batched_run import Layout, NotVectorizedError, RunMode, first_line, per_chunk
+from pyro_flowguides.programs.improper import check_angles, may_be_improper, with_proper_masked_sites
 from pyro_flowguides.programs.log_density import LogDensity
 from pyro_flowguides.programs.running import exclusive, trace_guide, trace_program
 from pyro_flowguides.programs.sites import (
     SiteInfo,
+    innermost,
     is_data,
     is_deterministic,
     latent_sites,
@@ -96,8 +99,19 @@ class Program:
             drawn = {name: site["value"] for name, site in latent_sites(guide_trace)}
             return trace_program(model, args, kwargs, alone, drawn)
 
+        def run_with_slopes() -> tuple[Trace, Trace]:
+            guide_trace = draw()
+            drawn = {name: site["value"].detach().clone() for name, site in latent_sites(guide_trace)}
+            for value in drawn.values():
+                value.requires_grad_(value.is_floating_point())
+            with torch.enable_grad():
+                return guide_trace, trace_program(model, args, kwargs, alone, drawn)
+
         with torch.random.fork_rng(devices=[]), poutine.trace(param_only=True) as capture:
             guide_trace, model_trace = validated_traces(draw, run, _check_same_latents)
+            if any(may_be_improper(site) for _, site in latent_sites(model_trace)):
+                model = with_proper_masked_sites(model, run_with_slopes)
+        _check_angles(model_trace, guide_trace)
         model_sites, guide_sites = dict(sample_sites(model_trace)), dict(latent_sites(guide_trace))
         latents = {name: site for name, site in model_sites.items() if not site["is_observed"]}
         captured = cast("dict[str, Site]", capture.trace.nodes)
@@ -185,6 +199,13 @@ def _unconstrained(value: Tensor) -> Tensor:
     """Return the parameter behind its constrained value: itself where leaving a parameter store dropped the link."""
     parameter: Tensor = getattr(value, "unconstrained", lambda: value)()
     return parameter
+
+
+def _check_angles(model_trace: Trace, guide_trace: Trace) -> None:
+    """Refuse angles that the guide draws as a function of numbers on the line."""
+    guide_sites = dict(latent_sites(guide_trace))
+    is_mapped = {name for name, site in guide_sites.items() if isinstance(innermost(site["fn"]), dist.Delta)}
+    check_angles("the guide", ((name, site) for name, site in latent_sites(model_trace) if name in is_mapped))
 
 
 _SUM_OUT = "to sum it out, mark it with infer={'enumerate': 'parallel'}"

@@ -10,6 +10,7 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from torch.distributions import biject_to
 
+from pyro_flowguides.programs.improper import check_angles
 from pyro_flowguides.programs.running import isolated
 from pyro_flowguides.programs.sites import SiteInfo, latent_sites
 from pyro_flowguides.programs.types import Args, Kwargs, Model, Site
@@ -69,8 +70,10 @@ def check_static(
     Points at which the model cannot be evaluated are passed over.
 
     Raises:
-        ValueError: if sites or shapes change, or the support of a site depends on other latent variables.
+        ValueError: if sites or shapes change, the support of a site depends on other latent variables, or a site is an
+            angle.
     """
+    check_angles(owner, latent_sites(prototype))
     generator = torch.Generator().manual_seed(0)
     center = {name: biject_to(site["fn"].support).inv(site["value"]) for name, site in latent_sites(prototype)}
     for _ in range(PROBES):
