@@ -57,6 +57,7 @@ def record(
     try:
         with tape:
             outputs = function(*inputs)
+        expected = function(*check)
     except (NotRecordedError, torch.linalg.LinAlgError):
         raise
     except Exception as error:  # a program may fail in any way while its operations are recorded
@@ -64,7 +65,7 @@ def record(
     module = tape.finish(outputs)
     with torch.no_grad():
         replayed = module(*check, *parameters)
-    assert_same(replayed, function(*check))
+    assert_same(replayed, expected)
     return module
 
 

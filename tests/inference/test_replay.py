@@ -250,3 +250,16 @@ def test_replays_that_are_no_longer_used_are_freed():
         Replay(recording)(inputs())
         sizes.append(resident_mib())
     assert sizes[12] - sizes[6] < 4
+
+
+def test_a_function_that_fails_at_the_inputs_of_the_check_is_not_recorded():
+    runs = []
+
+    def function(x):
+        runs.append(x)
+        if len(runs) > 1:
+            raise ValueError("bad point")
+        return [2 * x]
+
+    with pytest.raises(NotRecordedError, match="bad point"):
+        record(function, torch.ones(3), check=[torch.ones(3)])
