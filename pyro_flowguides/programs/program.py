@@ -23,6 +23,7 @@ from pyro_flowguides.programs.sites import (
     innermost,
     is_data,
     is_deterministic,
+    is_reparametrized,
     latent_sites,
     plate_depth,
     sample_sites,
@@ -48,7 +49,8 @@ class Program:
         parameters: the unconstrained parameters of both.
         latents: the sites that model and guide share.
         observed: the model's sites with data.
-        deterministics: the model's sites made by ``pyro.deterministic``.
+        deterministics: the model's sites made by ``pyro.deterministic``, and those that ``poutine.reparam`` has made
+            functions of others.
         enumerated: the model's discrete sites that are summed out: name -> "parallel" or "sequential".
         guide_sites: all latent sites of the guide, auxiliary ones included.
         is_enumerating: whether a latent site of model or guide is marked for enumeration.
@@ -123,7 +125,11 @@ class Program:
             parameters={name: _unconstrained(site["value"]) for name, site in captured.items()},
             latents={name: SiteInfo.of(site) for name, site in latents.items() if name in guide_sites},
             observed={name: SiteInfo.of(site) for name, site in model_sites.items() if is_data(site)},
-            deterministics={name: SiteInfo.of(site) for name, site in model_sites.items() if is_deterministic(site)},
+            deterministics={
+                name: SiteInfo.of(site)
+                for name, site in model_sites.items()
+                if is_deterministic(site) or is_reparametrized(site)
+            },
             enumerated={n: site["infer"]["enumerate"] for n, site in latents.items() if n not in guide_sites},
             guide_sites={name: SiteInfo.of(site) for name, site in guide_sites.items()},
             is_enumerating=any(site["infer"].get("enumerate") for site in [*latents.values(), *guide_sites.values()]),

@@ -21,6 +21,7 @@ __all__ = [
     "innermost",
     "is_data",
     "is_deterministic",
+    "is_reparametrized",
     "latent_sites",
     "plate_depth",
     "sample_sites",
@@ -80,9 +81,16 @@ def is_deterministic(site: Site) -> bool:
     return bool(site["infer"].get("_deterministic", False))
 
 
+def is_reparametrized(site: Site) -> bool:
+    """Tell whether a site is what ``poutine.reparam`` leaves of a latent one: a point mass at an observed value."""
+    return bool(site["is_observed"]) and not is_deterministic(site) and isinstance(innermost(site["fn"]), dist.Delta)
+
+
 def is_data(site: Site) -> bool:
-    """Tell whether a site is an observation: neither a factor nor a deterministic site."""
-    return bool(site["is_observed"]) and not is_deterministic(site) and not site_is_factor(site)  # type: ignore[arg-type]
+    """Tell whether a site is an observation: neither a factor nor a function of latent sites."""
+    if not site["is_observed"] or is_deterministic(site) or is_reparametrized(site):
+        return False
+    return not site_is_factor(site)  # type: ignore[arg-type]
 
 
 def innermost(fn: Distribution) -> Distribution:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 from pyro.infer import autoguide
+from pyro.infer.reparam import AutoReparam, LocScaleReparam
 from torch import Tensor
 
 import pyro_flowguides as fg
@@ -280,3 +283,36 @@ def test_a_model_that_fails_at_a_draw_leaves_out_what_depends_on_it() -> None:
     assert data["posterior"]["z"].shape == (1, 50)
     assert data["sample_stats"]["log_p"].isnull().sum() == (data["posterior"]["z"] > 1.0).sum() > 0
     assert data["posterior"].attrs["log_likelihood"] == "left out, as are deterministic sites: ValueError: bad point"
+
+
+REPARAMETRIZED = {
+    "LocScaleReparam": lambda model: poutine.reparam(model, config={"theta": LocScaleReparam(0.0)}),
+    "AutoReparam": lambda model: AutoReparam()(model),
+}
+
+
+@pytest.mark.parametrize("name", REPARAMETRIZED)
+def test_reparametrized_sites_are_functions_of_latent_ones(name: str) -> None:
+    def schools(y: Tensor) -> None:
+        mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+        tau = pyro.sample("tau", dist.HalfCauchy(5.0))
+        with pyro.plate("school", len(y)):
+            theta = pyro.sample("theta", dist.Normal(mu, tau))
+            pyro.sample("y", dist.Normal(theta, 10.0), obs=y)
+
+    y = torch.tensor([28.0, 8.0, -3.0, 7.0])
+    model = REPARAMETRIZED[name](schools)
+    data = to_inference_data(model, autoguide.AutoNormal(model), y, num_samples=50)
+    posterior = data["posterior"]
+    assert {"mu", "tau", "theta"} <= set(posterior.data_vars)
+    assert posterior["theta"].dims == ("chain", "draw", "school")
+    if name == "LocScaleReparam":
+        shift = posterior["tau"] * posterior["theta_decentered"]
+        assert np.allclose(posterior["theta"] - posterior["mu"], shift, atol=1e-4)
+    for group in ("observed_data", "log_likelihood", "posterior_predictive"):
+        assert list(data[group].data_vars) == ["y"]
+    log_likelihood = dist.Normal(torch.tensor(posterior["theta"].values), 10.0).log_prob(y).numpy()
+    assert np.allclose(data["log_likelihood"]["y"], log_likelihood, atol=1e-4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of so few draws
+        assert "elpd" in str(arviz_compat.load().loo(data))
