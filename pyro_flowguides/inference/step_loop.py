@@ -14,7 +14,7 @@ from pyro_flowguides.inference.flat_adam import FlatAdam
 from pyro_flowguides.inference.objective import Evaluation, Objective, Route, StepOptions
 from pyro_flowguides.nn.arguments import check_count, check_number, check_seed, describe
 from pyro_flowguides.programs.batched_run import first_line
-from pyro_flowguides.programs.program import Program
+from pyro_flowguides.programs.program import Program, check_programs
 from pyro_flowguides.programs.program_runs import sample_guide
 from pyro_flowguides.programs.running import evaluation, exclusive
 from pyro_flowguides.programs.types import Guide, Model, Values
@@ -243,6 +243,7 @@ class Stepper(Generic[GuideT]):
         lr, seed = check_number("Stepper", "lr", lr, above=0), check_seed("Stepper", seed)
         if compile not in (True, False, "auto", "gpu"):
             raise ValueError(f'Stepper: compile must be True, False, "auto" or "gpu", got {describe(compile)}')
+        check_programs(model, guide)
         guide(*args, **kwargs)  # creates the parameters, if there are none yet
         self.guide = guide
         self.program = Program.inspect(model, guide, args, kwargs)

@@ -32,7 +32,7 @@ from pyro_flowguides.programs.sites import (
 from pyro_flowguides.programs.types import Args, Guide, Kwargs, Model, Site
 from pyro_flowguides.programs.validation import validated_traces
 
-__all__ = ["Program"]
+__all__ = ["Program", "check_programs"]
 
 T = TypeVar("T")
 
@@ -88,9 +88,7 @@ class Program:
             ValueError: if guide and model do not have the same latent sites, or if Pyro's validation refuses the shape
                 of a site, data outside the support of their distribution, or constant parameters of one.
         """
-        for name, program in (("model", model), ("guide", guide)):
-            if not callable(program):
-                raise TypeError(f"the {name} must be a function that calls pyro.sample, got {describe(program)}")
+        check_programs(model, guide)
         kwargs, alone = kwargs or {}, Layout(None, 0)
 
         @torch.no_grad()
@@ -199,6 +197,15 @@ class Program:
         for name, how in self.enumerated.items():
             if how != "parallel":
                 raise ValueError(f"site {name!r} is enumerated sequentially; {_SUM_OUT}")
+
+
+def check_programs(model: object, guide: object) -> None:
+    """Refuse a model or guide that cannot be called, and a class instead of a guide."""
+    for name, program in (("model", model), ("guide", guide)):
+        if not callable(program):
+            raise TypeError(f"the {name} must be a function that calls pyro.sample, got {describe(program)}")
+    if isinstance(guide, type):
+        raise TypeError(f"the guide must be a guide, not the class {guide.__name__}: pass {guide.__name__}(model)")
 
 
 def _unconstrained(value: Tensor) -> Tensor:
