@@ -185,11 +185,17 @@ def reserved(path: str | Path, *others: str | Path) -> Iterator[None]:
     except OSError as error:
         raise explain(error, path) from error
     try:
-        for name in (path, *others):
-            _partial(name).unlink(missing_ok=True)
+        try:
+            os.ftruncate(handle, 0)
+            os.write(handle, str(os.getpid()).encode())
+            for name in (path, *others):
+                _partial(name).unlink(missing_ok=True)
+        except OSError as error:
+            raise explain(error, path) from error
         yield
     finally:
-        lock.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a file in use cannot be removed everywhere
+            lock.unlink()  # before the handle is closed: afterwards it may be the file of another run
         os.close(handle)
 
 
@@ -200,8 +206,6 @@ def _lock(lock: Path, path: str | Path) -> int:
         try:
             _lock_file(handle)
             if _is_same_file(handle, lock):
-                os.ftruncate(handle, 0)
-                os.write(handle, str(os.getpid()).encode())
                 return handle
         except BlockingIOError:
             owner = os.read(handle, 20).decode(errors="replace") or "unknown"
@@ -209,7 +213,6 @@ def _lock(lock: Path, path: str | Path) -> int:
             message = f"{path} is in use by another run (process {owner}): wait until it ends, or choose another path"
             raise BlockingIOError(message) from None
         except BaseException:
-            lock.unlink(missing_ok=True)
             os.close(handle)
             raise
         os.close(handle)  # its owner has just removed it

@@ -129,7 +129,7 @@ def _trace(program: Program) -> tuple[Trace, Trace]:
 
 
 def _summarize(values: Tensor) -> tuple[float, float]:
-    values = torch.as_tensor(values).double()
+    values = torch.as_tensor(values).detach().cpu().double()
     return float(values.sum()), float(values.abs().sum())
 
 
