@@ -3,8 +3,10 @@
 import torch
 from torch import Tensor
 
-__all__ = ["MARGIN", "above_minus_one", "shrink_factor", "soft_bound"]
+__all__ = ["MARGIN", "above_minus_one", "shrink_factor", "soft_bound", "soft_log"]
 
+#: Size up to which :func:`soft_log` is nearly the identity, in standard deviations of a flow's base.
+LOG_ONSET = 3.0
 #: Distance of the slope of a planar, radial or Sylvester flow from zero: it contracts by at most a factor of 100.
 MARGIN = 0.01
 
@@ -33,3 +35,8 @@ def soft_bound(value: Tensor, bound: float | Tensor) -> Tensor:
     The bound may depend on the sign of the value.
     """
     return bound * (value / bound).tanh()
+
+
+def soft_log(value: Tensor) -> Tensor:
+    r"""Damp a value smoothly: the identity near zero, a logarithm far out, :math:`3 \operatorname{asinh}(v / 3)`."""
+    return LOG_ONSET * (value / LOG_ONSET).asinh()

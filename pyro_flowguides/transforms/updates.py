@@ -1,7 +1,7 @@
 r"""How autoregressive and coupling layers update a coordinate: log-scale and shift from two outputs of a network.
 
-Both are damped, which keeps training stable from any start. A shift grows only like the logarithm of the network's
-output: :math:`m \mapsto \operatorname{asinh} m`. A log-scale is bounded. The gain of the layer
+Both are damped, which keeps training stable from any start. A large shift grows only like the logarithm of the
+network's output: :math:`m \mapsto 3 \operatorname{asinh}(m / 3)`. A log-scale is bounded. The gain of the layer
 (:class:`~pyro_flowguides.transforms.conditioner.ConditionerFlow`) narrows the bound for the sign that stretches draws:
 at a small gain layers can shrink their input but hardly stretch it. A gate keeps its own shift, which it scales by at
 most one. The idea is that of D. Andrade (2024), Stable training of normalizing flows for high-dimensional variational
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from pyro_flowguides.transforms.bounds import soft_bound
+from pyro_flowguides.transforms.bounds import soft_bound, soft_log
 
 __all__ = ["UPDATES", "Limits", "Update", "invert_affine"]
 
@@ -40,7 +40,7 @@ class Limits(NamedTuple):
 
 
 def _affine(raw: Tensor, shift: Tensor, limits: Limits) -> tuple[Tensor, Tensor]:
-    return limits.bound(raw), shift.asinh()
+    return limits.bound(raw), soft_log(shift)
 
 
 def _gated(raw: Tensor, shift: Tensor, limits: Limits) -> tuple[Tensor, Tensor]:
@@ -55,7 +55,7 @@ def _gated(raw: Tensor, shift: Tensor, limits: Limits) -> tuple[Tensor, Tensor]:
 
 def _shift(raw: Tensor, shift: Tensor, _: Limits) -> tuple[Tensor, Tensor]:
     """Only shift ("mean only"): the log-scale is zero for any output of the network."""
-    return 0 * raw, shift.asinh()
+    return 0 * raw, soft_log(shift)
 
 
 def invert_affine(log_scale: Tensor, shift: Tensor, w: Tensor) -> Tensor:

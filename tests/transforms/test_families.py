@@ -306,10 +306,7 @@ def test_the_affine_updates_match_their_formula(gain):
         flow.set_gain(gain)
         raw, shift = (gain * output for output in flow.conditioner(x).chunk(2, -1))
         bound = torch.where(stretching * raw > 0, 2 * gain, 2.0)
-        log_scale, shift = (
-            bound * torch.tanh(raw / bound),
-            torch.log(shift.abs() + (shift**2 + 1).sqrt()) * shift.sign(),
-        )
+        log_scale, shift = (bound * torch.tanh(raw / bound), 3 * torch.asinh(shift / 3))
         if flow is realnvp:
             y, ladj = flow.forward_and_ladj(torch.cat([x, 7 + x], -1))
             torch.testing.assert_close(y, torch.cat([x, log_scale.exp() * (7 + x) + shift], -1))
@@ -323,7 +320,7 @@ def test_the_affine_updates_match_their_formula(gain):
 
 def test_the_gain_lies_between_zero_and_one_and_is_learned_slowly():
     flow = T.AffineCoupling(4, [8])
-    assert flow.theta()["gain"].item() == pytest.approx(0.95)
+    assert flow.theta()["gain"].item() == pytest.approx(0.99)
     for gain in (0.0, 1.0, -0.3, float("nan")):
         with pytest.raises(ValueError, match=r"set_gain: gain must lie in \(0, 1\), got"):
             flow.set_gain(gain)

@@ -184,13 +184,14 @@ class InverseAutoregressive(_Autoregressive):
     With :math:`(a_i, m_i)` computed by a MADE from the *inputs* :math:`x_{<i}`:
 
     .. math::
-        \text{affine:}\quad y_i = e^{a_i} x_i + \operatorname{asinh} m_i, \quad a_i = b_i \tanh(s_i / b_i); \qquad
+        \text{affine:}\quad y_i = e^{a_i} x_i + \delta(m_i), \quad a_i = b_i \tanh(s_i / b_i); \qquad
         \text{gated:}\quad y_i = \frac{\sigma_i}{\operatorname{sigmoid}(2)} x_i + (1 - \sigma_i) m_i, \quad
         \sigma_i = \operatorname{sigmoid}(4 \tanh(s_i / 4) + 2); \qquad
         \log|\det J| = \sum_i a_i \ \text{or}\ \sum_i \log \frac{\sigma_i}{\operatorname{sigmoid}(2)}
 
-    The bound :math:`b_i` is 2 for negative :math:`s_i` and 2γ for positive, with the gain γ of the network. It and the
-    inverse hyperbolic sine keep training stable (:mod:`~pyro_flowguides.transforms.updates`).
+    The shift is damped, :math:`\delta(m) = 3 \operatorname{asinh}(m / 3)`. The bound :math:`b_i` is 2 for negative
+    :math:`s_i` and 2γ for positive, with the gain γ of the network. Both keep training stable
+    (:mod:`~pyro_flowguides.transforms.updates`).
 
     The gate is the paper's with bias 2. It is normalized so that the flow starts at the identity (the plain gate
     shrinks its input by sigmoid(2) = 0.88 per step), and bounded like the affine scale: both stay above :math:`e^{-2}`,
@@ -203,7 +204,7 @@ class InverseAutoregressive(_Autoregressive):
         input_dim: number of coordinates, D.
         hidden_dims: hidden widths of the MADE; they may be below D.
         order: a permutation of ``range(D)``, listing the coordinates from first to last (default: natural order).
-        update: "affine", "gated", or "shift" (:math:`y_i = x_i + \operatorname{asinh} m_i`, volume preserving).
+        update: "affine", "gated", or "shift" (:math:`y_i = x_i + \delta(m_i)`, volume preserving).
         activation: elementwise nonlinearity of the MADE.
         lowest_degree: lowest degree of a hidden unit, see :class:`~pyro_flowguides.nn.MADE`.
 
@@ -248,11 +249,11 @@ class MaskedAutoregressive(_Autoregressive):
 
     The parameters are computed from the *outputs* :math:`y_{<i}`; in the direction that takes one pass,
 
-    .. math:: x_i = e^{a_i} y_i + \operatorname{asinh} m_i, \qquad \log|\det \partial y / \partial x| = -\sum_i a_i
+    .. math:: x_i = e^{a_i} y_i + \delta(m_i), \qquad \log|\det \partial y / \partial x| = -\sum_i a_i
 
     which is the paper's :math:`y_i = x_i e^{\alpha_i} + \mu_i` with :math:`\alpha_i = -a_i` and
-    :math:`\mu_i = -e^{-a_i} \operatorname{asinh} m_i`. The log-scale :math:`a_i` is that of
-    :class:`InverseAutoregressive`, but its bound is 2γ for negative :math:`s_i`, which stretch draws. With D = 1 the
+    :math:`\mu_i = -e^{-a_i} \delta(m_i)`. Log-scale and :math:`\delta` are those
+    of :class:`InverseAutoregressive`, but the bound is 2γ for negative :math:`s_i`, which stretch draws. With D = 1 the
     flow is one affine map.
 
     Cost: inverse, one network pass; forward, the arithmetic of half a pass in many small steps

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from pyro_flowguides.nn import MLP
 from pyro_flowguides.nn.ordering import as_permutation
+from pyro_flowguides.transforms.bounds import soft_log
 from pyro_flowguides.transforms.conditional import ContextFlow
 from pyro_flowguides.transforms.conditioner import ConditionerFlow
 from pyro_flowguides.transforms.flow import Theta
@@ -64,7 +65,7 @@ class _Coupling(ConditionerFlow):
 class AdditiveCoupling(_Coupling):
     r"""Additive coupling (NICE): a network of one half of the coordinates shifts the other half.
 
-    .. math:: y_A = x_A, \quad y_B = x_B + \operatorname{asinh} m(x_A), \qquad \log|\det J| = 0
+    .. math:: y_A = x_A, \quad y_B = x_B + 3 \operatorname{asinh}(m(x_A) / 3), \qquad \log|\det J| = 0
 
     The inverse hyperbolic sine damps large shifts (:mod:`~pyro_flowguides.transforms.updates`).
 
@@ -98,14 +99,14 @@ class AdditiveCoupling(_Coupling):
     outputs = 1
 
     def _affine_map(self, kept: Tensor, theta: Theta) -> tuple[Tensor, Tensor]:
-        shift = self.conditioner.run(kept, theta).asinh()
+        shift = soft_log(self.conditioner.run(kept, theta))
         return shift.new_zeros(1), shift
 
 
 class AffineCoupling(_Coupling):
     r"""Affine coupling (RealNVP): a network of one half of the coordinates scales and shifts the other half.
 
-    .. math:: y_A = x_A, \quad y_B = e^{a(x_A)} \odot x_B + \operatorname{asinh} m(x_A), \quad
+    .. math:: y_A = x_A, \quad y_B = e^{a(x_A)} \odot x_B + 3 \operatorname{asinh}(m(x_A) / 3), \quad
         a = b \tanh(s / b), \qquad \log|\det J| = \sum_i a_i
 
     The bound b is 2 for negative s and 2γ for positive, with the gain γ of the network. It and the inverse hyperbolic
