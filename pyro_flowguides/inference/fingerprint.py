@@ -43,11 +43,12 @@ def take_fingerprint(program: Program) -> Fingerprint:
 
 
 def own_parameters(program: Program) -> dict[str, Tensor]:
-    """Return the parameters by their names within the guide: Pyro's store would number several guides of a class."""
-    guide = program.guide
-    named = guide.named_parameters() if isinstance(guide, nn.Module) else []
-    names = {id(parameter): f"guide.{name}" for name, parameter in named}
-    return {names.get(id(parameter), name): parameter for name, parameter in program.parameters.items()}
+    """Return the parameters by their names within the guide, whose own name Pyro's store may number."""
+    prefix = f"{getattr(program.guide, '_pyro_name', '')}."
+    return {
+        f"guide.{name.removeprefix(prefix)}" if name.startswith(prefix) else name: parameter
+        for name, parameter in program.parameters.items()
+    }
 
 
 def find_differences(saved: Fingerprint, own: Fingerprint) -> list[str]:
