@@ -193,3 +193,24 @@ def test_eight_schools_without_divergences():
     assert float(posterior["mu"].std()) == pytest.approx(mu_sd, rel=0.2)
     assert float(log_tau.mean()) == pytest.approx(log, abs=0.2 * log_sd)
     assert math.log(float(log_tau.std()) / log_sd) == pytest.approx(0, abs=0.2)
+
+
+def cliff():
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    pyro.factor("cliff", torch.where(z > 0, -1e5, 0.0))
+
+
+FIXED_STEP = {"num_samples": 20, "warmup_steps": 5}
+
+
+@pytest.mark.parametrize(("step_size", "words"), [(1e6, "all 20 draws diverged"), (0.5, r"\d+ of 20 draws diverged")])
+def test_divergent_draws_are_reported(step_size, words):
+    options = {"step_size": step_size, "adapt_step_size": False}
+    with pytest.warns(UserWarning, match=f"neutra_mcmc: {words}"):
+        draw(cliff, fg.AutoPlanar(cliff, depth=1), **FIXED_STEP, nuts_options=options)
+
+
+def test_no_divergence_gives_no_warning():
+    options = {"step_size": 0.3, "adapt_step_size": False}
+    data = draw(in_a_plate, AutoDiagonalNormal(in_a_plate), **FIXED_STEP, nuts_options=options)
+    assert not data["sample_stats"]["diverging"].any()
