@@ -12,6 +12,7 @@ import numpy as np
 import pyro
 import torch
 from numpy.typing import NDArray
+from pyro.distributions.util import scale_and_mask
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
@@ -172,12 +173,18 @@ def _score_data(program: Program, weighted: WeightedDraws) -> Values:
     def collect(trace: Trace, layout: Layout) -> Values:
         scored = dict(scored_sites(trace))
         log_likelihood = {
-            name: layout.split(scored[name]["unscaled_log_prob"], site.batch_shape)
+            name: layout.split(_log_likelihood(scored[name]), site.batch_shape)
             for name, site in program.observed.items()
         }
         return log_likelihood | _split_sites(trace, layout, program.deterministics)
 
     return _run(program, weighted, weighted.draws, collect)
+
+
+def _log_likelihood(site: Site) -> Tensor:
+    """Return the log density of each datum, without the scale of a subsample; that of masked data is 0."""
+    log_likelihood: Tensor = scale_and_mask(site["unscaled_log_prob"], mask=site["mask"])
+    return log_likelihood
 
 
 def _draw_data(program: Program, weighted: WeightedDraws, values: Values) -> Values:

@@ -316,3 +316,21 @@ def test_reparametrized_sites_are_functions_of_latent_ones(name: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of so few draws
         assert "elpd" in str(arviz_compat.load().loo(data))
+
+
+def test_missing_data_have_no_log_likelihood() -> None:
+    is_observed = torch.tensor([True, False, True])
+
+    def model(y: Tensor) -> None:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", len(y)):
+            pyro.sample("y", dist.Normal(z, 1.0), obs=y, obs_mask=is_observed)
+
+    data = to_inference_data(model, autoguide.AutoNormal(model), torch.tensor([1.0, 99.0, 2.0]), num_samples=30)
+    log_likelihood = data["log_likelihood"]["y_observed"]
+    assert (log_likelihood[..., 1] == 0).all()
+    expected = dist.Normal(torch.tensor(data["posterior"]["z"].values), 1.0).log_prob(torch.tensor(2.0)).numpy()
+    assert np.allclose(log_likelihood[..., 2], expected, atol=1e-5)
+    imputed = data["posterior"]["y"]  # of data and imputed values
+    assert (imputed[..., 0] == 1).all()
+    assert np.array_equal(imputed[..., 1], data["posterior"]["y_unobserved"][..., 1])
