@@ -239,7 +239,28 @@ def vlae(results: Results) -> Numbers:
     }
 
 
-PAGES = (speed, large, posteriordb, race, amortized, vae_posteriors, vlae)
+def reliability(results: Results) -> Numbers:
+    fits, flips = (results.row("faults", study=study) for study in ("fits in one process", "flipped bits"))
+    if results.rows("faults")["different"].sum():
+        raise LookupError("faults.csv has a run with another result; the page says that there is none")
+    kills = {
+        name: results.row("faults", study=f"kills of {what}")
+        for name, what in {"fit": "fit", "vae": "VAE training"}.items()
+    }
+    return {
+        **{f"{name}_kills": f"{row['trials']}" for name, row in kills.items()},
+        **{f"{name}_runs": f"{row['runs']:.0f}" for name, row in kills.items()},
+        "flips": f"{flips['trials']:,}",
+        "refused": f"{flips['refused']:,}",
+        "harmless": f"{flips['identical']:.0f}",
+        "disks": f"{results.row('faults', study='full disks')['trials']}",
+        "fits": f"{fits['trials']}",
+        "growth": f"{max(0.0, fits['kib_per_fit']):.0f}",
+        "entries": f"{fits['new_entries']:.0f}",
+    }
+
+
+PAGES = (reliability, speed, large, posteriordb, race, amortized, vae_posteriors, vlae)
 
 
 def read_numbers(folder: Path = BENCHMARKS / "results") -> dict[str, Numbers]:
