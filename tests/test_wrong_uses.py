@@ -603,24 +603,49 @@ vae.GatedConvEncoder((28,))  # GatedConvEncoder: data_shape must be (channels, h
 vae.ResNetEncoder((28,))  # ResNetEncoder: data_shape must be (channels, height, width) with at least 4 ×
 vae.ResNetDecoder(3, (28,), 1)  # ResNetDecoder: data_shape must be (channels, height, width) with at least 4 ×
 vae.SpatialEncoder((28,), 3)  # SpatialEncoder: data_shape must be (channels, height, width) with at least 4
-vae.PixelCNN((1, 8, 8), 0)  # PixelCNN: need outputs >= 1 and features, maps >= 0, got 0, 0, 0
+vae.PixelCNN((1, 8, 8), 0)  # PixelCNN: outputs must be at least 1, got 0
 vae.PixelCNN((8,), 1)  # PixelCNN: shape must be (channels, height, width), got (8,)
 vae.GatedPixelCNN((1, 8, 8), 1, depth=0)  # GatedPixelCNN: reach and depth must be at least 1, got reach 6, depth 0
 vae.PixelCNNPlusPlus((1, 8, 8), 1, levels=0)  # PixelCNNPlusPlus: need blocks, levels >= 1 and sides divisible by
 vae.WaveNet((1, 8), 1, dilations=())  # WaveNet: dilations must be positive, got []
 vae.WaveNet((1, 8, 8, 8), 1)  # WaveNet: shape must be (channels, length), got (1, 8, 8, 8)
-vae.AgnosticMADE((4,), 0)  # AgnosticMADE: shape must be (channels, length) or (channels, height, width),
+vae.AgnosticMADE((4,), 1)  # AgnosticMADE: shape must be (channels, length) or (channels, height, width),
 vae.AgnosticMADE((4,), 1, orderings=0)  # AgnosticMADE: shape must be (channels, length) or (channels, height, width),
 vae.AgnosticMADE((4,), 1, hidden_dims=5)  # AgnosticMADE: shape must be (channels, length) or (channels, height, width),
 vae.PixelRNN((8,), 1)  # PixelRNN: shape must be (channels, height, width), got (8,)
 vae.DiscretizedLogisticMixture(0)  # DiscretizedLogisticMixture: components must be at least 1, got 0
-vae.PixelLogisticMixture(0)  # PixelLogisticMixture: need channels, components >= 1, got 0 and 10
+vae.PixelLogisticMixture(0)  # PixelLogisticMixture: channels must be at least 1, got 0
 vae.IndependentChannels("bernouli", 3)  # unknown likelihood 'bernouli'; known likelihoods: bernoulli, categorical,
 vae.ConvIAF(0, 1)  # ConvIAF: width must be at least the 0 channels of the latents, got 32
 vae.EMA(torch.nn.Linear(1, 1), 1.5)  # EMA: decay must lie in [0, 1), got 1.5
 vae.ELBOLoss(-1)  # ELBOLoss: warmup_steps must not be negative, got -1
 vae.ELBOLoss(free_bits=-1.0)  # ELBOLoss: free_bits must not be negative, got -1.0
 vae.SoftFreeBitsLoss(rate=-1.0)  # SoftFreeBitsLoss: rate must not be negative, got -1.0
+vae.FlowPrior("3")  # FlowPrior: latent_dim must be a whole number, got '3'
+vae.FlowPrior(3, num_flows=2)  # FlowPrior: unknown option 'num_flows', did you mean 'depth'?
+vae.StandardNormal("3")  # StandardNormal: latent_dim must be a whole number, got '3'
+vae.StandardNormal(1.5)  # StandardNormal: latent_dim must be a whole number, got 1.5
+vae.VampPrior(3, (4,), components="5")  # VampPrior: components must be a whole number, got '5'
+vae.DenseEncoder(4)  # DenseEncoder: data_shape must be a sequence of whole numbers, such as [64, 64], got 4
+vae.DenseEncoder((4,), hidden=64)  # DenseEncoder: hidden must be a sequence of whole numbers, such as [64, 64], got 64
+vae.DenseDecoder("3", (4,), 1)  # DenseDecoder: latent_dim must be a whole number, got '3'
+vae.DenseDecoder(3, (4,), 0)  # DenseDecoder: parameters_per_value must be at least 1, got 0
+vae.DenseDecoder(3, (4,), 1, hidden="a")  # DenseDecoder: hidden must be a sequence of whole numbers
+vae.GatedConvEncoder(28)  # GatedConvEncoder: data_shape must be a sequence of whole numbers
+vae.GatedConvDecoder(3, (28,), 1)  # GatedConvDecoder: data_shape must be (channels, height, width)
+vae.SpatialDecoder(3, (28,), 1)  # SpatialDecoder: data_shape must be (channels, height, width)
+vae.GaussianEncoder(torch.nn.Linear(2, 2), "2")  # GaussianEncoder: latent_dim must be a whole number, got '2'
+vae.PixelCNN((1, 8, 8), "1")  # PixelCNN: outputs must be a whole number, got '1'
+vae.PixelCNN(8, 1)  # PixelCNN: shape must be a sequence of whole numbers
+vae.AutoregressiveNetwork((1, 8, 8), 1, features=-1)  # AutoregressiveNetwork: features must be at least 0, got -1
+vae.GatedPixelCNN((1, 8, 8), 1, depth="2")  # GatedPixelCNN: depth must be a whole number, got '2'
+vae.DiscretizedLogisticMixture("a")  # DiscretizedLogisticMixture: components must be a whole number, got 'a'
+vae.IndependentChannels("bernoulli", 0)  # IndependentChannels: channels must be at least 1, got 0
+vae.EMA(torch.nn.Linear(1, 1), "a")  # EMA: decay must be a number, got 'a'
+vae.EMA(3)  # EMA: module must be a torch.nn.Module, got 3
+vae.ELBOLoss("a")  # ELBOLoss: warmup_steps must be a number, got 'a'
+vae.ELBOLoss(free_bits=nan)  # ELBOLoss: free_bits must be finite, got nan
+vae.SoftFreeBitsLoss(tolerance="a")  # SoftFreeBitsLoss: tolerance must be a number, got 'a'
 vae.Settings(bogus=1)  # Settings.__init__() got an unexpected keyword argument 'bogus'
 vae.load_model("nowhere.pt")  # nowhere.pt: no such file
 vae.load_images("nowhere")  # nowhere: no such file or folder of images

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 from torch.nn import functional as F
 
+from pyro_flowguides.nn.arguments import check_count, check_widths
 from pyro_flowguides.nn.precision import at_least_float32
 from pyro_flowguides.vae.decoders.pixel_likelihoods import PixelLikelihood
 
@@ -62,12 +63,13 @@ class AutoregressiveNetwork(nn.Module):
     def __init__(self, shape: Sequence[int], outputs: int, features: int = 0, maps: int = 0, groups: int = 1) -> None:
         super().__init__()
         name = type(self).__name__
+        shape = check_widths(name, "shape", shape)
+        for argument, value in (("outputs", outputs), ("features", features), ("maps", maps)):
+            check_count(name, argument, value, 1 if argument == "outputs" else 0)
         if len(shape) - 1 not in self.supported_spatial_dims or min(shape) < 1:
             shapes = {1: "(channels, length)", 2: "(channels, height, width)"}
             expected = " or ".join(shapes[dims] for dims in self.supported_spatial_dims)
             raise ValueError(f"{name}: shape must be {expected}, got {tuple(shape)}")
-        if outputs < 1 or features < 0 or maps < 0:
-            raise ValueError(f"{name}: need outputs >= 1 and features, maps >= 0, got {outputs}, {features}, {maps}")
         if groups not in (1, shape[0]) or outputs % groups:
             raise ValueError(
                 f"{name}: groups must be 1 or the number of channels {shape[0]}, and outputs a multiple of groups, "

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pyro_flowguides.nn.arguments import check_count
 from pyro_flowguides.vae.networks.weight_norm import WeightNorm
 
 __all__ = ["MaskedConv2d", "PaddedConv2d", "WeightNormMaskedConv2d", "WeightNormPaddedConv2d"]
@@ -18,6 +19,8 @@ def split_reach(owner: str, reach: int, depth: int) -> list[int]:
         >>> split_reach("PixelCNN", 6, 10), split_reach("PixelCNN", 8, 3)
         ([1, 1, 1, 1, 1, 1, 0, 0, 0, 0], [3, 3, 2])
     """
+    check_count(owner, "reach", reach, 0)
+    check_count(owner, "depth", depth, 0)
     if reach < 1 or depth < 1:
         raise ValueError(f"{owner}: reach and depth must be at least 1, got reach {reach}, depth {depth}")
     return [reach // depth + (layer < reach % depth) for layer in range(depth)]

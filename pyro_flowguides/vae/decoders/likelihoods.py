@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 from torch.nn import functional as F
 
+from pyro_flowguides.nn.arguments import check_count
 from pyro_flowguides.transforms.bounds import soft_bound
 
 __all__ = ["LIKELIHOODS", "Bernoulli", "Categorical", "DiscretizedLogistic", "DiscretizedLogisticMixture", "Likelihood"]
@@ -265,8 +266,7 @@ class DiscretizedLogisticMixture(_PixelValues):
 
     def __init__(self, components: int = 10) -> None:
         super().__init__()
-        if components < 1:
-            raise ValueError(f"DiscretizedLogisticMixture: components must be at least 1, got {components}")
+        check_count("DiscretizedLogisticMixture", "components", components)
         self.components, self.parameters_per_value = components, 3 * components
 
     def _split(self, params: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from pyro_flowguides.nn.arguments import check_count
 from pyro_flowguides.transforms.bounds import soft_bound
 from pyro_flowguides.vae.decoders import likelihoods
 from pyro_flowguides.vae.decoders.likelihoods import Likelihood
@@ -56,6 +57,7 @@ class IndependentChannels(PixelLikelihood):
     """
 
     def __init__(self, likelihood: str | Likelihood, channels: int) -> None:
+        check_count("IndependentChannels", "channels", channels)
         values = likelihoods.get_likelihood(likelihood)
         super().__init__(values, channels, channels * values.parameters_per_value)
 
@@ -101,8 +103,8 @@ class PixelLogisticMixture(PixelLikelihood):
     """
 
     def __init__(self, channels: int, components: int = 10) -> None:
-        if channels < 1 or components < 1:
-            raise ValueError(f"PixelLogisticMixture: need channels, components >= 1, got {channels} and {components}")
+        check_count("PixelLogisticMixture", "channels", channels)
+        check_count("PixelLogisticMixture", "components", components)
         #: Numbers of logits, locations, scales and coefficients.
         self.sizes = [components * count for count in (1, channels, channels, channels * (channels - 1) // 2)]
         super().__init__(likelihoods.DiscretizedLogistic(), channels, sum(self.sizes))

@@ -12,8 +12,9 @@ from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from pyro_flowguides.flows import Builder, get_flow
+from pyro_flowguides.flows import Builder, check_options, get_flow
 from pyro_flowguides.guides.distributions import draw_normal, normal_log_prob
+from pyro_flowguides.nn.arguments import check_count
 from pyro_flowguides.transforms import Flow
 
 __all__ = ["FlowPrior", "NormalPosterior", "PosteriorAt", "Prior", "StandardNormal", "VampPrior"]
@@ -36,8 +37,7 @@ class Prior(nn.Module):
 
     def __init__(self, latent_dim: int) -> None:
         super().__init__()
-        if latent_dim < 1:
-            raise ValueError(f"{type(self).__name__}: latent_dim must be at least 1, got {latent_dim}")
+        check_count(type(self).__name__, "latent_dim", latent_dim)
         self.latent_dim = latent_dim
 
     def initialize(self, x: Tensor) -> None:
@@ -109,7 +109,9 @@ class FlowPrior(Prior):
 
     def __init__(self, latent_dim: int, flow: str | Builder = "maf", **flow_options: object) -> None:
         super().__init__(latent_dim)
-        built = get_flow(flow)(latent_dim, **flow_options)
+        builder = get_flow(flow)
+        check_options("FlowPrior", builder, flow_options)
+        built = builder(latent_dim, **flow_options)
         if not isinstance(built, Flow):
             raise ValueError(f"FlowPrior: the builder must return an unconditional Flow, got {type(built).__name__}")
         self.flow: Flow = built
@@ -161,8 +163,7 @@ class VampPrior(Prior):
         self, latent_dim: int, data_shape: tuple[int, ...], low: float = 0.0, high: float = 1.0, components: int = 500
     ) -> None:
         super().__init__(latent_dim)
-        if components < 1:
-            raise ValueError(f"VampPrior: components must be at least 1, got {components}")
+        check_count("VampPrior", "components", components)
         self.low, self.high = low, high
         self.raw = nn.Parameter(torch.randn(components, *data_shape))
 

@@ -8,6 +8,8 @@ from typing import cast
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pyro_flowguides.nn.arguments import check_count, check_widths
+
 __all__ = ["DenseDecoder", "DenseEncoder", "GaussianEncoder", "positive_scale"]
 
 
@@ -17,7 +19,7 @@ def _relu_layers(owner: str, widths: Sequence[int]) -> list[nn.Module]:
     The initialization is that of He et al. (2015). PyTorch's default shrinks the signal by a factor of 2.4 per layer,
     and a VAE then ignores z for many steps.
     """
-    if any(width < 1 for width in widths):
+    if any(width < 1 for width in check_widths(owner, "its widths", widths)):
         raise ValueError(f"{owner}: widths must be positive, got {list(widths)}")
     layers = [nn.Linear(inputs, outputs) for inputs, outputs in itertools.pairwise(widths)]
     for layer in layers:
@@ -47,6 +49,8 @@ class DenseEncoder(nn.Sequential):
     """
 
     def __init__(self, data_shape: Sequence[int], hidden: Sequence[int] = (300, 300)) -> None:
+        data_shape = check_widths("DenseEncoder", "data_shape", data_shape)
+        hidden = check_widths("DenseEncoder", "hidden", hidden)
         if not hidden:
             raise ValueError("DenseEncoder: hidden needs at least one width")
         layers = _relu_layers("DenseEncoder", [math.prod(data_shape), *hidden])
@@ -76,7 +80,12 @@ class DenseDecoder(nn.Sequential):
     def __init__(
         self, latent_dim: int, data_shape: Sequence[int], parameters_per_value: int, hidden: Sequence[int] = (300, 300)
     ) -> None:
-        widths = [latent_dim, *hidden]
+        data_shape = check_widths("DenseDecoder", "data_shape", data_shape)
+        check_count("DenseDecoder", "parameters_per_value", parameters_per_value)
+        widths = [
+            check_count("DenseDecoder", "latent_dim", latent_dim),
+            *check_widths("DenseDecoder", "hidden", hidden),
+        ]
         last = nn.Linear(widths[-1], math.prod(data_shape) * parameters_per_value)
         unflatten = nn.Unflatten(-1, (*data_shape, parameters_per_value))
         super().__init__(*_relu_layers("DenseDecoder", widths), last, unflatten)
@@ -112,8 +121,7 @@ class GaussianEncoder(nn.Module):
 
     def __init__(self, network: nn.Module, latent_dim: int) -> None:
         super().__init__()
-        if latent_dim < 1:
-            raise ValueError(f"GaussianEncoder: latent_dim must be at least 1, got {latent_dim}")
+        check_count("GaussianEncoder", "latent_dim", latent_dim)
         self.latent_dim, self.context_dim = latent_dim, cast("int", network.features)
         self.network = network
         self.head = nn.Linear(self.context_dim, 2 * latent_dim)

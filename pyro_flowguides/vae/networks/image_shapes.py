@@ -5,11 +5,14 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
+from pyro_flowguides.nn.arguments import check_widths
+
 __all__ = ["as_image_shape", "flatten_batch", "halve_size", "params_last"]
 
 
 def as_image_shape(owner: str, data_shape: Sequence[int]) -> tuple[int, int, int]:
     """Return channels, height and width of images with at least 4 × 4 pixels; raise an error for other data."""
+    data_shape = check_widths(owner, "data_shape", data_shape)
     if len(data_shape) != 3 or min(data_shape[1:]) < 4:
         raise ValueError(
             f"{owner}: data_shape must be (channels, height, width) with at least 4 × 4 pixels, got "

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyro_flowguides.nn.arguments import check_number, describe
+
 __all__ = ["EMA"]
 
 
@@ -43,6 +45,9 @@ class EMA:
     """
 
     def __init__(self, module: nn.Module, decay: float = 0.999) -> None:
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"EMA: module must be a torch.nn.Module, got {describe(module)}")
+        check_number("EMA", "decay", decay)
         if not 0 <= decay < 1:
             raise ValueError(f"EMA: decay must lie in [0, 1), got {decay}")
         self.decay, self.steps = decay, 0

@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from pyro_flowguides.nn.arguments import check_number
 from pyro_flowguides.vae.models.vae import Terms
 
 __all__ = ["ELBOLoss", "ImportanceWeightedLoss", "SoftFreeBitsLoss"]
@@ -34,6 +35,7 @@ def _mean_over_processes(value: Tensor) -> Tensor:
 
 def _check_not_negative(owner: str, **values: float) -> None:
     for name, value in values.items():
+        check_number(owner, name, value)
         if not value >= 0:
             raise ValueError(f"{owner}: {name} must not be negative, got {value}")
 

@@ -53,7 +53,7 @@ def test_values_and_gradients_are_finite_far_from_the_locations():
 
 
 def test_sizes_must_be_positive():
-    with pytest.raises(ValueError, match="channels, components >= 1"):
+    with pytest.raises(ValueError, match="PixelLogisticMixture: components must be at least 1, got 0"):
         PixelLogisticMixture(3, components=0)
 
 
