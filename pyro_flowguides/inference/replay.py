@@ -1,5 +1,6 @@
 """Record the tensor operations of a function once, and replay them."""
 
+import linecache
 import math
 import operator
 import warnings
@@ -193,6 +194,7 @@ class _Tape(TorchDispatchMode):
             self.graph.eliminate_dead_code()
         module = fx.GraphModule(self.attributes, self.graph)
         module.graph.lint()
+        _forget_source(module)
         return module
 
     def _nan_where_failed(self, outputs: Sequence[fx.Node | None]) -> list[fx.Node | None]:
@@ -202,6 +204,13 @@ class _Tape(TorchDispatchMode):
         for failure in failed:
             outputs = [node and call(aten.masked_fill.Scalar, (node, failure, math.nan)) for node in outputs]
         return list(outputs)
+
+
+def _forget_source(module: fx.GraphModule) -> None:
+    """Drop the text of a recording, which torch keeps for tracebacks for the life of the process."""
+    name = type(module).forward.__code__.co_filename
+    linecache.cache.pop(name, None)
+    getattr(getattr(fx.graph_module, "_loader", None), "eval_cache", {}).pop(name, None)
 
 
 def _merge_duplicates(graph: fx.Graph) -> None:

@@ -1,5 +1,6 @@
 """Recordings give what the function gives; functions that cannot be replayed are refused."""
 
+import linecache
 import math
 import resource
 from pathlib import Path
@@ -245,7 +246,9 @@ def test_replays_that_are_no_longer_used_are_freed():
             x = torch.tanh(x + number)
         return (x,)
 
+    texts = len(linecache.cache)
     recording, sizes = recorded(long), []
+    assert len(linecache.cache) == texts
     for _ in range(13):
         Replay(recording)(inputs())
         sizes.append(resident_mib())
