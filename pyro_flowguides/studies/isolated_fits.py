@@ -22,6 +22,7 @@ from pyro_flowguides.diagnostics.verdict import diagnose_program
 from pyro_flowguides.diagnostics.weights import weigh
 from pyro_flowguides.inference.fitting import FitResult, fit
 from pyro_flowguides.nn.arguments import check_mapping
+from pyro_flowguides.programs.running import PYRO_LOCK
 from pyro_flowguides.programs.types import Args, Guide, Kwargs, Model, Values
 
 __all__ = [
@@ -132,7 +133,7 @@ def diagnose_again(fit: IsolatedFit, agreement: Agreement, seed: int) -> Isolate
 @contextmanager
 def isolation(seed: int) -> Iterator[StateDict]:
     """Provide a parameter store and a random state for a block; yield the store's state."""
-    with torch.random.fork_rng(devices=[]), pyro.get_param_store().scope() as state:
+    with PYRO_LOCK, torch.random.fork_rng(devices=[]), pyro.get_param_store().scope() as state:
         torch.manual_seed(seed)
         yield state
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from pyro_flowguides.programs.running import PYRO_LOCK
 from pyro_flowguides.vae.training.ema import EMA
 from pyro_flowguides.vae.training.estimates import HeldOut, Metrics, ShardedTerms, bound_metrics, float64_device
 from pyro_flowguides.vae.training.image_files import load_images
@@ -73,7 +74,7 @@ def train(settings: Settings) -> Summary:
     fabric = _make_fabric(settings)
     fabric.launch()
     images = load_images(settings.data, settings.shape)
-    with pyro.validation_enabled(False):  # a step with values that are not finite is skipped
+    with PYRO_LOCK, pyro.validation_enabled(False):  # a step with values that are not finite is skipped
         run = _Run(settings, fabric, images)
         with run.folder.reserved():
             run.resume()
