@@ -646,6 +646,13 @@ vae.EMA(3)  # EMA: module must be a torch.nn.Module, got 3
 vae.ELBOLoss("a")  # ELBOLoss: warmup_steps must be a number, got 'a'
 vae.ELBOLoss(free_bits=nan)  # ELBOLoss: free_bits must be finite, got nan
 vae.SoftFreeBitsLoss(tolerance="a")  # SoftFreeBitsLoss: tolerance must be a number, got 'a'
+fit(checkpoint=3)  # fit: checkpoint must be a path, got 3
+fit(checkpoint="")  # fit: checkpoint must be a path, got an empty one
+vae.train(None)  # train: settings must be Settings, got None
+vae.load_model(3)  # load_model: path must be a path, got 3
+vae.load_images(3)  # load_images: source must be a path, got 3
+vae.load_images("")  # load_images: source must be a path, got an empty one
+vae.Minibatches(None, batch_size=2)  # Minibatches: images must be what load_images returns, got None
 vae.Settings(bogus=1)  # Settings.__init__() got an unexpected keyword argument 'bogus'
 vae.load_model("nowhere.pt")  # nowhere.pt: no such file
 vae.load_images("nowhere")  # nowhere: no such file or folder of images

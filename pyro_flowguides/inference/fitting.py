@@ -17,7 +17,7 @@ from pyro_flowguides.inference.checkpoint import reserved
 from pyro_flowguides.inference.objective import Route
 from pyro_flowguides.inference.run import FitSettings, Run
 from pyro_flowguides.inference.step_loop import GuideT
-from pyro_flowguides.nn.arguments import check_count
+from pyro_flowguides.nn.arguments import check_count, check_path
 from pyro_flowguides.programs.program import Program
 from pyro_flowguides.programs.running import PYRO_LOCK
 from pyro_flowguides.programs.types import Args, Kwargs, Model
@@ -189,6 +189,8 @@ def fit(
         >>> abs(result.diagnosis.elbo - dist.Normal(0.0, 2**0.5).log_prob(torch.tensor(1.0)).item()) < 0.05
         True
     """
+    if checkpoint is not None:
+        check_path("fit", "checkpoint", checkpoint)
     checkpoint_every = check_count("fit", "checkpoint_every", checkpoint_every)
     if compile not in (True, False, "auto"):
         raise ValueError(f'fit: compile must be True, False or "auto", got {compile!r}')

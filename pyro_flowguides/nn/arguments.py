@@ -2,6 +2,7 @@
 
 import math
 import operator
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
 from typing import cast
@@ -14,6 +15,7 @@ __all__ = [
     "check_mapping",
     "check_number",
     "check_one_of",
+    "check_path",
     "check_seed",
     "check_tensor",
     "check_widths",
@@ -149,6 +151,14 @@ def check_one_of(owner: str, name: str, value: object, known: Sequence[str]) -> 
     """Refuse a name that is not among the known ones."""
     if not isinstance(value, str) or value not in known:
         raise ValueError(f"{owner}: {name} must be one of {list(known)}, got {describe(value)}")
+
+
+def check_path(owner: str, name: str, value: object) -> None:
+    """Refuse an argument that is not a path."""
+    if not isinstance(value, (str, os.PathLike)):
+        raise TypeError(f"{owner}: {name} must be a path, got {describe(value)}")
+    if not str(value):
+        raise ValueError(f"{owner}: {name} must be a path, got an empty one")
 
 
 def check_tensor(owner: str, name: str, value: object) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from pyro_flowguides.nn.arguments import check_path
 from pyro_flowguides.vae.training.images import SPLITS, Images
 
 __all__ = ["load_images"]
@@ -55,6 +56,7 @@ def load_images(source: str | Path = "digits", shape: Sequence[int] = ()) -> Ima
     """
     if str(source) == "digits":
         return _read_digits()
+    check_path("load_images", "source", source)
     path = Path(source)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder of images")

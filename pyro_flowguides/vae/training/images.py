@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pyro_flowguides.nn.arguments import check_count, describe
+
 __all__ = ["SPLITS", "Images", "Minibatches", "derive_seed"]
 
 SPLITS = ("train", "valid", "test")
@@ -120,6 +122,10 @@ class Minibatches:
         seed: int = 0,
         device: torch.device | str = "cpu",
     ) -> None:
+        if not isinstance(images, Images):
+            raise TypeError(f"Minibatches: images must be what load_images returns, got {describe(images)}")
+        check_count("Minibatches", "batch_size", batch_size, 0)
+        check_count("Minibatches", "shards", shards, 0)
         if not 1 <= batch_size <= len(images.train):
             raise ValueError(f"the batch size must lie in 1 … {len(images.train)} (training images), got {batch_size}")
         if shards < 1 or batch_size % shards:

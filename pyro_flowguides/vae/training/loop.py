@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from pyro_flowguides.nn.arguments import describe
 from pyro_flowguides.programs.running import PYRO_LOCK
 from pyro_flowguides.vae.training.ema import EMA
 from pyro_flowguides.vae.training.estimates import HeldOut, Metrics, ShardedTerms, bound_metrics, float64_device
@@ -71,6 +72,8 @@ def train(settings: Settings) -> Summary:
             checkpoint is intact.
         ValueError: if data or settings are invalid, or the folder holds another run or a damaged checkpoint.
     """
+    if not isinstance(settings, Settings):
+        raise TypeError(f"train: settings must be Settings, got {describe(settings)}")
     fabric = _make_fabric(settings)
     fabric.launch()
     images = load_images(settings.data, settings.shape)

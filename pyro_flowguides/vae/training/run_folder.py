@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from pyro_flowguides.inference import checkpoint as checkpoints
+from pyro_flowguides.nn.arguments import check_path
 from pyro_flowguides.vae.models.recipes import MODELS
 from pyro_flowguides.vae.models.vae import VAE
 from pyro_flowguides.vae.training.estimates import Metrics, Pictures
@@ -159,6 +160,7 @@ def load_model(path: str | Path) -> tuple[VAE, Settings]:
         FileNotFoundError: if there is no such file.
         ValueError: if the file does not hold the model of a run.
     """
+    check_path("load_model", "path", path)
     state = read_model_state(path)
     settings = Settings(**state["settings"])
     vae = build_model(settings, state["data_shape"])
