@@ -78,7 +78,9 @@ def test_copies_and_meta():
 
 @pytest.mark.parametrize(("inputs", "hidden_dims", "outputs"), [(-1, [], 1), (2, [0], 1), (2, [4, -3], 1), (2, [], 0)])
 def test_widths_must_be_positive(inputs, hidden_dims, outputs):
-    with pytest.raises(ValueError, match=r"MLP: (layer widths must be positive|(in|out)_features must be at least [01]), got"):
+    with pytest.raises(
+        ValueError, match=r"MLP: (layer widths must be positive|(in|out)_features must be at least [01]), got"
+    ):
         MLP(inputs, hidden_dims, outputs)
 
 
