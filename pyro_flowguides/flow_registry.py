@@ -160,7 +160,9 @@ def layer_class(flow: str) -> type[Flow]:
     return type(cast("Flow", built.parts[0] if isinstance(built, Compose) else built))
 
 
-def check_options(owner: str, builder: Builder, options: Iterable[str], others: Iterable[str] = ()) -> None:
+def check_options(
+    owner: str, builder: Callable[..., object], options: Iterable[str], others: Iterable[str] = ()
+) -> None:
     """Refuse an option that the builder does not take, before the builder is called.
 
     Args:

@@ -16,6 +16,8 @@ from pyro_flowguides.vae.training.images import SPLITS, Images
 
 __all__ = ["load_images"]
 
+#: An archive that unpacks to more bytes than this, and to this many times its own size, is refused.
+LARGE_ARCHIVE, MAX_COMPRESSION = 2**30, 200
 #: Fraction of the training images held out for a split that the data set lacks.
 HELD_OUT = 0.1
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".gif", ".webp")
@@ -95,6 +97,7 @@ def _read_digits() -> Images:
 
 def _read_npz(path: Path, shape: Sequence[int]) -> Images:
     try:
+        _check_size(path)
         with path.open("rb") as handle, np.load(handle, allow_pickle=False) as file:
             arrays = {split: file[split] for split in SPLITS if split in file.files}
             names = file.files
@@ -111,6 +114,19 @@ def _read_npz(path: Path, shape: Sequence[int]) -> Images:
         name = f"{path}[{split}]"
         arrays[split] = _as_bytes(name, _as_channels_first(name, array, shape), levels)
     return _assemble(str(path), arrays, levels)
+
+
+def _check_size(path: Path) -> None:
+    """Refuse an archive that is small on the disk and unpacks to more than memory is likely to hold."""
+    with zipfile.ZipFile(path) as archive:
+        members = [member for member in archive.infolist() if Path(member.filename).stem in SPLITS]
+    unpacked = sum(member.file_size for member in members)
+    packed = sum(member.compress_size for member in members)
+    if unpacked > LARGE_ARCHIVE and unpacked > MAX_COMPRESSION * packed:
+        raise ValueError(
+            f"{path}: {packed / 1e6:.0f} MB that unpack to {unpacked / 1e9:.1f} GB are no images, which shrink less. "
+            "Save them without compression, by numpy.savez, if they are"
+        )
 
 
 def _as_bytes(name: str, array: np.ndarray, levels: int) -> np.ndarray:
@@ -217,5 +233,5 @@ def _read_picture(path: Path) -> np.ndarray:
             if picture.mode[0] in "IF":
                 raise ValueError(f"{path}: more than 8 bits per channel (mode {picture.mode}): convert it to 8 bits")
             return np.asarray(picture.convert("RGB"))
-    except (OSError, SyntaxError) as error:
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path}: not a readable image: {error}") from error

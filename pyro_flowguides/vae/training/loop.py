@@ -90,13 +90,19 @@ def _make_fabric(settings: Settings) -> Fabric:
         from lightning_fabric import Fabric
     except ImportError as error:
         raise ImportError("training needs Lightning Fabric: pip install 'pyro-flowguides[vae]'") from error
-    return Fabric(
-        accelerator=settings.accelerator,
-        devices=int(settings.devices) if settings.devices.isdigit() else settings.devices,
-        num_nodes=settings.nodes,
-        strategy=settings.strategy,
-        precision=settings.precision,
-    )
+    if settings.accelerator == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--accelerator cuda: no CUDA device is available here. Use --accelerator auto or cpu.")
+    try:
+        return Fabric(
+            accelerator=settings.accelerator,
+            devices=int(settings.devices) if settings.devices.isdigit() else settings.devices,
+            num_nodes=settings.nodes,
+            strategy=settings.strategy,
+            precision=settings.precision,
+        )
+    except (RuntimeError, TypeError) as error:
+        flags = ", ".join(f"--{name} {getattr(settings, name)}" for name in ("accelerator", "devices", "strategy"))
+        raise ValueError(f"{flags}: {error}") from error
 
 
 class _Run:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 import torch
 from torch import Tensor
 
+from pyro_flowguides.flows import check_options
 from pyro_flowguides.inference import checkpoint as checkpoints
 from pyro_flowguides.nn.arguments import check_path
 from pyro_flowguides.vae.models.recipes import MODELS
@@ -140,9 +141,18 @@ class RunFolder:
 
 
 def build_model(settings: Settings, data_shape: tuple[int, ...]) -> VAE:
-    """Build the model that the settings describe."""
+    """Build the model that the settings describe.
+
+    Raises:
+        ValueError: if a name, an option or a size is wrong.
+    """
     options = {name: getattr(settings, name) for name in MODEL_SETTINGS}
-    return MODELS[settings.model](data_shape, **options, **settings.model_options)
+    builder = MODELS[settings.model]
+    try:
+        check_options("--model-options", builder, settings.model_options)
+        return builder(data_shape, **options, **settings.model_options)
+    except TypeError as error:  # of an option of the wrong type
+        raise ValueError(f"--model {settings.model} cannot be built with these options: {error}") from error
 
 
 def read_model_state(path: str | Path) -> State:

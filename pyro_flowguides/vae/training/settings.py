@@ -3,10 +3,20 @@
 import dataclasses
 import json
 from argparse import ArgumentTypeError
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
 from pyro_flowguides.flows import FLOWS
+from pyro_flowguides.nn.arguments import (
+    check_count,
+    check_mapping,
+    check_number,
+    check_one_of,
+    check_path,
+    check_widths,
+    describe,
+)
 from pyro_flowguides.vae.decoders.likelihoods import LIKELIHOODS
 from pyro_flowguides.vae.models.recipes import MODELS, NETWORKS, Options
 
@@ -17,6 +27,9 @@ CHANGEABLE = {
     *("data", "shape", "epochs", "patience", "accelerator", "devices", "nodes", "strategy", "shards"),
     *("output", "overwrite", "tensorboard", "progress", "iw_images", "num_iw_samples"),
 }
+
+#: Whole numbers that must be at least 1; all others may be 0.
+POSITIVE = {"latent_dim", "epochs", "batch_size", "num_samples", "nodes", "num_iw_samples"}
 
 T = TypeVar("T")
 
@@ -55,6 +68,7 @@ class Settings:
     """All settings of a run, with their defaults; ``python -m pyro_flowguides.vae --help`` explains each.
 
     Raises:
+        TypeError: if a value is of another type.
         ValueError: if a value is out of range.
 
     Example:
@@ -123,14 +137,32 @@ class Settings:
     num_iw_samples: int = _setting(200, "draws per image for the importance-weighted log-likelihood")
 
     def __post_init__(self) -> None:
-        for name in ("latent_dim", "epochs", "batch_size", "num_samples", "nodes", "num_iw_samples"):
-            self._require(getattr(self, name) >= 1, name, "at least 1")
-        for name in ("clip", "warmup", "free_bits", "patience", "shards", "iw_images", "seed"):
-            self._require(getattr(self, name) >= 0, name, "at least 0")
-        self._require(self.lr > 0, "lr", "positive")
+        for setting in dataclasses.fields(self):
+            self._check(setting.name, getattr(self, setting.name), setting.default, setting.metadata.get("choices"))
         self._require(0 <= self.ema < 1, "ema", "in [0, 1)")
+        is_count = self.devices.isdigit() and int(self.devices) > 0
+        self._require(is_count or self.devices == "auto", "devices", "a positive number or 'auto'")
         if self.likelihood != "bernoulli":
             self._require(self.binarize in ("auto", "none"), "binarize", f"none for the likelihood {self.likelihood!r}")
+
+    def _check(self, name: str, value: object, default: object, choices: Sequence[str] | None) -> None:
+        """Check a setting against the type of its default; one without is a mapping of options."""
+        flag = flag_of(name)
+        if choices is not None:
+            check_one_of("Settings", flag, value, choices)
+        elif isinstance(default, bool):
+            if not isinstance(value, bool):
+                raise TypeError(f"Settings: {flag} must be True or False, got {describe(value)}")
+        elif isinstance(default, int):
+            check_count("Settings", flag, value, minimum=int(name in POSITIVE))
+        elif isinstance(default, float):
+            check_number("Settings", flag, value, 0.0, inclusive=name != "lr")
+        elif isinstance(default, str):
+            check_path("Settings", flag, value)
+        elif isinstance(default, tuple):
+            check_widths("Settings", flag, value)
+        else:
+            check_mapping("Settings", flag, value)
 
     def _require(self, condition: bool, name: str, requirement: str) -> None:
         if not condition:

@@ -5,9 +5,10 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from pyro_flowguides.vae import Settings
-from pyro_flowguides.vae.__main__ import parse_settings
+from pyro_flowguides.vae.__main__ import main, parse_settings
 from tests.vae.training.commands import command
 
 TRAINING_PAGE = Path(__file__).parents[3] / "docs" / "training.md"
@@ -60,9 +61,59 @@ def test_published_settings_are_defaults_of_their_models(model):
         (["--shape", "axb"], "expected sizes such as 28x20"),
         (["--likelihood", "logistic", "--binarize", "static"], "--binarize must be none"),
         (["--network", "transformer"], "invalid choice"),
+        (["--lr", "inf"], "--lr must be positive and finite"),
+        (["--free-bits", "nan"], "--free-bits must be finite"),
+        (["--devices", "abc"], "--devices must be a positive number or 'auto', got abc"),
+        (["--devices", "0"], "--devices must be a positive number"),
+        (["--data", ""], "--data must be a path, got an empty one"),
     ],
 )
 def test_invalid_arguments_are_explained(capsys, arguments, message):
     with pytest.raises(SystemExit):
         parse_settings(arguments)
     assert re.search(message, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--posterior-options", '{"dept": 3}'], "unknown option 'dept', did you mean 'depth'"),
+        (["--posterior-options", '{"depth": "x"}'], "depth must be a whole number, got 'x'"),
+        (["--model-options", '{"hiden": 3}'], "unknown option 'hiden', did you mean 'hidden'"),
+        (["--model-options", '{"hidden": 64}'], r"hidden must be a sequence of whole numbers, such as \[64, 64\]"),
+        (["--model", "iafvae", "--model-options", '{"hiden": 3}'], "unexpected keyword argument 'hiden'"),
+        (["--prior-options", '{"depth": 3}'], "the normal prior has no options"),
+        (["--strategy", "fast"], "strategy"),
+    ],
+)
+def test_options_that_no_model_takes_end_in_one_line(capsys, tmp_path, arguments, message):
+    assert main([*arguments, "--output", str(tmp_path / "run"), "--no-progress", "--no-tensorboard"]) == 1
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("error: ")
+    assert re.search(message, line)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a CUDA device")
+def test_a_device_that_is_not_there_ends_in_one_line(capsys, tmp_path):
+    assert main(["--accelerator", "cuda", "--output", str(tmp_path / "run")]) == 1
+    assert capsys.readouterr().err == (
+        "error: --accelerator cuda: no CUDA device is available here. Use --accelerator auto or cpu.\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("values", "error", "message"),
+    [
+        ({"lr": float("inf")}, ValueError, "--lr must be positive and finite"),
+        ({"lr": "x"}, TypeError, "--lr must be a number, got 'x'"),
+        ({"epochs": 1.5}, TypeError, "--epochs must be a whole number, got 1.5"),
+        ({"shape": "8x8"}, TypeError, "--shape must be a sequence of whole numbers"),
+        ({"num_samples": True}, TypeError, "--num-samples must be a whole number, got True"),
+        ({"precision": "16"}, ValueError, "--precision must be one of"),
+        ({"posterior_options": [1]}, TypeError, r"--posterior-options must map names to values, got \[1\]"),
+        ({"compile": 1}, TypeError, "--compile must be True or False, got 1"),
+    ],
+)
+def test_settings_are_checked_where_they_are_made(values, error, message):
+    with pytest.raises(error, match=message):
+        Settings(**values)

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from pyro_flowguides.vae import Images, load_images
+from pyro_flowguides.vae.training import image_files
 
 
 def grey(count, height=6, width=6, seed=0):
@@ -209,3 +210,18 @@ def test_errors_of_folders(tmp_path):
     (tmp_path / "odd.txt").write_text("text")
     with pytest.raises(ValueError, match=r"odd.txt: expected an .npz file, or a folder"):
         load_images(tmp_path / "odd.txt")
+
+
+def test_an_archive_that_unpacks_to_far_more_than_images_do_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(image_files, "LARGE_ARCHIVE", 10**7)
+    path = tmp_path / "bomb.npz"
+    np.savez_compressed(path, train=np.zeros((2000, 1, 100, 100), np.uint8), test=np.zeros((5, 1, 100, 100), np.uint8))
+    with pytest.raises(ValueError, match=r"bomb.npz: 0 MB that unpack to 0.0 GB are no images"):
+        load_images(path)
+
+
+def test_a_picture_that_unpacks_to_far_more_than_memory_is_refused(tmp_path, monkeypatch):
+    Image.fromarray(np.zeros((64, 64), np.uint8)).save(tmp_path / "large.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(ValueError, match=r"large.png: not a readable image: .*decompression bomb"):
+        load_images(tmp_path)
