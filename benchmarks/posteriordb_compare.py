@@ -66,8 +66,8 @@ def compare(before: Fits, after: Fits) -> str:
 - {other["date"]}, {other["hardware"]}, one fit at a time
 
 {len(common)} fits. Verdicts that changed: {changed}. Largest change of a gap: {largest:.4f} nats. Processor time in
-all: {seconds[0]:.0f} s before, {seconds[1]:.0f} s after, a ratio of {seconds[1] / seconds[0]:.2f}. Median ratio of a fit:
-{statistics.median(ratio(*pair) for pair in pairs):.2f}.
+all: {seconds[0]:.0f} s before, {seconds[1]:.0f} s after, a ratio of {seconds[1] / seconds[0]:.2f}. Median ratio of
+a fit: {statistics.median(ratio(*pair) for pair in pairs):.2f}.
 
 {markdown_table(HEADER, rows)}
 """

@@ -185,7 +185,7 @@ class HierarchicalVAE(VAE):
 
     def terms(self, x: Tensor, num_samples: int = 1) -> Terms:
         """Return the parts of the bound, from one pass upwards and one downwards."""
-        self._check_shape(x)
+        self._check_draws(x, num_samples)
         shape = torch.Size((num_samples, len(x)))
         evidence = self.posterior_at(x).flat_evidence(shape)
 

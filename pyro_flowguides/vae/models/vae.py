@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pyro_flowguides.guides import FlowPosterior
 from pyro_flowguides.guides.param_names import Owner, claim_names
+from pyro_flowguides.nn.arguments import check_count, check_tensor
 from pyro_flowguides.nn.precision import at_least_float32
 from pyro_flowguides.vae.decoders.likelihoods import Likelihood
 from pyro_flowguides.vae.models.latents import Prior
@@ -167,7 +168,12 @@ class VAE(nn.Module):
     def _standardize(self, x: Tensor) -> Tensor:
         return self.likelihood.standardize(x.to(self._dtype_reference.dtype))
 
+    def _check_draws(self, x: Tensor, num_samples: int) -> None:
+        check_count(type(self).__name__, "num_samples", num_samples)
+        self._check_shape(x)
+
     def _check_shape(self, x: Tensor) -> None:
+        check_tensor(type(self).__name__, "x", x)
         if x.shape[1:] != self.data_shape or x.dim() == len(self.data_shape):
             raise ValueError(
                 f"{type(self).__name__}: expected data of shape (B, {', '.join(map(str, self.data_shape))}), got "
@@ -181,7 +187,7 @@ class VAE(nn.Module):
             x: ``(B, *data_shape)``.
             num_samples: S.
         """
-        self._check_shape(x)
+        self._check_draws(x, num_samples)
         sample_shape = (num_samples,) if num_samples > 1 else ()  # a single draw needs no broadcasting
         z, log_q = self.posterior.rsample_and_log_prob(*self._encode(x), sample_shape)
         kl = log_q - self.prior.log_prob(z, self.posterior_at)
@@ -235,12 +241,13 @@ class VAE(nn.Module):
     @torch.no_grad()
     def sample_posterior(self, x: Tensor, num_samples: int = 1) -> Tensor:
         """Draw latent vectors from the posterior of each datum, ``(num_samples, B, latent_dim)``."""
-        self._check_shape(x)
+        self._check_draws(x, num_samples)
         return self.posterior_at(x).sample((num_samples,))
 
     @torch.no_grad()
     def sample_prior(self, num_samples: int) -> Tensor:
         """Draw latent vectors from the prior, ``(num_samples, latent_dim)``."""
+        check_count(type(self).__name__, "num_samples", num_samples)
         return self.prior_distribution().sample((num_samples,))
 
     @torch.no_grad()

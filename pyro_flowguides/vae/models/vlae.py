@@ -108,4 +108,5 @@ class VLAE(VAE):
 
         The draws differ in what the latent vector does not determine.
         """
+        self._check_draws(x, num_samples)
         return self.observation(self.sample_posterior(x)[0]).sample(torch.Size([num_samples]))

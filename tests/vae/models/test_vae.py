@@ -310,3 +310,18 @@ def test_data_out_of_range_are_refused():
         small(likelihood="logistic").log_likelihood(x)
     with pytest.raises(ValueError, match="num_samples"):
         small().log_likelihood(x, num_samples=0)
+
+
+@pytest.mark.parametrize(
+    ("use", "error", "message"),
+    [
+        (lambda vae, x: vae.terms(x, 0), ValueError, "VAE: num_samples must be at least 1, got 0"),
+        (lambda vae, x: vae.terms(x, 1.5), TypeError, "VAE: num_samples must be a whole number, got 1.5"),
+        (lambda vae, x: vae.terms("x"), TypeError, "VAE: x must be a tensor, got 'x'"),
+        (lambda vae, x: vae.sample(0), ValueError, "VAE: num_samples must be at least 1, got 0"),
+        (lambda vae, x: vae.sample_posterior(x, -1), ValueError, "VAE: num_samples must be at least 1, got -1"),
+    ],
+)
+def test_wrong_uses_are_named(use, error, message):
+    with pytest.raises(error, match=message):
+        use(MODELS["vae"]((6,), latent_dim=2, hidden=[4]), torch.rand(3, 6))
