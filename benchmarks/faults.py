@@ -41,6 +41,8 @@ RESULTS = Path(__file__).parent / "results" / "faults.csv"
 STUDIES = ("kills of fit", "kills of VAE training", "flipped bits", "full disks", "fits in one process")
 #: Trials of each study at scale 1.
 TRIALS = dict(zip(STUDIES, (100, 50, 3000, 20, 200), strict=True))
+#: Growth of the longest time to the next kill of a run, so that one that mostly sets up comes to its end.
+GROWTH = 1.1
 #: Exit status of a run that was refused, with a message for the user.
 REFUSED = 3
 #: Entries of a checkpoint that tell the time.
@@ -145,8 +147,10 @@ def run_with_kills(run: Callable[[Path], None], name: str, trials: int, folder: 
     while counts["trials"] < trials:
         path = folder / f"run {counts['runs']}" / name
         path.parent.mkdir()
-        while kill_after(start(lambda path=path: run(path)), random.uniform(0, 0.8 * duration)):  # type: ignore[misc]
+        longest = 0.8 * duration
+        while kill_after(start(lambda path=path: run(path)), random.uniform(0, longest)):  # type: ignore[misc]
             counts["trials"] += 1
+            longest *= GROWTH
         counts["runs"] += 1
         counts["identical" if is_same(checkpoints.load(path), expected) else "different"] += 1
         if list(path.parent.glob("*.partial")):
