@@ -5,8 +5,6 @@ from torch import Tensor
 
 __all__ = ["MARGIN", "above_minus_one", "shrink_factor", "soft_bound", "soft_log"]
 
-#: Size up to which :func:`soft_log` is nearly the identity, in standard deviations of a flow's base.
-LOG_ONSET = 3.0
 #: Distance of the slope of a planar, radial or Sylvester flow from zero: it contracts by at most a factor of 100.
 MARGIN = 0.01
 
@@ -37,6 +35,9 @@ def soft_bound(value: Tensor, bound: float | Tensor) -> Tensor:
     return bound * (value / bound).tanh()
 
 
-def soft_log(value: Tensor) -> Tensor:
-    r"""Damp a value smoothly: the identity near zero, a logarithm far out, :math:`3 \operatorname{asinh}(v / 3)`."""
-    return LOG_ONSET * (value / LOG_ONSET).asinh()
+def soft_log(value: Tensor, onset: Tensor) -> Tensor:
+    r"""Damp a value smoothly beyond an onset c: nearly the identity below it, a logarithm far beyond.
+
+    .. math:: c \operatorname{asinh}(v / c)
+    """
+    return onset * (value / onset).asinh()

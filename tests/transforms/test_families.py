@@ -306,7 +306,10 @@ def test_the_affine_updates_match_their_formula(gain):
         flow.set_gain(gain)
         raw, shift = (gain * output for output in flow.conditioner(x).chunk(2, -1))
         bound = torch.where(stretching * raw > 0, 2 * gain, 2.0)
-        log_scale, shift = (bound * torch.tanh(raw / bound), 3 * torch.asinh(shift / 3))
+        log_scale, shift = (
+            bound * torch.tanh(raw / bound),
+            3 / (1.001 - gain) * torch.asinh((1.001 - gain) * shift / 3),
+        )
         if flow is realnvp:
             y, ladj = flow.forward_and_ladj(torch.cat([x, 7 + x], -1))
             torch.testing.assert_close(y, torch.cat([x, log_scale.exp() * (7 + x) + shift], -1))

@@ -189,8 +189,8 @@ class InverseAutoregressive(_Autoregressive):
         \sigma_i = \operatorname{sigmoid}(4 \tanh(s_i / 4) + 2); \qquad
         \log|\det J| = \sum_i a_i \ \text{or}\ \sum_i \log \frac{\sigma_i}{\operatorname{sigmoid}(2)}
 
-    The shift is damped, :math:`\delta(m) = 3 \operatorname{asinh}(m / 3)`. The bound :math:`b_i` is 2 for negative
-    :math:`s_i` and 2γ for positive, with the gain γ of the network. Both keep training stable
+    The bound :math:`b_i` is 2 for negative :math:`s_i` and 2γ for positive, with the gain γ of the network. At a small
+    gain, δ damps large shifts; else it is the identity. Both keep training stable
     (:mod:`~pyro_flowguides.transforms.updates`).
 
     The gate is the paper's with bias 2. It is normalized so that the flow starts at the identity (the plain gate

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from pyro_flowguides.nn import MLP
 from pyro_flowguides.nn.ordering import as_permutation
-from pyro_flowguides.transforms.bounds import soft_log
 from pyro_flowguides.transforms.conditional import ContextFlow
 from pyro_flowguides.transforms.conditioner import ConditionerFlow
 from pyro_flowguides.transforms.flow import Theta
@@ -22,6 +21,8 @@ class _Coupling(ConditionerFlow):
 
     #: Number of parameters of the map of one coordinate.
     outputs: ClassVar[int]
+    #: The map, a name in :data:`~pyro_flowguides.transforms.updates.UPDATES`.
+    update: ClassVar[str]
 
     kept: Tensor
     changed: Tensor
@@ -47,6 +48,10 @@ class _Coupling(ConditionerFlow):
         """Compute log-scale and shift of the changed coordinates."""
         raise NotImplementedError
 
+    def _update(self, raw: Tensor, shift: Tensor, theta: Theta) -> tuple[Tensor, Tensor]:
+        update = UPDATES[self.update]
+        return update(raw, shift, update.limits(theta["gain"], stretches_draws=True))
+
     def _join(self, kept: Tensor, changed: Tensor) -> Tensor:
         kept = kept.expand(*changed.shape[:-1], -1)
         return torch.cat([kept, changed], -1)[..., self.rank]
@@ -65,9 +70,10 @@ class _Coupling(ConditionerFlow):
 class AdditiveCoupling(_Coupling):
     r"""Additive coupling (NICE): a network of one half of the coordinates shifts the other half.
 
-    .. math:: y_A = x_A, \quad y_B = x_B + 3 \operatorname{asinh}(m(x_A) / 3), \qquad \log|\det J| = 0
+    .. math:: y_A = x_A, \quad y_B = x_B + \delta(m(x_A)), \qquad \log|\det J| = 0
 
-    The inverse hyperbolic sine damps large shifts (:mod:`~pyro_flowguides.transforms.updates`).
+    At a small gain of the network, δ damps large shifts (:mod:`~pyro_flowguides.transforms.updates`); else it is the
+    identity.
 
     Successive layers must alternate the order, as the recipe does. With D = 1 nothing is kept and the flow is a
     constant shift.
@@ -97,20 +103,22 @@ class AdditiveCoupling(_Coupling):
     """
 
     outputs = 1
+    update = "shift"
 
     def _affine_map(self, kept: Tensor, theta: Theta) -> tuple[Tensor, Tensor]:
-        shift = soft_log(self.conditioner.run(kept, theta))
+        raw = self.conditioner.run(kept, theta)
+        _, shift = self._update(raw, raw, theta)
         return shift.new_zeros(1), shift
 
 
 class AffineCoupling(_Coupling):
     r"""Affine coupling (RealNVP): a network of one half of the coordinates scales and shifts the other half.
 
-    .. math:: y_A = x_A, \quad y_B = e^{a(x_A)} \odot x_B + 3 \operatorname{asinh}(m(x_A) / 3), \quad
-        a = b \tanh(s / b), \qquad \log|\det J| = \sum_i a_i
+    .. math:: y_A = x_A, \quad y_B = e^{a(x_A)} \odot x_B + \delta(m(x_A)), \quad a = b \tanh(s / b), \qquad
+        \log|\det J| = \sum_i a_i
 
-    The bound b is 2 for negative s and 2γ for positive, with the gain γ of the network. It and the inverse hyperbolic
-    sine keep training stable (:mod:`~pyro_flowguides.transforms.updates`).
+    The bound b is 2 for negative s and 2γ for positive, with the gain γ of the network. At a small gain, δ damps large
+    shifts; else it is the identity. Both keep training stable (:mod:`~pyro_flowguides.transforms.updates`).
 
     Successive layers must alternate the order, as the recipe does. With D = 1 nothing is kept and the flow is one
     affine map.
@@ -141,11 +149,11 @@ class AffineCoupling(_Coupling):
     """
 
     outputs = 2
+    update = "affine"
 
     def _affine_map(self, kept: Tensor, theta: Theta) -> tuple[Tensor, Tensor]:
         raw, shift = self.conditioner.run(kept, theta).chunk(2, -1)
-        update = UPDATES["affine"]
-        return update(raw, shift, update.limits(theta["gain"], stretches_draws=True))
+        return self._update(raw, shift, theta)
 
 
 class ConditionalAdditiveCoupling(ContextFlow, family=AdditiveCoupling): ...

@@ -327,14 +327,18 @@ def test_a_signal_ends_the_program_with_one_line(tmp_path, monkeypatch, capsys, 
         if next(steps) == 10:
             os.kill(os.getpid(), number)
 
+    before = signal.signal(number, signal.default_int_handler)  # a process in the background may ignore SIGINT
     handler = signal.getsignal(number)
-    with monkeypatch.context() as patch:
-        patch.setattr(EMA, "update", interrupt)
-        assert main(command(settings)[3:]) == 130
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(EMA, "update", interrupt)
+            assert main(command(settings)[3:]) == 130
+        assert signal.getsignal(number) is handler
+    finally:
+        signal.signal(number, before)
     assert capsys.readouterr().err.splitlines() == [
         f"interrupted: {settings.output} holds all complete epochs; the same command continues"
     ]
-    assert signal.getsignal(number) is handler
     assert checkpoints.load(folder_of(settings) / "last.pt")["progress"]["step"] == 7
     assert not (folder_of(settings) / "last.pt.lock").exists()
 
