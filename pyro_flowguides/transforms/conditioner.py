@@ -14,7 +14,7 @@ __all__ = ["FULL_GAIN", "ConditionerFlow", "set_gain"]
 #: Gain at which layers start by themselves: nearly all of the conditioner's output.
 FULL_GAIN = 0.99
 #: The gain is the sigmoid of a parameter divided by this number, so that an optimizer changes it slowly.
-GAIN_SLOWNESS = 10.0
+GAIN_SLOWNESS = 30.0
 
 
 class ConditionerFlow(Flow):
