@@ -100,8 +100,7 @@ def test_a_mean_field_guide_reaches_its_own_optimum():
     assert result.diagnosis.elbo == pytest.approx(LOG_Z - gap, abs=0.02 + 4 * result.diagnosis.elbo_se)
 
 
-@pytest.mark.parametrize("compile", [False, True])
-@pytest.mark.parametrize("narrow", [1e-2, 1e-6])
+@pytest.mark.parametrize(("narrow", "compile"), [(1e-2, False), (1e-6, False), (1e-6, True)])
 def test_posteriors_of_any_scale_are_fitted_alike(narrow, compile):
     """A posterior as narrow as that of a million observations, beside a coordinate with large numbers."""
     torch.set_default_dtype(torch.float64)
@@ -112,7 +111,7 @@ def test_posteriors_of_any_scale_are_fitted_alike(narrow, compile):
         coarse = pyro.sample("coarse", dist.Normal(0.0, 1 / narrow))
         pyro.factor("correlation", -0.5 * (fine - 3) / narrow * coarse * narrow)
 
-    result = fg.fit(model, fg.AutoPlanar(model), compile=compile, progress=False)
+    result = fg.fit(model, fg.AutoPlanar(model, depth=2), compile=compile, progress=False)
     assert result.diagnosis.elbo == pytest.approx(-0.5 * math.log(1 - 0.25), abs=0.03)
     assert result.diagnosis.verdict == "good"
 
