@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from argparse import ArgumentTypeError
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
@@ -90,11 +90,11 @@ class Settings:
     model: str = _setting(
         "vae",
         "kind of VAE; vlae and spatial_vlae have their published settings as defaults",
-        choices=tuple(MODELS),
+        choices=MODELS,
         group="model",
     )
-    network: str = _setting("mlp", "encoder and decoder", choices=tuple(NETWORKS))
-    likelihood: str = _setting("bernoulli", "distribution of a pixel", choices=tuple(LIKELIHOODS))
+    network: str = _setting("mlp", "encoder and decoder", choices=NETWORKS)
+    likelihood: str = _setting("bernoulli", "distribution of a pixel", choices=LIKELIHOODS)
     latent_dim: int = _setting(16, "width of the latent vector")
     posterior: str = _setting("iaf", f"posterior: normal, or a flow: {', '.join(FLOWS)}")
     posterior_options: Options = field(
@@ -145,11 +145,11 @@ class Settings:
         if self.likelihood != "bernoulli":
             self._require(self.binarize in ("auto", "none"), "binarize", f"none for the likelihood {self.likelihood!r}")
 
-    def _check(self, name: str, value: object, default: object, choices: Sequence[str] | None) -> None:
+    def _check(self, name: str, value: object, default: object, choices: Collection[str] | None) -> None:
         """Check a setting against the type of its default; one without is a mapping of options."""
         flag = flag_of(name)
         if choices is not None:
-            check_one_of("Settings", flag, value, choices)
+            check_one_of("Settings", flag, value, list(choices))
         elif isinstance(default, bool):
             if not isinstance(value, bool):
                 raise TypeError(f"Settings: {flag} must be True or False, got {describe(value)}")
