@@ -1,4 +1,4 @@
-"""What Pyro's guides allow after training: calls without data, other sizes, forecasts; and after a failed set-up."""
+"""A trained guide can be called without data, for other sizes and in forecasts; a failed set-up can be repeated."""
 
 import pyro
 import pyro.distributions as dist

@@ -1,4 +1,4 @@
-"""What Pyro's validation refuses at every draw is refused at the start; what it refuses at some draws is not."""
+"""A program is refused at the start if Pyro's validation refuses it at every draw, and not if at some draws only."""
 
 import pyro
 import pyro.distributions as dist
